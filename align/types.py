@@ -1,0 +1,169 @@
+"""Values that cross the borders between rooms: small frozen dataclasses, axes in their names.
+
+Axis letters: B batch, P prompt, G group member, S solver step, K reward component, F frame,
+C channel, H height, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from align.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a model produced, and for which prompt: the input of every reward.
+
+    Exactly one of `images`, `videos` and `texts` is given. Pixels are float32 in [0, 1].
+
+    Args:
+        prompts: the B prompts.
+        images: `[B, C, H, W]`.
+        videos: `[B, F, C, H, W]`, with `fps` the true frame rate.
+        texts: B completions.
+        metadata: B mappings carried along from the prompt file.
+    """
+
+    prompts: Sequence[str]
+    images: torch.Tensor | None = None
+    videos: torch.Tensor | None = None
+    texts: Sequence[str] | None = None
+    fps: float | None = None
+    metadata: Sequence[Mapping[str, Any]] = ()
+
+    def __post_init__(self) -> None:
+        given = [n for n in ("images", "videos", "texts") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise DataError(
+                "Samples hold exactly one kind of output",
+                why=f"got {', '.join(given) or 'none'}",
+                do="Give one of images=, videos= or texts=",
+            )
+        for name, count in ((given[0], len(getattr(self, given[0]))), ("metadata", len(self.metadata))):
+            if count != len(self.prompts) and not (name == "metadata" and count == 0):
+                raise DataError(
+                    "Samples disagree in length",
+                    why=f"{len(self.prompts)} prompts but {count} {name}",
+                )
+        if self.videos is not None and self.fps is None:
+            raise DataError("A video needs its frame rate", do="Give Samples(..., fps=<frames per second>)")
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def select(self, indices: Sequence[int]) -> Samples:
+        """Return the samples at `indices`, in that order."""
+        index = [int(i) for i in indices]
+        return Samples(
+            prompts=[self.prompts[i] for i in index],
+            images=None if self.images is None else self.images[index],
+            videos=None if self.videos is None else self.videos[index],
+            texts=None if self.texts is None else [self.texts[i] for i in index],
+            fps=self.fps,
+            metadata=[self.metadata[i] for i in index] if self.metadata else (),
+        )
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a reward says of B samples. A score that could not be computed is missing, never 0.
+
+    Args:
+        values: float64 `[B, K]`; NaN wherever `valid` is False.
+        valid: bool `[B, K]`.
+        names: the K component names.
+        errors: one message per sample, empty when nothing failed.
+        extras: anything else worth logging, by name.
+    """
+
+    values: np.ndarray
+    valid: np.ndarray
+    names: tuple[str, ...]
+    errors: tuple[str, ...] = ()
+    extras: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        import numpy as np
+
+        values = np.asarray(self.values, dtype=np.float64)
+        valid = np.asarray(self.valid, dtype=bool)
+        if values.ndim != 2 or values.shape != valid.shape or values.shape[1] != len(self.names):
+            raise DataError(
+                "Scores need values and valid of one shape [B, K]",
+                why=f"got values {values.shape}, valid {valid.shape}, {len(self.names)} names",
+            )
+        if self.errors and len(self.errors) != len(values):
+            raise DataError("Scores need one error message per sample", why=f"got {len(self.errors)} for {len(values)}")
+        valid = valid & np.isfinite(values)
+        object.__setattr__(self, "values", np.where(valid, values, np.nan))
+        object.__setattr__(self, "valid", valid)
+        object.__setattr__(self, "errors", tuple(self.errors) or ("",) * len(values))
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def column(self, name: str) -> np.ndarray:
+        """Return component `name` as float64 `[B]`, NaN where missing."""
+        if name not in self.names:
+            raise DataError(f"No component {name!r} in these scores", why=f"they hold {', '.join(self.names)}")
+        return self.values[:, self.names.index(name)]
+
+
+def join_scores(parts: Sequence[Scores]) -> Scores:
+    """Put the components of several rewards on the same B samples side by side, `[B, sum K]`."""
+    import numpy as np
+
+    if len({len(part) for part in parts}) != 1:
+        raise DataError("Scores of different samples cannot be joined", why=f"lengths {[len(p) for p in parts]}")
+    return Scores(
+        values=np.concatenate([p.values for p in parts], axis=1),
+        valid=np.concatenate([p.valid for p in parts], axis=1),
+        names=tuple(name for p in parts for name in p.names),
+        errors=tuple("; ".join(filter(None, row)) for row in zip(*(p.errors for p in parts), strict=True)),
+        extras={key: value for p in parts for key, value in p.extras.items()},
+    )
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """Advantages of P groups of G members, `[P, G]`, with what was dropped and why.
+
+    `values` is 0 wherever `kept` is False: a dropped member moves nothing.
+    """
+
+    values: np.ndarray
+    kept: np.ndarray
+    zero_std_groups: int = 0
+    invalid_members: int = 0
+    dropped_groups: int = 0
+    raw_std: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class StepStats:
+    """Sums over the trained (sample, step) terms of one update; `mean(name)` divides by `count`."""
+
+    count: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    minima: dict[str, float] = field(default_factory=dict)
+    maxima: dict[str, float] = field(default_factory=dict)
+
+    def add(self, count: int, *, sums: Mapping[str, float], extremes: Mapping[str, tuple[float, float]] = {}) -> None:
+        """Add `count` terms: their sums, and the (min, max) of each quantity in `extremes`."""
+        self.count += count
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        for name, (low, high) in extremes.items():
+            self.minima[name] = min(self.minima.get(name, low), low)
+            self.maxima[name] = max(self.maxima.get(name, high), high)
+
+    def mean(self, name: str) -> float:
+        """Return the mean of `name` over the terms seen so far, NaN when there were none."""
+        return self.sums[name] / self.count if self.count and name in self.sums else float("nan")
