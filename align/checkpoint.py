@@ -1,0 +1,169 @@
+"""One directory is one step: written whole or not at all, verified before it is read.
+
+    checkpoints/step_000010/
+      <group>.safetensors   tensors, one file a group (model, optimizer, ...)
+      state.json            everything that is not a tensor
+      manifest.json         sha256 and size of every other file; written last
+
+A checkpoint is written under a temporary name, every file is flushed to disk, the manifest is written
+last, and only then the directory is renamed. A kill at any moment leaves either the whole checkpoint or
+a temporary directory that nothing reads and the next save removes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from align.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_NAME = re.compile(r"step_(\d{6,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a verified checkpoint holds: the step, tensors by group and name, and the JSON state."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checkpoints(root: str | Path) -> dict[int, Path]:
+    """Return the checkpoints under `root` by step, oldest first."""
+    found = {}
+    for path in Path(root).iterdir() if Path(root).is_dir() else ():
+        if (match := _NAME.fullmatch(path.name)) and path.is_dir():
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def save(root: str | Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int = 2) -> Path:
+    """Write the checkpoint of `step` and remove all but the newest `keep`.
+
+    Raises:
+        CheckpointError: the disk refused; earlier checkpoints are untouched.
+    """
+    from safetensors.torch import save_file
+
+    root = Path(root)
+    final, temporary = root / f"step_{step:06d}", root / f".writing_step_{step:06d}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for leftover in root.glob(".*_step_*"):
+            shutil.rmtree(leftover)
+        temporary.mkdir()
+        for group, named in tensors.items():
+            save_file({n: t.detach().to("cpu").contiguous() for n, t in named.items()}, temporary / f"{group}.safetensors")
+        (temporary / "state.json").write_text(json.dumps(dict(state), sort_keys=True), encoding="utf-8")
+        files = {p.name: {"sha256": _sha256(p), "bytes": p.stat().st_size} for p in sorted(temporary.iterdir())}
+        manifest = {"format": 1, "step": step, "files": files}
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for path in temporary.iterdir():
+            _sync(path)
+        _sync(temporary)
+        if final.exists():
+            final.rename(root / f".replaced_step_{step:06d}")
+        temporary.rename(final)
+        _sync(root)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            "A checkpoint could not be written", where=str(final), why=error.strerror or str(error),
+            do="Earlier checkpoints are intact; free some space and resume",
+        ) from error  # fmt: skip
+    for old in list(checkpoints(root).values())[: -max(keep, 1)]:
+        doomed = old.rename(root / f".removed_{old.name}")
+        shutil.rmtree(doomed)
+    for leftover in root.glob(".replaced_step_*"):
+        shutil.rmtree(leftover)
+    return final
+
+
+def verify(path: str | Path) -> dict[str, Any]:
+    """Check every file of a checkpoint against its manifest and return the manifest.
+
+    Raises:
+        CheckpointError: naming the file that is missing, foreign, truncated or changed.
+    """
+    path = Path(path)
+    previous = [p for p in checkpoints(path.parent).values() if p.name < path.name]
+    advice = f"Resume from {previous[-1]}" if previous else "Start again from the beginning"
+
+    def refuse(what: str, file: str, why: str = "") -> CheckpointError:
+        return CheckpointError(what, where=str(path / file), why=why, do=advice)
+
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        files: dict[str, dict[str, Any]] = manifest["files"]
+        step = int(manifest["step"])
+    except FileNotFoundError as error:
+        raise refuse("This is not a whole checkpoint", "manifest.json", "the manifest, which is written last, is missing") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise refuse("A checkpoint's manifest cannot be read", "manifest.json", str(error)) from error
+    if path.name != f"step_{step:06d}":
+        raise refuse("A checkpoint was renamed", "manifest.json", f"it was written as step {step}")
+    present = {p.name for p in path.iterdir()} - {"manifest.json"}
+    for name in sorted(present ^ set(files)):
+        raise refuse("A checkpoint has a foreign file" if name in present else "A checkpoint lost a file", name)
+    for name, expected in files.items():
+        if (size := (path / name).stat().st_size) != expected["bytes"]:
+            raise refuse("A checkpoint file has the wrong size", name, f"{size} bytes instead of {expected['bytes']}")
+        if _sha256(path / name) != expected["sha256"]:
+            raise refuse("A checkpoint file is corrupt", name, "its sha256 differs from the manifest")
+    return manifest
+
+
+def load(path: str | Path) -> Checkpoint:
+    """Verify and read one checkpoint."""
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    manifest = verify(path)
+    groups = {p.stem: load_file(p) for p in sorted(path.glob("*.safetensors"))}
+    return Checkpoint(manifest["step"], groups, json.loads((path / "state.json").read_text(encoding="utf-8")))
+
+
+def load_latest(root: str | Path) -> Checkpoint | None:
+    """Read the checkpoint with the highest step number, None where there is none."""
+    found = checkpoints(root)
+    return load(found[max(found)]) if found else None
+
+
+def pack_optimizer(optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split `torch.optim.Optimizer` state into named tensors and JSON."""
+    state = optimizer.state_dict()
+    tensors = {f"{i}.{key}": value for i, slots in state["state"].items() for key, value in slots.items()}
+    return tensors, {"param_groups": state["param_groups"]}
+
+
+def unpack_optimizer(optimizer: Any, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Load what `pack_optimizer` returned."""
+    slots: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        index, _, key = name.partition(".")
+        slots.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": slots, "param_groups": state["param_groups"]})

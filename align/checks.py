@@ -1,0 +1,258 @@
+"""What a config will do before it does it: combinations that cannot train, advice, and the cost of a sample."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from align.errors import ConfigError
+
+if TYPE_CHECKING:
+    from align.config import DanceGRPOConfig
+
+Level = Literal["error", "warning", "note"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing worth saying of a config.
+
+    Args:
+        level: "error" cannot run, "warning" is likely to disappoint, "note" explains.
+        code: stable short name, for filters and tests.
+        message: one sentence on what and why.
+        do: one sentence on what to change, empty for notes.
+        key: the dotted key to change.
+    """
+
+    level: Level
+    code: str
+    message: str
+    do: str = ""
+    key: str = ""
+
+
+def trained_step_count(solver_steps: int, fraction: float, rule: str) -> int:
+    """Return how many of T solver steps are trained: `ceil(f T)` (paper) or `floor(f (T - 1))` (repo).
+
+    Never more than T - 1, since the last transition is never trained. Rounding of `f T` in binary is
+    forgiven: 0.6 of 5 steps is 3, not 4.
+
+    Source: DanceGRPO (arXiv 2505.07818), section 5 of the facts; e.g. f = 0.6, T = 16: 10 against 9.
+
+    Raises:
+        ConfigError: an unknown rule.
+    """
+    if rule == "paper":
+        count = math.ceil(round(fraction * solver_steps, 9))
+    elif rule == "repo":
+        count = math.floor(round(fraction * (solver_steps - 1), 9))
+    else:
+        raise ConfigError(f"Unknown rule {rule!r} for the trained steps", do="Choose paper or repo")
+    return max(0, min(count, solver_steps - 1))
+
+
+def feq_ledger(config: DanceGRPOConfig, k: float | None = None) -> dict[str, float | int]:
+    """Return the cost of one training sample in denoiser forwards without guidance (F_eq).
+
+    `F_eq = c T_rollout + c W k`, with W trained steps; c = 2 with guidance on both branches, else 1;
+    k, the cost of one trained step, is 3 for full fine-tuning, 2 for LoRA, and 1 more with gradient
+    checkpointing.
+
+    Returns:
+        feq_per_sample, rollout_forwards, train_forwards (forward evaluations of the denoiser in each
+        phase, per sample), trained_steps, solver_steps, updates_per_step, samples_per_step, k, c.
+    """
+    c = 2 if config.sampler.guidance == "both_branches" else 1
+    steps = config.sampler.solver_steps
+    trained = trained_step_count(steps, config.trained_steps.fraction, config.trained_steps.rule)
+    if k is None:
+        k = (3 if config.model.train == "full" else 2) + int(config.model.gradient_checkpointing)
+    return {
+        "feq_per_sample": c * steps + c * trained * k,
+        "rollout_forwards": c * steps,
+        "train_forwards": c * trained,
+        "trained_steps": trained,
+        "solver_steps": steps,
+        "updates_per_step": config.updates_per_step,
+        "samples_per_step": config.prompts_per_step * config.group_size,
+        "k": k,
+        "c": c,
+    }
+
+
+def clip_nats(config: DanceGRPOConfig, latent_dim: int) -> float:
+    """Return `objective.clip_range` in nats of the whole latent: times `latent_dim` for a mean log-prob."""
+    return config.objective.clip_range * (latent_dim if config.objective.logprob_reduction == "mean" else 1)
+
+
+def check_config(config: DanceGRPOConfig) -> list[Finding]:
+    """Return every finding on `config`, errors first."""
+    found = [*_sampling(config), *_training(config), *_rewards(config), *_evaluation(config)]
+    order = ("error", "warning", "note")
+    return sorted(found, key=lambda finding: order.index(finding.level))
+
+
+def require_valid(config: DanceGRPOConfig) -> list[Finding]:
+    """Return the warnings and notes on `config`.
+
+    Raises:
+        ConfigError: the first error found, where its value came from, and what to change.
+    """
+    findings = check_config(config)
+    for finding in findings:
+        if finding.level == "error":
+            origin = config._origins.get(finding.key, "")
+            where = f"{finding.key}, {origin}" if origin else finding.key
+            raise ConfigError(finding.message, where=where, do=finding.do)
+    return findings
+
+
+def _sampling(config: DanceGRPOConfig) -> list[Finding]:
+    sampler, found = config.sampler, []
+    if sampler.kernel == "ode" or sampler.eta == 0:
+        what = "The ode kernel" if sampler.kernel == "ode" else f"The {sampler.kernel} kernel with eta 0"
+        found.append(Finding(
+            "error", "no_density", f"{what} has standard deviation 0, so its samples have no log-prob to train on",
+            "Use e.g. kernel: dance_sde with eta: 0.3; evaluation uses the ODE in any case",
+            "sampler.kernel" if sampler.kernel == "ode" else "sampler.eta",
+        ))  # fmt: skip
+    count = trained_step_count(sampler.solver_steps, config.trained_steps.fraction, config.trained_steps.rule)
+    if count == 0:
+        short = sampler.solver_steps < 2
+        found.append(Finding(
+            "error", "empty_subset",
+            f"No solver step is trained: fraction {config.trained_steps.fraction:g} of {sampler.solver_steps} steps by "
+            f"the {config.trained_steps.rule} rule is none, the last step never being trained",
+            "Raise sampler.solver_steps to 2 or more" if short else "Raise trained_steps.fraction",
+            "sampler.solver_steps" if short else "trained_steps.fraction",
+        ))  # fmt: skip
+    if sampler.guidance == "off" and sampler.guidance_scale != 1:
+        found.append(Finding(
+            "error", "guidance_unused", f"guidance_scale is {sampler.guidance_scale:g} while guidance is off",
+            "Set guidance: both_branches, or guidance_scale: 1", "sampler.guidance_scale",
+        ))  # fmt: skip
+    if sampler.guidance == "both_branches" and sampler.guidance_scale == 1:
+        found.append(Finding(
+            "warning", "guidance_idle", "Guidance at scale 1 costs twice the forwards and changes nothing",
+            "Set guidance: off", "sampler.guidance",
+        ))  # fmt: skip
+    if sampler.guidance == "both_branches" and config.updates_per_step > 1:
+        found.append(Finding(
+            "warning", "guidance_updates", f"With guidance, {config.updates_per_step} updates of one rollout are unstable",
+            "Set updates_per_step: 1", "updates_per_step",
+        ))  # fmt: skip
+    if sampler.kernel == "dance_sde" and sampler.eta > 0.3:
+        found.append(Finding(
+            "warning", "eta_high", f"eta {sampler.eta:g} above 0.3 on dance_sde can leave noise in the rollouts",
+            "Lower eta, or use cps or dance_precise", "sampler.eta",
+        ))  # fmt: skip
+    if sampler.kernel == "cps" and sampler.eta >= 1:
+        found.append(Finding(
+            "warning", "eta_high", f"eta {sampler.eta:g} on cps turns its noise by a right angle or more; 0.8 is usual",
+            "Set eta below 1", "sampler.eta",
+        ))  # fmt: skip
+    return found
+
+
+def _training(config: DanceGRPOConfig) -> list[Finding]:
+    found, samples = [], config.prompts_per_step * config.group_size
+    if config.group_size < 2:
+        found.append(Finding(
+            "error", "group_size", "A group of 1 sample has nothing to be compared with: every advantage would be 0",
+            "Set group_size to 2 or more; 8 to 24 is usual", "group_size",
+        ))  # fmt: skip
+    if samples % config.updates_per_step:
+        divisors = [n for n in range(config.updates_per_step, 0, -1) if samples % n == 0]
+        found.append(Finding(
+            "error", "uneven_updates",
+            f"The {samples} samples of a step ({config.prompts_per_step} prompts x {config.group_size}) do not divide "
+            f"into {config.updates_per_step} equal updates",
+            f"Set updates_per_step: {divisors[0]}, or change prompts_per_step or group_size", "updates_per_step",
+        ))  # fmt: skip
+    if config.prompts_per_step < 16:
+        found.append(Finding(
+            "warning", "few_prompts", f"{config.prompts_per_step} prompts a step make noisy updates of a large model",
+            "Use 32 prompts or more (16 is the least that worked) unless the prompt set is small", "prompts_per_step",
+        ))  # fmt: skip
+    lr, full = config.optimizer.lr, config.model.train == "full"
+    if full and lr < 5e-6:
+        found.append(Finding(
+            "warning", "lr_low", f"lr {lr:g} is too low to move a full fine-tune; 1e-6 is known to fail",
+            "Set optimizer.lr between 5e-6 and 2e-5", "optimizer.lr",
+        ))  # fmt: skip
+    bound = advantage_bound(config.group_size, config.advantage.ddof)
+    if config.advantage.scope == "group" and config.advantage.clip is not None and config.group_size > 1:
+        weight = sum(abs(reward.weight) for reward in config.rewards)
+        if config.advantage.clip >= bound * weight:
+            found.append(Finding(
+                "note", "advantage_clip",
+                f"advantage.clip {config.advantage.clip:g} never binds: a group of {config.group_size} bounds the "
+                f"advantage by {bound * weight:.3g}", "", "advantage.clip",
+            ))  # fmt: skip
+    if config.updates_per_step > 1:
+        found.append(Finding(
+            "note", "off_policy",
+            f"Ratios are exactly 1 in the first of {config.updates_per_step} updates of a rollout; the later ones are "
+            "off-policy by design", "", "updates_per_step",
+        ))  # fmt: skip
+    return found
+
+
+def advantage_bound(group_size: int, ddof: int) -> float:
+    """Return the largest |advantage| of G members: `sqrt(G - 1)` for ddof 0, `(G - 1) / sqrt(G)` for ddof 1."""
+    return math.sqrt(group_size - 1) if ddof == 0 else (group_size - 1) / math.sqrt(group_size)
+
+
+def _rewards(config: DanceGRPOConfig) -> list[Finding]:
+    found = []
+    if all(reward.weight == 0 for reward in config.rewards):
+        found.append(Finding(
+            "error", "zero_weights", "Every reward has weight 0, so nothing would be trained",
+            "Give at least one reward a weight", "rewards.0.weight",
+        ))  # fmt: skip
+    if len(config.rewards) == 1 and not config.heldout_rewards:
+        found.append(Finding(
+            "warning", "single_reward", f"The single reward {config.rewards[0].name!r} will be exploited, unseen",
+            "Add a second reward, or heldout_rewards to see it happen", "heldout_rewards",
+        ))  # fmt: skip
+    identities = {_identity(reward) for reward in config.rewards}
+    for i, reward in enumerate(config.heldout_rewards):
+        if _identity(reward) in identities:
+            found.append(Finding(
+                "error", "heldout_is_trained", f"The held-out reward {reward.name!r} is also trained on",
+                "Give it other args (such as split: evaluator), or remove it", f"heldout_rewards.{i}.name",
+            ))  # fmt: skip
+    names = [reward.name for reward in config.rewards]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        found.append(Finding(
+            "error", "reward_twice", f"The reward {name!r} is trained on twice", "Keep one, and set its weight", "rewards"
+        ))
+    return found
+
+
+def _identity(reward: Any) -> str:
+    return f"{reward.name} {sorted(reward.args.items(), key=lambda item: item[0])!r}"
+
+
+def _evaluation(config: DanceGRPOConfig) -> list[Finding]:
+    found = []
+    if config.prompts.heldout_path is None and config.prompts.heldout_fraction == 0:
+        found.append(Finding(
+            "warning", "no_heldout_prompts", "No prompt is held out, so evaluation repeats the training prompts",
+            "Set prompts.heldout_fraction: 0.2, or prompts.heldout_path", "prompts.heldout_fraction",
+        ))  # fmt: skip
+    if config.sampler.shift is not None:
+        found.append(Finding(
+            "warning", "shift_mismatch",
+            f"Rollouts use shift {config.sampler.shift:g} while evaluation and deployment use the pipeline's own schedule",
+            "Set sampler.shift: null unless the two agree", "sampler.shift",
+        ))  # fmt: skip
+    if config.evaluation.guidance_scale != config.sampler.guidance_scale:
+        found.append(Finding(
+            "note", "guidance_mismatch",
+            f"Training runs at guidance scale {config.sampler.guidance_scale:g} and evaluation at "
+            f"{config.evaluation.guidance_scale:g}", "", "evaluation.guidance_scale",
+        ))  # fmt: skip
+    return found

@@ -1,0 +1,476 @@
+"""Typed configs: unknown keys refused, YAML plus key=value, and where each value came from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, Strict, ValidationError
+
+from align.errors import ConfigError
+from align.recipes import list_recipes, read_recipe
+from align.registry import suggest
+from align.textfiles import Document, dump_value, parse_scalar, parse_yaml, read_text
+
+__all__ = [
+    "AdvantageConfig", "BatchConfig", "CheckpointConfig", "DanceGRPOConfig", "EvaluationConfig", "LoraConfig",
+    "ModelConfig", "ObjectiveConfig", "OptimizerConfig", "PromptsConfig", "RewardConfig", "SamplerConfig",
+    "TrackingConfig", "TrainedStepsConfig", "config_origins", "diff_configs", "list_recipes", "load_config",
+    "save_config",
+]  # fmt: skip
+
+
+def _number(value: Any) -> Any:
+    """Let the text "1e-5", which YAML 1.1 readers make of a bare 1e-5, be the number it looks like."""
+    parsed = parse_scalar(value.strip()) if isinstance(value, str) else value
+    return parsed if isinstance(parsed, float) else value
+
+
+def _word(value: Any) -> Any:
+    """Let False, which YAML 1.1 readers make of a bare `off`, be the word it was."""
+    return "off" if value is False else value
+
+
+Int = Annotated[int, Strict()]
+Float = Annotated[float, BeforeValidator(_number), Strict(), Field(allow_inf_nan=False)]
+Bool = Annotated[bool, Strict()]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=False, validate_default=True)
+
+
+class LoraConfig(_Section):
+    """Low-rank adapters `W + (alpha / rank) B A` on the denoiser's linear layers."""
+
+    rank: Int = Field(16, ge=1, description="Rank of each adapter.")
+    alpha: Float = Field(32.0, gt=0, description="Scale of each adapter, which multiplies B A by alpha / rank.")
+    targets: tuple[str, ...] | None = Field(
+        None, description="Endings of the names of the layers to adapt; null takes the model family's own list."
+    )
+
+
+class ModelConfig(_Section):
+    """The model to align and which of its weights move."""
+
+    path: str = Field(min_length=1, description="A diffusers pipeline folder, or `digits` for the embedded model.")
+    family: str | None = Field(
+        None, description="Pipeline class that overrides model_index.json, e.g. StableDiffusion3Pipeline; null reads it."
+    )
+    train: Literal["lora", "full"] = Field("lora", description="Train LoRA adapters, or every weight of the denoiser.")
+    lora: LoraConfig = Field(LoraConfig(), description="The adapters, read when train is lora.")
+    dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Precision of the denoiser's matrix products; weights and latents stay fp32."
+    )
+    gradient_checkpointing: Bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, one more forward a trained step."
+    )
+
+
+class PromptsConfig(_Section):
+    """What the model is asked for while training and at evaluation."""
+
+    path: str = Field(min_length=1, description="A txt, JSONL, CSV or Parquet file, or `digits` for the embedded prompts.")
+    prompt_column: str = Field("prompt", min_length=1, description="Column of the prompt text in a table.")
+    image_column: str | None = Field(None, description="Column of an image path, relative to the file; null reads none.")
+    heldout_fraction: Float = Field(
+        0.2, ge=0, lt=1, description="Share of the prompts kept for evaluation, chosen by a hash of the text."
+    )
+    heldout_path: str | None = Field(
+        None, description="A prompt file used for evaluation in place of heldout_fraction; null splits the file."
+    )
+
+
+class SamplerConfig(_Section):
+    """How rollouts are sampled: replay uses the same kernel on the same trajectory."""
+
+    kernel: Literal["ode", "dance_sde", "flow_sde", "cps", "precise", "dance_precise"] = Field(
+        "dance_sde", description="Transition kernel of a solver step."
+    )
+    eta: Float = Field(0.3, ge=0, description="Amount of noise the kernel injects, without unit; 0 is the ODE.")
+    solver_steps: Int = Field(16, ge=1, description="Solver steps of a rollout.")
+    shift: Float | None = Field(
+        None, gt=0, description="Time shift of the sigma table; null uses the pipeline's own scheduler."
+    )
+    guidance_scale: Float = Field(1.0, ge=0, description="Scale of classifier-free guidance in rollouts; 1 is none.")
+    guidance: Annotated[Literal["off", "both_branches"], BeforeValidator(_word)] = Field(
+        "off", description="Sample without guidance, or with it and gradients through both branches."
+    )
+    initial_noise: Literal["group", "rank", "none"] = Field(
+        "group", description="What shares one initial noise: the members of a group, all prompts of a rank, or nothing."
+    )
+    height: Int | None = Field(None, ge=1, description="Image height in pixels; null is the model's native size.")
+    width: Int | None = Field(None, ge=1, description="Image width in pixels; null is the model's native size.")
+
+
+class TrainedStepsConfig(_Section):
+    """Which solver steps of a sample are trained: a random subset of its own for each sample."""
+
+    fraction: Float = Field(0.6, ge=0, le=1, description="Share of the solver steps that is trained.")
+    rule: Literal["paper", "repo"] = Field(
+        "paper", description="Count of trained steps: ceil(fraction T) (paper) or floor(fraction (T - 1)) (repo)."
+    )
+
+
+class ObjectiveConfig(_Section):
+    """The clipped policy-gradient objective."""
+
+    clip_range: Float = Field(
+        1e-4, gt=0, description="Ratios are clipped to 1 +- clip_range; in nats per latent dimension with a mean log-prob."
+    )
+    logprob_reduction: Literal["mean", "sum"] = Field(
+        "mean", description="Reduce the log-prob over latent dimensions by mean (DanceGRPO) or by sum (a true density)."
+    )
+
+
+class AdvantageConfig(_Section):
+    """How rewards become advantages: `(r - mean) / (std + eps)`, summed over rewards by weight, clipped once."""
+
+    ddof: Int = Field(1, ge=0, le=1, description="Delta degrees of freedom of the standard deviation.")
+    eps: Float = Field(1e-8, ge=0, description="Added to the standard deviation, in reward units.")
+    scope: Literal["group", "global_std", "global"] = Field(
+        "group", description="Centre and scale per group, centre per group and scale over all, or both over all."
+    )
+    clip: Float | None = Field(5.0, gt=0, description="Largest absolute advantage, in standard deviations; null is none.")
+
+
+class RewardConfig(_Section):
+    """One reward by its registered name."""
+
+    name: str = Field(min_length=1, description="Registered name, as `align rewards list` shows it.")
+    weight: Float = Field(1.0, description="Weight of its normalised advantage in the sum.")
+    args: dict[str, Any] = Field({}, description="Arguments of the reward's factory.")
+
+
+class OptimizerConfig(_Section):
+    """The optimizer of the trained weights."""
+
+    name: Literal["adamw"] = Field("adamw", description="Optimizer.")
+    lr: Float = Field(3e-4, gt=0, description="Learning rate, constant over the run.")
+    betas: tuple[Float, Float] = Field((0.9, 0.999), description="Decay rates of AdamW's two moment estimates.")
+    weight_decay: Float = Field(1e-4, ge=0, description="Decoupled weight decay of each update, multiplied by lr.")
+    eps: Float = Field(1e-8, gt=0, description="Added to AdamW's denominator.")
+    max_grad_norm: Float | None = Field(1.0, gt=0, description="Largest gradient norm of an update; null does not clip.")
+
+
+class EvaluationConfig(_Section):
+    """Evaluation on held-out prompts with the ODE sampler and the held-out rewards."""
+
+    every: Int = Field(10, ge=0, description="Steps between evaluations; 0 evaluates only before and after.")
+    samples: Int = Field(256, ge=1, description="Samples of each evaluation while training.")
+    solver_steps: Int = Field(20, ge=1, description="ODE solver steps of a sample.")
+    guidance_scale: Float = Field(1.0, ge=0, description="Scale of classifier-free guidance at evaluation; 1 is none.")
+    final_samples: Int = Field(2000, ge=1, description="Samples of the evaluations before and after training.")
+
+
+class BatchConfig(_Section):
+    """How work is cut up. Results do not depend on it; null is derived from the memory at hand."""
+
+    rollout: Int | None = Field(None, ge=1, description="Samples sampled at once; null is derived.")
+    tile: Int | None = Field(None, ge=1, description="(Sample, solver step) pairs replayed at once; null is derived.")
+
+
+class CheckpointConfig(_Section):
+    """When full training state is written."""
+
+    every: Int = Field(10, ge=0, description="Steps between checkpoints; 0 writes only the last.")
+    keep: Int = Field(2, ge=1, description="Checkpoints kept, newest first.")
+
+
+class TrackingConfig(_Section):
+    """What is logged besides metrics.jsonl."""
+
+    samples_every: Int = Field(10, ge=0, description="Steps between sample grids; 0 draws only the first and the last.")
+    tensorboard: Bool = Field(False, description="Mirror the metrics to TensorBoard files in the run folder.")
+
+
+class DanceGRPOConfig(_Section):
+    """A DanceGRPO run. `prompts_per_step` and `group_size` are the user's; batches are derived from them."""
+
+    about: str = Field("", description="One line on what the recipe is for, shown by `align configs list`.")
+    trainer: Literal["dance_grpo"] = Field("dance_grpo", description="The training loop.")
+    name: str = Field(
+        "dance_grpo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its folder in runs/."
+    )
+    seed: Int = Field(0, ge=0, lt=2**63, description="Seed from which every random draw of the run is derived.")
+    steps: Int = Field(300, ge=1, description="Training steps: a rollout, its rewards and its updates.")
+    prompts_per_step: Int = Field(32, ge=1, description="Prompts of a rollout, over all processes.")
+    group_size: Int = Field(12, ge=1, description="Samples of each prompt, compared with one another.")
+    updates_per_step: Int = Field(2, ge=1, description="Optimizer updates of a rollout, on disjoint parts of it.")
+    model: ModelConfig = Field(description="The model to align.")
+    prompts: PromptsConfig = Field(description="The prompts.")
+    sampler: SamplerConfig = Field(SamplerConfig(), description="The rollout sampler.")
+    trained_steps: TrainedStepsConfig = Field(TrainedStepsConfig(), description="The trained solver steps.")
+    objective: ObjectiveConfig = Field(ObjectiveConfig(), description="The objective.")
+    advantage: AdvantageConfig = Field(AdvantageConfig(), description="The advantages.")
+    rewards: tuple[RewardConfig, ...] = Field(min_length=1, description="The rewards that are trained on.")
+    heldout_rewards: tuple[RewardConfig, ...] = Field((), description="Rewards that are only ever evaluated.")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="The optimizer.")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="The evaluation.")
+    batch: BatchConfig = Field(BatchConfig(), description="The derived batch sizes.")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="The checkpoints.")
+    tracking: TrackingConfig = Field(TrackingConfig(), description="The tracking.")
+
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def __eq__(self, other: object) -> bool:
+        """Two configs are equal when their values are, wherever those came from."""
+        return type(self) is type(other) and self.model_dump() == other.model_dump()  # type: ignore[attr-defined]
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> DanceGRPOConfig:
+    """Return the validated config of a YAML file, a shipped recipe ("digits/dance_grpo") or a mapping.
+
+    Args:
+        source: path, recipe name or nested mapping.
+        overrides: "dotted.key=value" items, applied last; values are YAML, list items are numbered
+            from 0 ("rewards.0.weight=2").
+
+    Raises:
+        ConfigError: no such file or recipe, not YAML, an unknown key, a wrong type or value.
+    """
+    document, where = _read(source)
+    if document.value is None:
+        document.value = {}
+    if not isinstance(document.value, dict):
+        raise ConfigError(
+            "A config is a list of `key: value` lines", where=where, why=f"found {_found(document.value)}"
+        )
+    origins = _file_origins(document, where) if where else dict.fromkeys(dict(_leaves(document.value)), "Python")
+    for override in overrides:
+        _override(document.value, origins, override)
+    try:
+        config = DanceGRPOConfig.model_validate(document.value)
+    except ValidationError as error:
+        raise _explain(error, origins, where) from error
+    for key, _ in _leaves(config):
+        config._origins[key] = origins.get(key, "default")
+    return config
+
+
+def config_origins(config: DanceGRPOConfig) -> dict[str, str]:
+    """Return, for each leaf by dotted key, "default", "FILE:LINE", "command line" or "Python"."""
+    return {key: config._origins.get(key, "Python") for key, _ in _leaves(config)}
+
+
+def save_config(config: DanceGRPOConfig, path: str | Path) -> None:
+    """Write `config` as YAML that loads again, a comment on each line saying where the value came from."""
+    origins = config_origins(config)
+    rows = [f"# align config, resolved; values {_digest(config.model_dump(mode='json'))}"]
+    _render(config.model_dump(mode="json"), "", 0, origins, rows)
+    Path(path).write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def diff_configs(a: DanceGRPOConfig, b: DanceGRPOConfig) -> list[tuple[str, Any, Any]]:
+    """Return (dotted key, value in `a`, value in `b`) of every leaf that differs; None where there is none."""
+    left, right = dict(_leaves(a)), dict(_leaves(b))
+    keys = list(left) + [key for key in right if key not in left]
+    return [(key, left.get(key), right.get(key)) for key in keys if left.get(key) != right.get(key)]
+
+
+def _read(source: str | Path | Mapping[str, Any]) -> tuple[Document, str]:
+    if isinstance(source, Mapping):
+        return Document(_copy(source)), ""
+    path = Path(source)
+    names = [name for name, _ in list_recipes()]
+    if isinstance(source, str) and source in names and not path.is_file():
+        return parse_yaml(read_recipe(source), f"configs/{source}.yaml"), f"configs/{source}.yaml"
+    if path.suffix not in (".yaml", ".yml") and not path.exists():
+        raise ConfigError(
+            f"There is no config file and no recipe {str(source)!r}", do=suggest(str(source), names)
+        )
+    return parse_yaml(read_text(path), str(source)), str(source)
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _copy(part) for key, part in value.items()}
+    return [_copy(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def _file_origins(document: Document, where: str) -> dict[str, str]:
+    """Origins by dotted key: the recorded ones of a saved config whose values are untouched, else FILE:LINE."""
+    origins = {key: f"{where}:{line}" for key, line in document.lines.items()}
+    if document.header.startswith("align config, resolved; values ") and document.header.endswith(
+        _digest(document.value)
+    ):
+        origins.update(document.comments)
+    return origins
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _override(data: dict[str, Any], origins: dict[str, str], override: str) -> None:
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not key or not all(key.split(".")):
+        raise ConfigError(
+            f"An override is key=value, and {override!r} is not", where="command line", do="Write e.g. steps=100"
+        )
+    value = parse_yaml(text, f"command line, {key}").value
+    *parents, last = key.split(".")
+    here: Any = data
+    for depth, part in enumerate(parents):
+        here = _enter(here, part, key, depth, make=True)
+    if isinstance(here, list):
+        _enter(here, last, key, len(parents), make=False)
+        here[int(last)] = value
+    else:
+        here[last] = value
+    for stale in [name for name in origins if name.startswith(key + ".")]:
+        del origins[stale]
+    origins.update(dict.fromkeys([key, *dict(_leaves(value, key))], "command line"))
+
+
+def _enter(here: Any, part: str, key: str, depth: int, *, make: bool) -> Any:
+    """Return the entry `part` of `here`, a dict made where there is none yet."""
+    if isinstance(here, list):
+        if not part.isdecimal() or int(part) >= len(here):
+            raise ConfigError(
+                f"The key {key!r} points at no item of its list", where="command line",
+                why=f"{'.'.join(key.split('.')[:depth])} has {len(here)} items, numbered from 0",
+            )  # fmt: skip
+        return here[int(part)]
+    child = here.get(part)
+    if child is None and make:
+        child = here[part] = {}
+    if make and not isinstance(child, (dict, list)):
+        raise ConfigError(
+            f"The key {key!r} does not exist", where="command line",
+            why=f"{'.'.join(key.split('.')[: depth + 1])} is a single value",
+        )  # fmt: skip
+    return child
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of everything that is not a section or a list of sections."""
+    if isinstance(value, BaseModel):
+        parts: list[tuple[str, Any]] = [(name, getattr(value, name)) for name in type(value).model_fields]
+    elif isinstance(value, dict) and value:
+        parts = list(value.items())
+    elif isinstance(value, (list, tuple)) and any(isinstance(part, (BaseModel, dict)) for part in value):
+        parts = [(str(i), part) for i, part in enumerate(value)]
+    else:
+        yield key, value
+        return
+    for name, part in parts:
+        yield from _leaves(part, f"{key}.{name}" if key else name)
+
+
+
+
+def _render(value: Any, key: str, depth: int, origins: Mapping[str, str], rows: list[str]) -> None:
+    for name, part in value.items():
+        dotted, pad = f"{key}.{name}" if key else name, "  " * depth
+        if isinstance(part, dict) and part:
+            rows.append(f"{pad}{dump_value(name)}:")
+            _render(part, dotted, depth + 1, origins, rows)
+        elif isinstance(part, list) and any(isinstance(item, dict) for item in part):
+            rows.append(f"{pad}{dump_value(name)}:")
+            for i, item in enumerate(part):
+                inner: list[str] = []
+                _render(item, f"{dotted}.{i}", 0, origins, inner)
+                rows.extend(f"{pad}  {'- ' if n == 0 else '  '}{row}" for n, row in enumerate(inner))
+        else:
+            rows.append(f"{pad}{dump_value(name)}: {dump_value(part)}  # {origins.get(dotted, 'default')}")
+
+
+_EXPECTED = {
+    "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number",
+    "finite_number": "a finite number", "bool_type": "true or false", "string_type": "text",
+    "tuple_type": "a list", "list_type": "a list", "dict_type": "key: value pairs", "model_type": "key: value pairs",
+    "model_attributes_type": "key: value pairs", "string_too_short": "text that is not empty",
+    "string_pattern_mismatch": "letters, digits, '.', '_' and '-'",
+}  # fmt: skip
+_BOUNDS = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}
+
+
+def _expected(kind: str, context: Mapping[str, Any], message: str) -> str:
+    if kind in _EXPECTED:
+        return _EXPECTED[kind]
+    if kind == "literal_error":
+        return f"one of {context['expected'].replace(' or ', ', ')}"
+    if kind in _BOUNDS:
+        return f"a number {_BOUNDS[kind]} {next(iter(context.values())):g}"
+    if kind in ("too_short", "too_long"):
+        limit = context.get("min_length", context.get("max_length"))
+        return f"{'at least' if kind == 'too_short' else 'at most'} {limit} item{'s' if limit != 1 else ''}"
+    return message
+
+
+def _found(value: Any) -> str:
+    kinds = {dict: "key: value pairs", list: "a list", str: "text", bool: "true or false"}
+    if value is None:
+        return "nothing"
+    if isinstance(value, (dict, list)):
+        return kinds[type(value)] if value else f"an empty {type(value).__name__}"
+    name = kinds.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
+    return f"{value!r} ({name})"
+
+
+def _explain(error: ValidationError, origins: Mapping[str, str], where: str) -> ConfigError:
+    """One sentence for the first problem: file and line, dotted key, found, expected, or the closest key."""
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    key = ".".join(map(str, first["loc"]))
+    more = f" ({len(problems) - 1} more like it follow{'s' if len(problems) == 2 else ''})" if len(problems) > 1 else ""
+    place = origins.get(key) or where or "config"
+    if first["type"] == "extra_forbidden":
+        return ConfigError(f"Unknown key {key!r}", where=place, do=_closest(first["loc"]) + more)
+    if first["type"] == "missing" and isinstance(first["loc"][-1], int):
+        pair = ".".join(map(str, first["loc"][:-1]))
+        return ConfigError(
+            f"The value of {pair!r} is wrong", where=origins.get(pair) or where or "config",
+            why=f"found {dump_value(first['input'])}, expected 2 numbers", do=_described(first["loc"][:-1]) + more,
+        )  # fmt: skip
+    if first["type"] == "missing":
+        return ConfigError(f"The key {key!r} is missing", where=where or "config", do=_described(first["loc"]) + more)
+    return ConfigError(
+        f"The value of {key!r} is wrong",
+        where=place,
+        why=f"found {_found(first['input'])}, expected "
+        + _expected(first["type"], first.get("ctx", {}), first["msg"]),
+        do=_described(first["loc"]) + more,
+    )
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (dotted key, description) of every field below `model`; the items of a list are written `0`."""
+    for name, info in model.model_fields.items():
+        key = f"{prefix}.{name}" if prefix else name
+        yield key, info.description or ""
+        inner = info.annotation
+        if inner == tuple[RewardConfig, ...]:
+            yield from _keys(RewardConfig, f"{key}.0")
+        elif isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from _keys(inner, key)
+
+
+def _generic(loc: Sequence[int | str]) -> list[str]:
+    return ["0" if isinstance(part, int) else part for part in loc]
+
+
+def _described(loc: Sequence[int | str]) -> str:
+    text = dict(_keys(DanceGRPOConfig)).get(".".join(_generic(loc)), "")
+    return f"Meaning: {text[0].lower() if text[1:2].islower() else text[:1]}{text[1:].removesuffix('.')}" if text else ""
+
+
+def _closest(loc: Sequence[int | str]) -> str:
+    """Suggest the key of that name in another section, else the closest one in the same section."""
+    *parents, last = _generic(loc)
+    known = dict(_keys(DanceGRPOConfig))
+    section = ".".join(parents)
+    elsewhere = [key for key in known if key.rpartition(".")[2] == last and not re.search(r"\.0\.", key)]
+    if len(elsewhere) == 1:
+        return f"Did you mean {elsewhere[0]!r}?"
+    here = [key for key in known if key.rpartition(".")[0] == section]
+    hint = suggest(f"{section}.{last}" if section else last, here)
+    return hint.replace(".0.", f".{next(part for part in loc if isinstance(part, int))}.") if ".0." in hint else hint

@@ -1,0 +1,1 @@
+"""Diffusion and rectified-flow models: kernels, schedules, rollouts and one adapter per family."""

@@ -1,0 +1,83 @@
+"""Stable Diffusion 3 and 3.5 (MMDiT, rectified flow), and the embedded digits model, which is one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from align.diffusion.families import Conditioning
+from align.diffusion.schedules import flow_match_schedule
+from align.errors import ModelError
+
+if TYPE_CHECKING:
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+
+
+class SD3:
+    """Adapter of `diffusers.StableDiffusion3Pipeline`."""
+
+    name = "sd3"
+    lora_targets = (
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+        "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0",
+        "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
+    )  # fmt: skip
+
+    def __init__(self, pipeline: StableDiffusion3Pipeline) -> None:
+        self.pipeline = pipeline
+
+    @property
+    def denoiser(self) -> SD3Transformer2DModel:
+        """The MMDiT."""
+        return self.pipeline.transformer
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Conditioning:
+        """Encode B prompts with both CLIP towers and T5 (zeros where the folder has none)."""
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            prompts, None, None, device=self.pipeline._execution_device, do_classifier_free_guidance=False
+        )
+        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+
+    def latent_shape(self, height: int | None, width: int | None) -> tuple[int, ...]:
+        """Return `(C, H / f, W / f)` with f the VAE's factor.
+
+        Raises:
+            ModelError: a size the VAE and the patch embedding cannot take.
+        """
+        pipe, factor = self.pipeline, self.pipeline.vae_scale_factor
+        multiple = factor * pipe.patch_size
+        height, width = height or pipe.default_sample_size * factor, width or pipe.default_sample_size * factor
+        if height % multiple or width % multiple:
+            raise ModelError(
+                f"This model cannot make {height}x{width} images",
+                why=f"height and width must be multiples of {multiple}",
+                do=f"Try {round(height / multiple) * multiple}x{round(width / multiple) * multiple}",
+            )
+        return (self.denoiser.config.in_channels, height // factor, width // factor)
+
+    def schedule(self, solver_steps: int, shift: float | None, latent_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Return the pipeline's `(sigmas, timesteps)`, or DanceGRPO's at an explicit shift."""
+        scheduler, mu = self.pipeline.scheduler, None
+        if shift is None and scheduler.config.get("use_dynamic_shifting"):
+            from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+
+            tokens = (latent_shape[1] // self.pipeline.patch_size) * (latent_shape[2] // self.pipeline.patch_size)
+            names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+            mu = calculate_shift(tokens, **{n: scheduler.config[n] for n in names})
+        return flow_match_schedule(scheduler, solver_steps, shift=shift, mu=mu)
+
+    def predict(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        """Return the MMDiT's velocity."""
+        return self.denoiser(hidden_states=x, timestep=timestep, return_dict=False, **conditioning)[0]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return images in [0, 1], `[B, C, H, W]`."""
+        vae = self.pipeline.vae
+        latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+        return (images.float() / 2 + 0.5).clamp(0, 1)

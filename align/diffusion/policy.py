@@ -1,0 +1,192 @@
+"""The model being aligned: a family, the weights that are trained, guidance, and prompts encoded once."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from align.config import LoraConfig, ModelConfig
+from align.diffusion.families import FAMILIES, Conditioning, Family
+from align.errors import ModelError
+from align.registry import suggest
+from align.seeding import seed as derive_seed
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+ADAPTER = "policy"
+_CACHE_BYTES = 2 << 30
+
+
+def load_family(path: str | Path, family: str | None = None, device: str | torch.device | None = None) -> Family:
+    """Load a diffusers pipeline folder in float32, frozen, in eval mode, on `device`.
+
+    Args:
+        path: the folder, holding `model_index.json`.
+        family: a pipeline class name that overrides the one in `model_index.json`.
+        device: CUDA where there is one, else the CPU, when None.
+
+    Raises:
+        ModelError: not a pipeline folder, a pipeline of no known family, or a component that cannot be loaded.
+    """
+    folder = Path(path)
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ModelError(
+            "This is not a diffusers pipeline folder",
+            where=str(folder),
+            why="it has no model_index.json" if folder.is_dir() else "there is no such folder",
+            do="Give a folder written by save_pretrained, or 'digits' for the embedded model",
+        )
+    try:
+        name = family or json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError("A pipeline's model_index.json cannot be read", where=str(index), why=str(error)) from error
+    if name not in FAMILIES:
+        raise ModelError(f"No model family runs {name!r}", where=str(index), do=suggest(name, FAMILIES))
+    import diffusers
+
+    try:
+        pipeline: DiffusionPipeline = getattr(diffusers, name).from_pretrained(folder, torch_dtype=torch.float32)
+    except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
+        raise ModelError(f"The {name} folder cannot be loaded", where=str(folder), why=str(error).splitlines()[0]) from error
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    for component in pipeline.components.values():
+        if isinstance(component, nn.Module):
+            component.requires_grad_(False).eval()
+    return FAMILIES.get(name)(pipeline)
+
+
+def add_lora(family: Family, lora: LoraConfig, run_seed: int) -> None:
+    """Add a LoRA adapter to the denoiser: `W + (alpha / rank) B A`, with B = 0, so it starts as the base model.
+
+    Raises:
+        ModelError: a target that matches no module.
+    """
+    from peft import LoraConfig as PeftLoraConfig
+
+    names = [name for name, module in family.denoiser.named_modules() if isinstance(module, nn.Linear)]
+    targets = [t for t in lora.targets or family.lora_targets if any(n == t or n.endswith("." + t) for n in names)]
+    missing = sorted(set(lora.targets or ()) - set(targets))
+    if missing or not targets:
+        raise ModelError(
+            "A LoRA target matches no linear layer",
+            where=", ".join(missing) or type(family.denoiser).__name__,
+            do=f"Layers end like: {', '.join(sorted({n.rsplit('.', 1)[-1] for n in names})[:12])}",
+        )
+    config = PeftLoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=targets, init_lora_weights=True
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(run_seed, "lora"))
+        family.denoiser.add_adapter(config, adapter_name=ADAPTER)
+    family.denoiser.set_adapter(ADAPTER)
+
+
+class Policy:
+    """A denoiser with its conditioning: `velocity(x, timestep, prompts)`.
+
+    Args:
+        family: the adapter of the loaded pipeline.
+        guidance: "off" uses the conditional velocity alone; "both_branches" computes
+            `v = v_uncond + guidance_scale (v_cond - v_uncond)` with gradients through both.
+        guidance_scale: used by "both_branches".
+        dtype: "fp32", or "bf16" for autocast compute over float32 weights and latents.
+    """
+
+    def __init__(
+        self, family: Family, *, guidance: str = "off", guidance_scale: float = 1.0, dtype: str = "fp32"
+    ) -> None:
+        self.family, self.guidance, self.guidance_scale, self.dtype = family, guidance, guidance_scale, dtype
+        self._encoded: OrderedDict[str, Conditioning] = OrderedDict()
+        self._encoded_bytes = 0
+
+    @classmethod
+    def load(
+        cls, path: str | Path, model: ModelConfig, *, seed: int, guidance: str = "off", guidance_scale: float = 1.0
+    ) -> Policy:
+        """Load the pipeline at `path` and make its weights trainable as `model` says."""
+        family = load_family(path, model.family)
+        if model.train == "lora":
+            add_lora(family, model.lora, seed)
+        else:
+            family.denoiser.requires_grad_(True)
+        if model.gradient_checkpointing:
+            family.denoiser.enable_gradient_checkpointing()
+        return cls(family, guidance=guidance, guidance_scale=guidance_scale, dtype=model.dtype)
+
+    def with_guidance(self, guidance_scale: float) -> Policy:
+        """Return this policy at another guidance scale, sharing weights and encoded prompts; 1 turns it off."""
+        other = Policy(
+            self.family,
+            guidance="off" if guidance_scale == 1.0 else "both_branches",
+            guidance_scale=guidance_scale,
+            dtype=self.dtype,
+        )
+        other._encoded = self._encoded
+        return other
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser lives."""
+        return next(self.family.denoiser.parameters()).device
+
+    @property
+    def branches(self) -> int:
+        """Denoiser forwards a velocity costs: 2 with classifier-free guidance, else 1."""
+        return 2 if self.guidance == "both_branches" else 1
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Return the trained parameters by name."""
+        return {n: p for n, p in self.family.denoiser.named_parameters() if p.requires_grad}
+
+    def remember(self, prompts: Iterable[str], batch: int = 64) -> None:
+        """Encode the prompts that were not encoded before, keeping the most recent 2 GiB of encodings."""
+        wanted = list(dict.fromkeys(prompts))
+        new = [p for p in wanted if p not in self._encoded]
+        for start in range(0, len(new), batch):
+            chunk = new[start : start + batch]
+            encoded = self.family.encode(chunk)
+            for i, prompt in enumerate(chunk):
+                self._encoded[prompt] = {name: value[i].clone() for name, value in encoded.items()}
+                self._encoded_bytes += sum(v.nbytes for v in self._encoded[prompt].values())
+        for prompt in wanted:
+            self._encoded.move_to_end(prompt)
+        while self._encoded_bytes > _CACHE_BYTES and len(self._encoded) > len(wanted):
+            _, dropped = self._encoded.popitem(last=False)
+            self._encoded_bytes -= sum(v.nbytes for v in dropped.values())
+
+    def _conditioning(self, prompts: Sequence[str]) -> Conditioning:
+        self.remember(prompts)
+        rows = [self._encoded[p] for p in prompts]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def velocity(self, x: Tensor, timestep: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the guided velocity `[B, ...]`, float32, at latents x and timesteps `[B]`.
+
+        The unconditional rows stand first in the doubled batch, as in diffusers' pipelines.
+        """
+        if self.branches == 2:
+            x, timestep, prompts = torch.cat([x, x]), torch.cat([timestep, timestep]), [""] * len(prompts) + list(prompts)
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bf16"):
+            predicted = self.family.predict(x, timestep, self._conditioning(prompts)).float()
+        if self.branches == 1:
+            return predicted
+        uncond, cond = predicted.chunk(2)
+        return uncond + self.guidance_scale * (cond - uncond)
+
+
+def resolve_model(path: str) -> Path:
+    """Return the folder of a model: `digits` and `digits/<recipe>` are built and cached on first use."""
+    if path == "digits" or path.startswith("digits/"):
+        from align.diffusion.digits import build_digits
+
+        return build_digits(recipe=path.partition("/")[2] or "default")
+    return Path(path)

@@ -1,0 +1,200 @@
+"""Prompts to trajectories to media, through any family; and the replay of stored trajectories."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from align.diffusion.kernels import StepTable, transition
+from align.diffusion.policy import Policy
+from align.errors import KernelError
+from align.seeding import normal
+from align.types import Samples
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """P prompts x G members, flattened to B = P G samples, member fastest.
+
+    Args:
+        prompts: the prompt of each sample, B of them.
+        group_size: G.
+        table: the S solver steps.
+        x: float32 latents before each step and after the last, `[B, S + 1, ...]`.
+        logp: log-density of each stochastic step as it was taken, `[B, S]`, NaN elsewhere.
+        samples: the decoded media.
+    """
+
+    prompts: tuple[str, ...]
+    group_size: int
+    table: StepTable
+    x: Tensor
+    logp: Tensor
+    samples: Samples
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """N (sample, step) rows of a rollout, replayed in one forward, and their share of the update's loss."""
+
+    prompts: list[str]
+    step: Tensor
+    x: Tensor
+    x_next: Tensor
+    logp: Tensor
+    advantage: Tensor
+    share: float
+
+
+def initial_noise(
+    shape: Sequence[int], prompts: int, group_size: int, scope: str, *key: int | str, first_prompt: int = 0
+) -> Tensor:
+    """Draw x_T for P G samples, `[P G, ...]`, as a function of `key` and of each sample's place.
+
+    Scopes: "group" gives all members of a prompt the same noise, "none" gives every sample its own,
+    "rank" gives all samples of this process the same.
+    """
+    if scope == "rank":
+        return normal(shape, *key, "init").expand(prompts * group_size, *shape).clone()
+    rows = []
+    for p in range(first_prompt, first_prompt + prompts):
+        if scope == "group":
+            rows.extend([normal(shape, *key, p, "init")] * group_size)
+        else:
+            rows.extend(normal(shape, *key, p, g, "init") for g in range(group_size))
+    return torch.stack(rows)
+
+
+def step_noise(shape: Sequence[int], rows: Sequence[int], group_size: int, step: int, *key: int | str) -> Tensor:
+    """Draw the fresh noise of solver step `step` for the samples `rows`: independent for every sample."""
+    return torch.stack([normal(shape, *key, r // group_size, r % group_size, step, "sde") for r in rows])
+
+
+@torch.no_grad()
+def solve(
+    policy: Policy,
+    x: Tensor,
+    prompts: Sequence[str],
+    table: StepTable,
+    *,
+    group_size: int = 1,
+    key: tuple[int | str, ...] = (),
+    batch: int | None = None,
+    reduction: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run all solver steps from noise `x` `[B, ...]`.
+
+    Returns:
+        `(x0, path, logp)`: the final latents `[B, ...]`; with a `reduction`, the trajectories
+        `[B, S + 1, ...]` and log-densities `[B, S]`, else empty tensors.
+    """
+    finals, paths, logps = [], [], []
+    stochastic = set(table.stochastic_steps)
+    for start in range(0, len(prompts), batch or len(prompts)):
+        rows = range(start, min(start + (batch or len(prompts)), len(prompts)))
+        state, names = x[rows.start : rows.stop].to(policy.device), [prompts[r] for r in rows]
+        path, logp = [state], []
+        for s in range(len(table)):
+            timestep = table.timestep[s].to(state.device, torch.float32).expand(len(rows))
+            random = s in stochastic
+            noise = step_noise(x.shape[1:], rows, group_size, s, *key).to(state.device) if random else None
+            moved = transition(
+                state, policy.velocity(state, timestep, names), table, s, noise=noise, reduction=reduction if random else None
+            )
+            state = moved.x_next
+            if reduction is not None:
+                path.append(state)
+                logp.append(moved.logp if random else torch.full((len(rows),), float("nan"), device=state.device))
+        finals.append(state)
+        if reduction is not None:
+            paths.append(torch.stack(path, 1))
+            logps.append(torch.stack(logp, 1))
+    return torch.cat(finals), torch.cat(paths) if paths else torch.empty(0), torch.cat(logps) if logps else torch.empty(0)
+
+
+@torch.no_grad()
+def decode(policy: Policy, latents: Tensor, batch: int = 256) -> Tensor:
+    """Decode latents to CPU pixels in [0, 1], a batch at a time."""
+    return torch.cat([policy.family.decode(part).cpu() for part in latents.split(batch)])
+
+
+def sample(
+    policy: Policy,
+    prompts: Sequence[str],
+    *,
+    group_size: int,
+    table: StepTable,
+    latent_shape: Sequence[int],
+    key: tuple[int | str, ...],
+    noise_scope: str = "group",
+    batch: int | None = None,
+    reduction: str = "mean",
+) -> Rollout:
+    """Roll out G members for each prompt, keeping what replay needs.
+
+    Args:
+        key: names this rollout, e.g. (run seed, step); all noise is a function of it and of the
+            sample's place, so `batch` changes the speed and nothing else.
+
+    Raises:
+        KernelError: a table without a stochastic step.
+    """
+    if not table.stochastic_steps:
+        raise KernelError(
+            "A deterministic sampler cannot be trained by policy gradients", why=f"kernel {table.kind!r} with eta {table.eta:g} has std 0"
+        )
+    flat = [p for p in prompts for _ in range(group_size)]
+    noise = initial_noise(latent_shape, len(prompts), group_size, noise_scope, *key)
+    x0, path, logp = solve(
+        policy, noise, flat, table, group_size=group_size, key=key, batch=batch, reduction=reduction
+    )
+    return Rollout(
+        prompts=tuple(flat),
+        group_size=group_size,
+        table=table,
+        x=path,
+        logp=logp,
+        samples=Samples(prompts=flat, images=decode(policy, x0)),
+    )
+
+
+def tiles(
+    rollout: Rollout, rows: Sequence[int], steps: Sequence[Sequence[int]], advantages: Tensor, size: int
+) -> Iterator[Tile]:
+    """Cut the trained (sample, step) pairs of one update into tiles of at most `size`, step by step.
+
+    Pairs are ordered by step, then sample, so that a tile holds few distinct noise levels.
+
+    Args:
+        rows: the update's samples.
+        steps: for each of them, its trained steps.
+        advantages: `[B]`, indexed by sample.
+    """
+    pairs = sorted((s, r) for r, own in zip(rows, steps, strict=True) for s in own)
+    for start in range(0, len(pairs), size):
+        part = pairs[start : start + size]
+        s, r = torch.tensor([p[0] for p in part]), torch.tensor([p[1] for p in part])
+        device_r, device_s = r.to(rollout.x.device), s.to(rollout.x.device)
+        yield Tile(
+            prompts=[rollout.prompts[i] for i in r.tolist()],
+            step=s,
+            x=rollout.x[device_r, device_s],
+            x_next=rollout.x[device_r, device_s + 1],
+            logp=rollout.logp[device_r, device_s],
+            advantage=advantages[r].to(rollout.x.device),
+            share=len(part) / len(pairs),
+        )
+
+
+def replay(policy: Policy, tile: Tile, table: StepTable, reduction: str = "mean") -> Tensor:
+    """Return the current policy's log-density of the stored steps of `tile`, `[N]`: the same call as sampling."""
+    timestep = table.timestep[tile.step].to(tile.x.device, torch.float32)
+    velocity = policy.velocity(tile.x, timestep, tile.prompts)
+    moved = transition(tile.x, velocity, table, tile.step, x_next=tile.x_next, reduction=reduction)
+    return moved.logp

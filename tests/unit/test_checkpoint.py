@@ -1,0 +1,86 @@
+"""Checkpoints: written whole or not at all, verified before they are read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from align import checkpoint
+from align.errors import CheckpointError
+
+
+def write(root, step, value=1.0, keep=9):
+    return checkpoint.save(root, step, {"model": {"w": torch.full((3, 2), value)}, "rng": {"torch": torch.get_rng_state()}}, {"n": step}, keep)
+
+
+def test_round_trip_and_choice_by_step_number(tmp_path):
+    for step in (2, 10, 9):
+        write(tmp_path, step, float(step))
+    got = checkpoint.load_latest(tmp_path)
+    assert got.step == 10 and got.state == {"n": 10} and torch.equal(got.tensors["model"]["w"], torch.full((3, 2), 10.0))
+    assert checkpoint.load_latest(tmp_path / "absent") is None
+
+
+def test_rotation_keeps_the_newest_and_a_step_can_be_written_again(tmp_path):
+    for step in range(1, 6):
+        write(tmp_path, step, keep=2)
+    assert list(checkpoint.checkpoints(tmp_path)) == [4, 5]
+    write(tmp_path, 5, 7.0, keep=2)
+    assert checkpoint.load_latest(tmp_path).tensors["model"]["w"][0, 0] == 7.0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000004", "step_000005"]
+
+
+def test_leftovers_of_a_kill_are_never_read_and_are_removed(tmp_path):
+    write(tmp_path, 1)
+    torn = tmp_path / ".writing_step_000002"
+    shutil.copytree(tmp_path / "step_000001", torn)
+    assert checkpoint.load_latest(tmp_path).step == 1
+    write(tmp_path, 3)
+    assert not torn.exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda p: (p / "manifest.json").unlink(), "not a whole checkpoint"),
+        (lambda p: (p / "manifest.json").write_text("{"), "manifest cannot be read"),
+        (lambda p: (p / "model.safetensors").unlink(), "lost a file"),
+        (lambda p: (p / "extra.bin").write_bytes(b"x"), "foreign file"),
+        (lambda p: (p / "model.safetensors").write_bytes((p / "model.safetensors").read_bytes()[:-1]), "wrong size"),
+        (lambda p: (p / "model.safetensors").write_bytes((p / "model.safetensors").read_bytes()[:-1] + b"\x01"), "corrupt"),
+        (lambda p: (p / "manifest.json").write_text(json.dumps({"step": 7, "files": {}})), "renamed"),
+    ],
+)
+def test_damage_is_refused_by_name_with_the_previous_one_offered(tmp_path, damage, words):
+    write(tmp_path, 1)
+    path = write(tmp_path, 2)
+    damage(path)
+    with pytest.raises(CheckpointError, match=words) as refused:
+        checkpoint.load_latest(tmp_path)
+    assert "step_000002" in str(refused.value) and "Resume from" in str(refused.value) and "step_000001" in refused.value.do
+
+
+def test_optimizer_state_round_trips_bit_for_bit(tmp_path):
+    def train(model, optimizer, steps):
+        for _ in range(steps):
+            model(torch.ones(2, 3)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    train(model, optimizer, 3)
+    slots, state = checkpoint.pack_optimizer(optimizer)
+    checkpoint.save(tmp_path, 3, {"model": dict(model.named_parameters()), "optimizer": slots}, {"optimizer": state})
+    found = checkpoint.load_latest(tmp_path)
+    other = torch.nn.Linear(3, 2)
+    other.load_state_dict(found.tensors["model"])
+    resumed = torch.optim.AdamW(other.parameters(), lr=0.7)
+    checkpoint.unpack_optimizer(resumed, found.tensors["optimizer"], found.state["optimizer"])
+    for pair in ((model, optimizer), (other, resumed)):
+        train(*pair, 4)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))

@@ -1,0 +1,102 @@
+"""From scores to advantages: group centring and scaling under a validity mask.
+
+The only place advantages are made. With r a reward of one component and valid members only:
+
+    group       A = (r - group mean) / (group std + eps)
+    global_std  A = (r - group mean) / (std over all groups + eps)
+    global      A = (r - mean over all) / (std over all + eps)
+
+Several components: each is normalised by itself, then `A = sum_k w_k A_k`, then one clip to
+`+-clip`. Rewards are never summed before normalising: a component with large units would own the sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from align.errors import ConfigError
+from align.groupstats import masked_mean, masked_std
+from align.types import Advantages, Scores
+
+
+def normalise(
+    values: np.ndarray, valid: np.ndarray, *, ddof: int = 1, eps: float = 1e-8, scope: str = "group"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Normalise one component over groups `[P, G]`.
+
+    A group in which all valid members are equal gets zeros; so does a missing member, and a group with
+    fewer than two valid members, since nothing can be said of it.
+
+    Returns:
+        `(advantages [P, G], kept [P, G])`; kept members had a value in a group of at least two.
+
+    Raises:
+        ConfigError: an unknown scope.
+    """
+    if scope not in ("group", "global_std", "global"):
+        raise ConfigError(f"Unknown advantage scope {scope!r}", do="Choose group, global_std or global")
+    kept = valid & (valid.sum(1, keepdims=True) >= 2)
+    mean = masked_mean(values, kept) if scope == "global" else masked_mean(values, kept, axis=1)[:, None]
+    std = masked_std(values, kept, axis=1, ddof=ddof)[:, None] if scope == "group" else masked_std(values, kept, ddof=ddof)
+    centred = np.where(kept, values - mean, 0.0)
+    # Equal values can leave a rounding residue in their mean; it must not be blown up to full scale.
+    flat = np.abs(centred) <= 1e-12 * np.maximum(1.0, np.abs(np.nan_to_num(values)))
+    scaled = np.divide(centred, std + eps, out=np.zeros_like(centred), where=np.broadcast_to(std + eps > 0, centred.shape) & ~flat)
+    return scaled, kept
+
+
+def group_advantages(
+    scores: Scores,
+    group_size: int,
+    weights: Sequence[float],
+    *,
+    ddof: int = 1,
+    eps: float = 1e-8,
+    scope: str = "group",
+    clip: float | None = 5.0,
+) -> Advantages:
+    """Turn the scores of B = P G samples (member fastest) into advantages `[P, G]`.
+
+    A missing component contributes nothing for that member and leaves the component's statistics. A
+    member is dropped when all its components are missing.
+
+    Args:
+        weights: one a component, in the order of `scores.names`.
+        clip: bound on |A| after the weighted sum, None for none. It can bind only below the largest
+            possible value, (G - 1) / sqrt(G) for ddof 1 and sqrt(G - 1) for ddof 0, times the weights.
+
+    Raises:
+        ConfigError: B not a multiple of G, G below 2, or a weight missing.
+
+    Source: DanceGRPO (arXiv 2505.07818), algorithm 1; aggregation of section 3.3.
+    """
+    if group_size < 2 or len(scores) % group_size:
+        raise ConfigError(
+            "Group advantages need whole groups of at least two", why=f"{len(scores)} scores, group_size {group_size}"
+        )
+    if len(weights) != len(scores.names):
+        raise ConfigError("Every reward component needs a weight", why=f"{len(scores.names)} components, {len(weights)} weights")
+    shape = (len(scores) // group_size, group_size)
+    total, kept, flat = np.zeros(shape), np.zeros(shape, bool), np.ones(shape[0], bool)
+    raw_std = {}
+    for k, name in enumerate(scores.names):
+        values, valid = scores.values[:, k].reshape(shape), scores.valid[:, k].reshape(shape)
+        advantage, component_kept = normalise(values, valid, ddof=ddof, eps=eps, scope=scope)
+        total += weights[k] * advantage
+        kept |= component_kept
+        flat &= ~(advantage != 0).any(1)
+        within = masked_std(values, valid, axis=1, ddof=ddof)
+        raw_std[name] = float(np.nanmean(within)) if np.isfinite(within).any() else float("nan")
+    if clip is not None:
+        total = np.clip(total, -clip, clip)
+    some = kept.any(1)
+    return Advantages(
+        values=np.where(kept, total, 0.0),
+        kept=kept,
+        zero_std_groups=int((flat & some).sum()),
+        invalid_members=int((~scores.valid.any(1)).sum()),
+        dropped_groups=int((~some).sum()),
+        raw_std=raw_std,
+    )

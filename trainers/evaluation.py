@@ -1,0 +1,319 @@
+"""Held-out evaluation: the same prompts and the same noise before, during and after training.
+
+Noise is a function of (seed, prompt, member), so two evaluations are paired sample by sample, and the
+change between them is estimated from differences, with whole prompts resampled in the bootstrap.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from align.config import DanceGRPOConfig, ModelConfig, RewardConfig, load_config
+from align.diffusion.kernels import StepTable, step_table
+from align.diffusion.policy import Policy, resolve_model
+from align.diffusion.rollout import decode, initial_noise, solve
+from align.errors import CheckpointError, ConfigError, DataError
+from align.groupstats import Estimate, bootstrap_mean
+from align.prompts import PromptSet, load_prompts
+from align.types import Samples
+from rewards.panel import Panel
+
+
+def ode_table(policy: Policy, solver_steps: int, shift: float | None, latent_shape: Sequence[int]) -> StepTable:
+    """Tabulate the deterministic sampler of `solver_steps` steps."""
+    return step_table("ode", 0.0, *policy.family.schedule(solver_steps, shift, tuple(latent_shape)))
+
+
+def generate(
+    policy: Policy,
+    prompts: Sequence[str],
+    members: int,
+    *,
+    seed: int,
+    solver_steps: int,
+    shift: float | None = None,
+    size: tuple[int | None, int | None] = (None, None),
+    batch: int = 256,
+) -> Samples:
+    """Sample `members` images a prompt with the ODE, every image from its own noise; member fastest."""
+    shape = policy.family.latent_shape(*size)
+    table = ode_table(policy, solver_steps, shift, shape)
+    flat = [p for p in prompts for _ in range(members)]
+    images = []
+    for start in range(0, len(flat), batch):
+        rows = range(start, min(start + batch, len(flat)))
+        noise = torch.cat(
+            [initial_noise(shape, 1, 1, "none", seed, "evaluation", prompts[r // members], r % members) for r in rows]
+        )
+        x0, _, _ = solve(policy, noise, [flat[r] for r in rows], table)
+        images.append(decode(policy, x0))
+    return Samples(prompts=flat, images=torch.cat(images))
+
+
+def diversity(images: torch.Tensor, prompts: Sequence[str]) -> float:
+    """Return the within-prompt pixel standard deviation: `sqrt(mean over prompts and pixels of Var_members)`.
+
+    Prompts with one image say nothing and are left out; NaN when none is left.
+    """
+    groups: dict[str, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(i)
+    variances = [images[rows].double().var(0, unbiased=True).mean() for rows in groups.values() if len(rows) > 1]
+    return float(torch.stack(variances).mean().sqrt()) if variances else float("nan")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Scores of N evaluation samples, by name `[N]`, with the samples' prompts and members."""
+
+    prompts: list[str]
+    members: list[int]
+    values: dict[str, np.ndarray]
+    diversity: float
+    seconds: float
+    extras: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def estimate(self, name: str) -> Estimate:
+        """Return the mean of a value with an interval clustered by prompt."""
+        return bootstrap_mean(self.values[name], np.asarray(self.prompts))
+
+    def gain(self, base: Measurement, name: str) -> Estimate:
+        """Return the paired difference `self - base` on the samples both have, clustered by prompt."""
+        before = dict(zip(zip(base.prompts, base.members, strict=True), base.values[name], strict=True))
+        keys = list(zip(self.prompts, self.members, strict=True))
+        difference = np.array([v - before.get(k, np.nan) for k, v in zip(keys, self.values[name], strict=True)])
+        return bootstrap_mean(difference, np.asarray(self.prompts))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one JSON-ready object a sample; a missing value is null."""
+        columns = {**self.values, **self.extras}
+        return [
+            {"prompt": p, "member": m, **{n: (float(v[i]) if np.isfinite(v[i]) else None) for n, v in columns.items()}}
+            for i, (p, m) in enumerate(zip(self.prompts, self.members, strict=True))
+        ]
+
+
+def measure(policy: Policy, prompts: Sequence[str], members: int, panels: Mapping[str, Panel], **sampler: Any) -> Measurement:
+    """Generate `members` images a prompt and score them with every panel.
+
+    Values are named "<panel>" for the panel's weighted sum and "<panel>/<component>"; extras, such as
+    the accuracy of a classifier reward, keep their own name.
+    """
+    began = time.perf_counter()
+    samples = generate(policy, prompts, members, **sampler)
+    values, extras = {}, {}
+    for panel_name, panel in panels.items():
+        scores = panel.score(samples)
+        values[panel_name] = panel.total(scores)
+        values.update({f"{panel_name}/{name}": scores.column(name) for name in scores.names})
+        extras.update(
+            {f"{panel_name}/{n}": np.asarray(v, dtype=float) for n, v in scores.extras.items() if np.shape(v) == (len(samples),)}
+        )
+    return Measurement(
+        prompts=list(samples.prompts),
+        members=[i % members for i in range(len(samples))],
+        values=values,
+        diversity=diversity(samples.images, samples.prompts),
+        seconds=time.perf_counter() - began,
+        extras=extras,
+    )
+
+
+def members_for(samples: int, prompts: int) -> int:
+    """Return how many images a prompt make at least `samples` in all, and at least two."""
+    return max(2, math.ceil(samples / prompts))
+
+
+def resolve_prompts(config: DanceGRPOConfig) -> tuple[PromptSet, PromptSet]:
+    """Return the training and the held-out prompts, disjoint.
+
+    Raises:
+        DataError: nothing left to train on, or to hold out.
+    """
+    source: Any = config.prompts.path
+    if source == "digits":
+        from align.diffusion.digits import digit_prompts
+
+        source = digit_prompts()
+    prompts = load_prompts(source)
+    if config.prompts.heldout_path:
+        return prompts, load_prompts(config.prompts.heldout_path)
+    train, heldout = prompts.split(config.prompts.heldout_fraction, config.seed)
+    if not len(train) or not len(heldout):
+        raise DataError(
+            "The prompts cannot be split",
+            where=str(config.prompts.path),
+            why=f"{len(prompts)} prompts at heldout_fraction {config.prompts.heldout_fraction:g} leave {len(train)} to train on and {len(heldout)} held out",
+            do="Give more prompts, another prompts.heldout_fraction, or prompts.heldout_path",
+        )
+    return train, heldout
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to sample or evaluate: its policy, the configuration it was trained with, and its name."""
+
+    policy: Policy
+    config: DanceGRPOConfig | None
+    name: str
+
+
+def open_source(source: str | Path, *, guidance_scale: float | None = None) -> Source:
+    """Open a run folder (its last checkpoint), a checkpoint folder, a pipeline folder, or a built-in name.
+
+    Raises:
+        CheckpointError: a run without a checkpoint.
+        ModelError: not a model.
+    """
+    from align import checkpoint
+
+    path = Path(source)
+    run = path if (path / "run.json").is_file() else path.parent.parent if (path / "manifest.json").is_file() else None
+    if run is None:
+        policy = Policy.load(resolve_model(str(source)), ModelConfig(path=str(source), train="full"), seed=0)
+        return Source(policy.with_guidance(guidance_scale or 1.0), None, str(source))
+    config = load_config(run / "config.yaml")
+    found = checkpoint.load(path) if path != run else checkpoint.load_latest(run / "checkpoints")
+    if found is None:
+        raise CheckpointError("The run has no checkpoint yet", where=str(run), do="Let it reach checkpoint.every steps")
+    policy = load_policy(config)
+    with torch.no_grad():
+        for name, parameter in policy.trainable().items():
+            parameter.copy_(found.tensors["model"][name])
+    scale = guidance_scale if guidance_scale is not None else config.evaluation.guidance_scale
+    return Source(policy.with_guidance(scale), config, f"{run} at step {found.step}")
+
+
+def load_policy(config: DanceGRPOConfig) -> Policy:
+    """Load the model of a configuration, ready to train."""
+    return Policy.load(
+        resolve_model(config.model.path),
+        config.model,
+        seed=config.seed,
+        guidance=config.sampler.guidance,
+        guidance_scale=config.sampler.guidance_scale,
+    )
+
+
+def _prompts_for(source: Source, prompts: Any) -> list[str]:
+    if prompts is not None:
+        return load_prompts([prompts] if isinstance(prompts, str) and not Path(prompts).is_file() else prompts).prompts
+    if source.config is None:
+        raise ConfigError("Which prompts", where=source.name, do="Give a prompts file: a model folder brings none")
+    return resolve_prompts(source.config)[1].prompts
+
+
+def _sampler(source: Source, seed: int | None, solver_steps: int | None) -> dict[str, Any]:
+    config = source.config
+    return {
+        "seed": seed if seed is not None else (config.seed if config else 0),
+        "solver_steps": solver_steps or (config.evaluation.solver_steps if config else 20),
+        "shift": config.sampler.shift if config else None,
+        "size": (config.sampler.height, config.sampler.width) if config else (None, None),
+    }
+
+
+def evaluate(
+    source: str | Path,
+    prompts: Any = None,
+    *,
+    samples: int = 256,
+    seed: int | None = None,
+    guidance_scale: float | None = None,
+    solver_steps: int | None = None,
+    rewards: Sequence[str | RewardConfig] | None = None,
+    out: str | Path | None = None,
+) -> dict[str, Any]:
+    """Measure a run, checkpoint or model folder on prompts it was not trained on, with the ODE sampler.
+
+    Args:
+        source: see `open_source`.
+        prompts: a file, a list of texts or one text; a run's held-out prompts when None.
+        samples: images in all, spread evenly over the prompts.
+        rewards: names; a run's held-out rewards when None.
+        out: a JSON-lines file to write every sample's scores to.
+
+    Returns:
+        the mean of every reward with its interval, diversity, and what was sampled how.
+    """
+    opened = open_source(source, guidance_scale=guidance_scale)
+    names = _prompts_for(opened, prompts)
+    chosen = [RewardConfig(name=r) if isinstance(r, str) else r for r in rewards or ()]
+    if rewards is None and opened.config is not None:
+        chosen = list(opened.config.heldout_rewards or opened.config.rewards)
+    if not chosen:
+        raise ConfigError("Which reward", where=opened.name, do="Name one with rewards=; `align rewards` lists them")
+    sampler = _sampler(opened, seed, solver_steps)
+    measured = measure(opened.policy, names, members_for(samples, len(names)), {"reward": Panel.build(chosen)}, **sampler)
+    if out is not None:
+        write_rows(Path(out), measured)
+    return {
+        "source": opened.name,
+        "prompts": len(names),
+        "samples": len(measured.prompts),
+        "guidance_scale": opened.policy.guidance_scale,
+        **{k: sampler[k] for k in ("seed", "solver_steps", "shift")},
+        "sampler": "ode",
+        "rewards": {name: measured.estimate(name).as_dict() for name in measured.values},
+        **{name.removeprefix("reward/"): float(np.nanmean(v)) for name, v in measured.extras.items()},
+        "diversity": measured.diversity,
+        "seconds": measured.seconds,
+    }
+
+
+def sample_images(
+    source: str | Path,
+    prompts: Any = None,
+    *,
+    count: int = 4,
+    seed: int | None = None,
+    guidance_scale: float | None = None,
+    solver_steps: int | None = None,
+    out: str | Path = "samples",
+) -> Path:
+    """Write `count` images a prompt as PNG files, `grid.png`, and `samples.jsonl` that says which is which."""
+    from align.tracking import save_grid, save_image
+
+    opened = open_source(source, guidance_scale=guidance_scale)
+    names = _prompts_for(opened, prompts)
+    sampler = _sampler(opened, seed, solver_steps)
+    made = generate(opened.policy, names, count, **sampler)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
+        for i, prompt in enumerate(made.prompts):
+            name = f"{i // count:04d}_{i % count:02d}.png"
+            save_image(folder / name, made.images[i])
+            file.write(json.dumps({"image": name, "prompt": prompt, "member": i % count, **sampler}) + "\n")
+    save_grid(folder / "grid.png", made.images, columns=count, labels=names)
+    return folder
+
+
+def write_rows(path: Path, measured: Measurement) -> None:
+    """Write one JSON object a sample, replacing the file as a whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".writing")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in measured.rows()), encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_rows(path: Path) -> Measurement:
+    """Read what `write_rows` wrote."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    columns = [key for key in rows[0] if key not in ("prompt", "member")]
+    return Measurement(
+        prompts=[row["prompt"] for row in rows],
+        members=[row["member"] for row in rows],
+        values={c: np.array([np.nan if row[c] is None else row[c] for row in rows], dtype=float) for c in columns},
+        diversity=float("nan"),
+        seconds=0.0,
+    )

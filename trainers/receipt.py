@@ -1,0 +1,135 @@
+"""What a visual run hands over beside the weights: evaluations, sample grids, alarms and the summary."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from align import guards
+from align.diffusion.policy import Policy
+from align.run import Run, peak_memory_mb
+from align.tracking import save_grid
+from rewards.panel import Panel
+from trainers.evaluation import Measurement, generate, measure, members_for, read_rows, write_rows
+
+GRID_PROMPTS, GRID_MEMBERS = 8, 6
+
+
+class Receipt:
+    """Measures a run from outside: before, during and after training.
+
+    Args:
+        run: the run, whose log it writes to.
+        policy: the model in training.
+        prompts: held-out prompts.
+        panels: "reward" (trained on) and "heldout" (never trained on).
+    """
+
+    def __init__(self, run: Run, policy: Policy, prompts: Sequence[str], panels: Mapping[str, Panel]) -> None:
+        self.run, self.config, self.prompts = run, run.config, list(prompts)
+        self.policy = policy.with_guidance(self.config.evaluation.guidance_scale)
+        self.panels = {name: panel for name, panel in panels.items() if panel}
+        self.heldout = "heldout" if "heldout" in self.panels else "reward"
+        sampler = self.config.sampler
+        self._sampler: dict[str, Any] = {
+            "seed": self.config.seed,
+            "solver_steps": self.config.evaluation.solver_steps,
+            "shift": sampler.shift,
+            "size": (sampler.height, sampler.width),
+        }
+        self._base: Measurement | None = None
+
+    @property
+    def base_path(self) -> Path:
+        """Where the scores of every sample of the untrained model are kept."""
+        return self.run.directory / "evaluations" / "step_000000.jsonl"
+
+    def before(self) -> None:
+        """Measure the untrained model, unless a resumed run has done so."""
+        if self.run.step == 0:
+            self._base = self._evaluate(0, self.config.evaluation.final_samples)
+            write_rows(self.base_path, self._base)
+            self._grid(0)
+        else:
+            self._base = read_rows(self.base_path)
+
+    def during(self, step: int) -> dict[str, float]:
+        """Evaluate and draw when due; raise the drift alarm when the rewards part ways."""
+        began, found = time.perf_counter(), {}
+        evaluation, last = self.config.evaluation, step == self.config.steps
+        if evaluation.every and step % evaluation.every == 0 and not last:
+            now = self._evaluate(step, evaluation.samples)
+            found = {"diversity": now.diversity, "heldout": now.estimate(self.heldout).mean}
+            self._watch(step, now)
+        if self.config.tracking.samples_every and (step % self.config.tracking.samples_every == 0 or last):
+            self._grid(step)
+        return {**found, "time/log": time.perf_counter() - began}
+
+    def after(self) -> dict[str, Any]:
+        """Measure the trained model on the base model's prompts and noises and write `summary.json`."""
+        base, final = self._base, self._evaluate(self.config.steps, self.config.evaluation.final_samples)
+        write_rows(self.run.directory / "evaluations" / f"step_{self.config.steps:06d}.jsonl", final)
+        self._watch(self.config.steps, final)
+        rows = self.run.log.read_metrics()
+        first = json.loads((self.run.directory / "evaluation.jsonl").read_text(encoding="utf-8").splitlines()[0])
+        summary = {
+            "name": self.config.name,
+            "steps": self.config.steps,
+            "reward_before": base.estimate("reward").as_dict(),
+            "reward_after": final.estimate("reward").as_dict(),
+            "heldout_before": base.estimate(self.heldout).as_dict(),
+            "heldout_after": final.estimate(self.heldout).as_dict(),
+            "heldout_gain": final.gain(base, self.heldout).as_dict(),
+            **{f"{key}_before": first[key] for key in ("heldout_accuracy", "diversity") if key in first},
+            **{f"{key}_after": value for key, value in self._facts(final).items() if key in first},
+            "first_ratio_error_max": max((row["first_ratio_error"] for row in rows), default=None),
+            "feq_per_sample": rows[-1]["feq_per_sample"] if rows else None,
+            "cpu_seconds": self.run.cpu_seconds(),
+            "seconds": self.run.seconds(),
+            "peak_memory_mb": peak_memory_mb(),
+        }
+        path = self.run.directory / "summary.json"
+        path.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        return summary
+
+    def _facts(self, measured: Measurement) -> dict[str, float]:
+        accuracy = measured.extras.get(f"{self.heldout}/accuracy")
+        found = {"diversity": measured.diversity}
+        return found if accuracy is None else {**found, "heldout_accuracy": float(np.nanmean(accuracy))}
+
+    def _evaluate(self, step: int, samples: int) -> Measurement:
+        members = members_for(samples, len(self.prompts))
+        measured = measure(self.policy, self.prompts, members, self.panels, **self._sampler)
+        row = {
+            "step": step,
+            "sampler": f"ode, {self._sampler['solver_steps']} steps",
+            "n": len(measured.prompts),
+            "heldout": measured.estimate(self.heldout).as_dict(),
+            "reward": measured.estimate("reward").as_dict(),
+            "components": {name: measured.estimate(name).as_dict() for name in measured.values if "/" in name},
+            **self._facts(measured),
+            "seconds": measured.seconds,
+        }
+        self.run.log.evaluation(row)
+        return measured
+
+    def _watch(self, step: int, now: Measurement) -> None:
+        gain = now.gain(self._base, "reward")
+        verdict = guards.drift(gain.mean, now.gain(self._base, self.heldout))
+        if verdict.hacked:
+            self.run.log.warn(step, "alarm", "drift", verdict.message)
+
+    def _grid(self, step: int) -> None:
+        prompts = self.prompts[:GRID_PROMPTS]
+        made = generate(self.policy, prompts, GRID_MEMBERS, **self._sampler)
+        folder = self.run.directory / "samples"
+        folder.mkdir(exist_ok=True)
+        save_grid(folder / f"step_{step:06d}.png", made.images, columns=GRID_MEMBERS, labels=prompts)
+        names = folder / "prompts.json"
+        if not names.is_file():
+            names.write_text(json.dumps({"prompts": prompts, "columns": GRID_MEMBERS}), encoding="utf-8")
