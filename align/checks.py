@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from align.errors import ConfigError
+from align.errors import AlignError, ConfigError
+from align.registry import suggest
 
 if TYPE_CHECKING:
     from align.config import DanceGRPOConfig
@@ -87,9 +91,21 @@ def clip_nats(config: DanceGRPOConfig, latent_dim: int) -> float:
     return config.objective.clip_range * (latent_dim if config.objective.logprob_reduction == "mean" else 1)
 
 
-def check_config(config: DanceGRPOConfig) -> list[Finding]:
-    """Return every finding on `config`, errors first."""
+def check_config(
+    config: DanceGRPOConfig, *, reward_names: Collection[str] | None = None, files: bool = False
+) -> list[Finding]:
+    """Return every finding on `config`, errors first.
+
+    Args:
+        config: what to check.
+        reward_names: the registered rewards; an unknown name is then an error.
+        files: also read the prompt files and look for the model folder.
+    """
     found = [*_sampling(config), *_training(config), *_rewards(config), *_evaluation(config)]
+    if reward_names is not None:
+        found += _reward_names(config, reward_names)
+    if files:
+        found += _files(config)
     order = ("error", "warning", "note")
     return sorted(found, key=lambda finding: order.index(finding.level))
 
@@ -100,10 +116,12 @@ def require_valid(config: DanceGRPOConfig) -> list[Finding]:
     Raises:
         ConfigError: the first error found, where its value came from, and what to change.
     """
+    from align.config import config_origins
+
     findings = check_config(config)
     for finding in findings:
         if finding.level == "error":
-            origin = config._origins.get(finding.key, "")
+            origin = config_origins(config).get(finding.key)
             where = f"{finding.key}, {origin}" if origin else finding.key
             raise ConfigError(finding.message, where=where, do=finding.do)
     return findings
@@ -224,11 +242,11 @@ def _rewards(config: DanceGRPOConfig) -> list[Finding]:
                 "error", "heldout_is_trained", f"The held-out reward {reward.name!r} is also trained on",
                 "Give it other args (such as split: evaluator), or remove it", f"heldout_rewards.{i}.name",
             ))  # fmt: skip
-    names = [reward.name for reward in config.rewards]
-    for name in sorted({name for name in names if names.count(name) > 1}):
+    if len(identities) < len(config.rewards):
         found.append(Finding(
-            "error", "reward_twice", f"The reward {name!r} is trained on twice", "Keep one, and set its weight", "rewards"
-        ))
+            "error", "reward_twice", "The same reward is listed twice with the same args",
+            "Keep one of them, and set its weight", "rewards.0.name",
+        ))  # fmt: skip
     return found
 
 
@@ -246,8 +264,8 @@ def _evaluation(config: DanceGRPOConfig) -> list[Finding]:
     if config.sampler.shift is not None:
         found.append(Finding(
             "warning", "shift_mismatch",
-            f"Rollouts use shift {config.sampler.shift:g} while evaluation and deployment use the pipeline's own schedule",
-            "Set sampler.shift: null unless the two agree", "sampler.shift",
+            f"Rollouts and evaluation use shift {config.sampler.shift:g}, a plain call of the pipeline its own schedule",
+            "Set sampler.shift: null unless the two agree, or deploy at this shift", "sampler.shift",
         ))  # fmt: skip
     if config.evaluation.guidance_scale != config.sampler.guidance_scale:
         found.append(Finding(
@@ -256,3 +274,102 @@ def _evaluation(config: DanceGRPOConfig) -> list[Finding]:
             f"{config.evaluation.guidance_scale:g}", "", "evaluation.guidance_scale",
         ))  # fmt: skip
     return found
+
+
+BUILTIN = ("digits",)
+
+
+def _reward_names(config: DanceGRPOConfig, known: Collection[str]) -> list[Finding]:
+    listed = [(f"{part}.{i}.name", r.name) for part in ("rewards", "heldout_rewards") for i, r in enumerate(getattr(config, part))]
+    return [
+        Finding("error", "unknown_reward", f"Unknown reward {name!r}", suggest(name, known).removesuffix("."), key)
+        for key, name in listed
+        if name not in known
+    ]
+
+
+def _files(config: DanceGRPOConfig) -> list[Finding]:
+    from align.prompts import load_prompts
+
+    found, prompts = [], config.prompts
+    for key, path in (("prompts.path", prompts.path), ("prompts.heldout_path", prompts.heldout_path)):
+        if path is None or path in BUILTIN:
+            continue
+        try:
+            loaded = load_prompts(path, prompt_column=prompts.prompt_column, image_column=prompts.image_column)
+        except AlignError as error:
+            found.append(Finding("error", "prompts", str(error).removesuffix("."), "", key))
+            continue
+        if loaded.duplicates:
+            found.append(Finding(
+                "warning", "duplicate_prompts", f"{loaded.duplicates} of {len(loaded)} prompts repeat an earlier one",
+                "Remove them, unless their images or metadata differ", key,
+            ))  # fmt: skip
+    model = config.model.path
+    if model not in BUILTIN and not (Path(model) / "model_index.json").is_file():
+        found.append(Finding(
+            "error", "model", f"{model!r} is no diffusers pipeline folder: it has no model_index.json",
+            "Give a folder written by save_pretrained, or 'digits' for the embedded model", "model.path",
+        ))  # fmt: skip
+    return found
+
+
+def latent_dim(config: DanceGRPOConfig) -> int | None:
+    """Return the latent elements of one image, or None where the pipeline folder does not tell.
+
+    `latent_channels * (height / f) * (width / f)` with f the downsampling of the folder's AutoencoderKL.
+    """
+    parts: dict[str, dict[str, Any]] = {}
+    for name in ("vae", "transformer", "unet"):
+        file = Path(config.model.path) / name / "config.json"
+        if file.is_file():
+            try:
+                parts[name] = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError:
+                return None
+    vae, denoiser = parts.get("vae", {}), parts.get("transformer") or parts.get("unet") or {}
+    if vae.get("_class_name") != "AutoencoderKL":
+        return None
+    factor, native = 2 ** (len(vae.get("block_out_channels", [0])) - 1), denoiser.get("sample_size")
+    sides = [native if pixels is None else pixels // factor for pixels in (config.sampler.height, config.sampler.width)]
+    channels = vae.get("latent_channels")
+    return channels * sides[0] * sides[1] if all(isinstance(n, int) for n in (channels, *sides)) else None
+
+
+def describe_config(config: DanceGRPOConfig, findings: list[Finding]) -> dict[str, Any]:
+    """Return what `align check` says of a config: its name, sizes, ledger, clip range and findings."""
+    dim = latent_dim(config)
+    return {
+        "kind": "config",
+        "name": config.name,
+        "trainer": config.trainer,
+        "steps": config.steps,
+        "ledger": feq_ledger(config),
+        "latent_dim": dim,
+        "clip_range": config.objective.clip_range,
+        "clip_nats": None if dim is None else clip_nats(config, dim),
+        "logprob_reduction": config.objective.logprob_reduction,
+        "findings": [asdict(finding) for finding in findings],
+        "valid": all(finding.level != "error" for finding in findings),
+    }
+
+
+def describe_prompts(path: str | Path, *, image_column: str | None = None) -> dict[str, Any]:
+    """Return what `align check` says of a prompt file: rows, duplicates, metadata fields, length.
+
+    Raises:
+        DataError: the file is not what it claims to be.
+    """
+    from align.prompts import load_prompts
+
+    prompts = load_prompts(path, image_column=image_column)
+    return {
+        "kind": "prompts",
+        "source": prompts.source,
+        "prompts": len(prompts),
+        "duplicates": prompts.duplicates,
+        "metadata": sorted({key for row in prompts.metadata for key in row}),
+        "longest": max(len(text) for text in prompts),
+        "first": prompts.prompts[0],
+        "valid": True,
+    }

@@ -59,7 +59,7 @@ class ModelConfig(_Section):
 
     path: str = Field(min_length=1, description="A diffusers pipeline folder, or `digits` for the embedded model.")
     family: str | None = Field(
-        None, description="Pipeline class that overrides model_index.json, e.g. StableDiffusion3Pipeline; null reads it."
+        None, description="Pipeline class that overrides model_index.json, such as StableDiffusion3Pipeline; null reads it."
     )
     train: Literal["lora", "full"] = Field("lora", description="Train LoRA adapters, or every weight of the denoiser.")
     lora: LoraConfig = Field(LoraConfig(), description="The adapters, read when train is lora.")
@@ -124,6 +124,9 @@ class ObjectiveConfig(_Section):
     )
     logprob_reduction: Literal["mean", "sum"] = Field(
         "mean", description="Reduce the log-prob over latent dimensions by mean (DanceGRPO) or by sum (a true density)."
+    )
+    min_valid_share: Float = Field(
+        0.5, ge=0, le=1, description="The run stops when a smaller share of a rollout than this could be scored."
     )
 
 

@@ -50,7 +50,9 @@ def read_text(path: str | Path, error: type[AlignError] = ConfigError) -> str:
         raise error(
             "A file is not UTF-8 text",
             where=f"{path}, line {raw[:start].count(10) + 1}",
-            why=f"byte 0x{raw[start]:02x} at offset {start} starts no character",
+            why="it starts like UTF-16"
+            if raw[:2] in (b"\xff\xfe", b"\xfe\xff")
+            else f"byte 0x{raw[start]:02x} at offset {start} is part of no character",
             do="Save the file as UTF-8",
         ) from bad
 

@@ -100,16 +100,17 @@ class DanceGRPO:
     def train(self) -> RunResult:
         """Train to the configured number of steps, or until asked to stop."""
         config, policy, rewards = self.config, self.policy, self.rewards
-        policy.remember(self.prompts.prompts)
+        policy.encodings.add(self.prompts)
         with Run(config, self.directory, policy.trainable(), self._record()) as run:
-            receipt = Receipt(run, policy, self.heldout_prompts.prompts, {"reward": rewards, "heldout": self.heldout})
+            receipt = Receipt(run, policy, list(self.heldout_prompts), {"reward": rewards, "heldout": self.heldout})
             receipt.before()
             for step in run.steps():
                 clock = _Clock()
                 prompts = self.prompts.at(step, config.prompts_per_step, config.seed)
                 rollout = sample(
                     policy,
-                    prompts,
+                    prompts.texts,
+                    metadata=prompts.metadata,
                     group_size=config.group_size,
                     table=self.table,
                     latent_shape=self.latent_shape,
@@ -135,7 +136,7 @@ class DanceGRPO:
         reduction = config.objective.logprob_reduction
         count = trained_step_count(config.sampler.solver_steps, config.trained_steps.fraction, config.trained_steps.rule)
         steps = self.table.stochastic_steps
-        values = torch.as_tensor(advantages.values.reshape(-1), dtype=torch.float32)
+        values = torch.as_tensor(advantages.values.reshape(-1))
         kept = np.flatnonzero(advantages.kept.reshape(-1))
         order = kept[permutation(len(kept), config.seed, step, "minibatches")]
         nats = math.prod(self.latent_shape) if reduction == "sum" else 1
@@ -147,7 +148,9 @@ class DanceGRPO:
             for tile in tiles(rollout, rows.tolist(), chosen, values, config.batch.tile or len(rollout)):
                 logp = replay(self.policy, tile, self.table, reduction)
                 if update == 0:
-                    error = guards.require_first_ratio(logp, tile.logp, tolerance, f"step {step}")
+                    error = guards.require_first_ratio(
+                        logp, tile.logp, self.table.std[tile.step], tolerance, f"step {step}"
+                    )
                     stats.maxima["first_ratio_error"] = max(error, stats.maxima.get("first_ratio_error", 0.0))
                 terms = grpo_clip(
                     logp, tile.logp, tile.advantage, clip_low=config.objective.clip_range, clip_high=config.objective.clip_range

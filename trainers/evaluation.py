@@ -21,9 +21,9 @@ from align.config import DanceGRPOConfig, ModelConfig, RewardConfig, load_config
 from align.diffusion.kernels import StepTable, step_table
 from align.diffusion.policy import Policy, resolve_model
 from align.diffusion.rollout import decode, initial_noise, solve
-from align.errors import CheckpointError, ConfigError, DataError
+from align.errors import CheckpointError, ConfigError
 from align.groupstats import Estimate, bootstrap_mean
-from align.prompts import PromptSet, load_prompts
+from align.prompts import PromptSet, load_prompts, training_and_heldout
 from align.types import Samples
 from rewards.panel import Panel
 
@@ -134,28 +134,14 @@ def members_for(samples: int, prompts: int) -> int:
 
 
 def resolve_prompts(config: DanceGRPOConfig) -> tuple[PromptSet, PromptSet]:
-    """Return the training and the held-out prompts, disjoint.
+    """Return the training and the held-out prompts; the held-out split is the same for every run seed."""
 
-    Raises:
-        DataError: nothing left to train on, or to hold out.
-    """
-    source: Any = config.prompts.path
-    if source == "digits":
+    def digits() -> list[str]:
         from align.diffusion.digits import digit_prompts
 
-        source = digit_prompts()
-    prompts = load_prompts(source)
-    if config.prompts.heldout_path:
-        return prompts, load_prompts(config.prompts.heldout_path)
-    train, heldout = prompts.split(config.prompts.heldout_fraction, config.seed)
-    if not len(train) or not len(heldout):
-        raise DataError(
-            "The prompts cannot be split",
-            where=str(config.prompts.path),
-            why=f"{len(prompts)} prompts at heldout_fraction {config.prompts.heldout_fraction:g} leave {len(train)} to train on and {len(heldout)} held out",
-            do="Give more prompts, another prompts.heldout_fraction, or prompts.heldout_path",
-        )
-    return train, heldout
+        return digit_prompts()
+
+    return training_and_heldout(config.prompts, builtin={"digits": digits})
 
 
 @dataclass(frozen=True)
@@ -206,10 +192,11 @@ def load_policy(config: DanceGRPOConfig) -> Policy:
 
 def _prompts_for(source: Source, prompts: Any) -> list[str]:
     if prompts is not None:
-        return load_prompts([prompts] if isinstance(prompts, str) and not Path(prompts).is_file() else prompts).prompts
+        single = isinstance(prompts, str) and not Path(prompts).suffix
+        return list(load_prompts([prompts] if single else prompts))
     if source.config is None:
         raise ConfigError("Which prompts", where=source.name, do="Give a prompts file: a model folder brings none")
-    return resolve_prompts(source.config)[1].prompts
+    return list(resolve_prompts(source.config)[1])
 
 
 def _sampler(source: Source, seed: int | None, solver_steps: int | None) -> dict[str, Any]:

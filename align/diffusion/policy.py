@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 ADAPTER = "policy"
-_CACHE_BYTES = 2 << 30
 
 
 def load_family(path: str | Path, family: str | None = None, device: str | torch.device | None = None) -> Family:
@@ -45,15 +45,19 @@ def load_family(path: str | Path, family: str | None = None, device: str | torch
             do="Give a folder written by save_pretrained, or 'digits' for the embedded model",
         )
     try:
-        name = family or json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+        listed = json.loads(index.read_text(encoding="utf-8"))
+        name = family or listed["_class_name"]
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError("A pipeline's model_index.json cannot be read", where=str(index), why=str(error)) from error
     if name not in FAMILIES:
         raise ModelError(f"No model family runs {name!r}", where=str(index), do=suggest(name, FAMILIES))
     import diffusers
 
+    # A component saved as absent (SD3 without T5) has to be passed as absent to be loaded so.
+    absent = {part: None for part, home in listed.items() if isinstance(home, list) and home[0] is None}
     try:
-        pipeline: DiffusionPipeline = getattr(diffusers, name).from_pretrained(folder, torch_dtype=torch.float32)
+        with _quiet_loading():
+            pipeline: DiffusionPipeline = getattr(diffusers, name).from_pretrained(folder, dtype=torch.float32, **absent)
     except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
         raise ModelError(f"The {name} folder cannot be loaded", where=str(folder), why=str(error).splitlines()[0]) from error
     pipeline.set_progress_bar_config(disable=True)
@@ -62,6 +66,22 @@ def load_family(path: str | Path, family: str | None = None, device: str | torch
         if isinstance(component, nn.Module):
             component.requires_grad_(False).eval()
     return FAMILIES.get(name)(pipeline)
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Keep the loaders' own progress bars off the terminal: a run shows one line of its own."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    shown = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
+    for log in shown:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in shown:
+            log.enable_progress_bar()
 
 
 def add_lora(family: Family, lora: LoraConfig, run_seed: int) -> None:
@@ -73,8 +93,9 @@ def add_lora(family: Family, lora: LoraConfig, run_seed: int) -> None:
     from peft import LoraConfig as PeftLoraConfig
 
     names = [name for name, module in family.denoiser.named_modules() if isinstance(module, nn.Linear)]
-    targets = [t for t in lora.targets or family.lora_targets if any(n == t or n.endswith("." + t) for n in names)]
-    missing = sorted(set(lora.targets or ()) - set(targets))
+    endings = lora.targets or family.lora_targets
+    targets = [n for n in names if any(f".{n}".endswith(f".{e}") for e in endings) and n not in family.idle_layers]
+    missing = [e for e in lora.targets or () if not any(f".{n}".endswith(f".{e}") for n in targets)]
     if missing or not targets:
         raise ModelError(
             "A LoRA target matches no linear layer",
@@ -88,6 +109,35 @@ def add_lora(family: Family, lora: LoraConfig, run_seed: int) -> None:
         torch.manual_seed(derive_seed(run_seed, "lora"))
         family.denoiser.add_adapter(config, adapter_name=ADAPTER)
     family.denoiser.set_adapter(ADAPTER)
+
+
+class Encodings:
+    """Encoded prompts by text, the least recently used dropped beyond `limit` bytes."""
+
+    def __init__(self, family: Family, limit: int = 2 << 30) -> None:
+        self.family, self.limit, self._rows, self._bytes = family, limit, OrderedDict[str, Conditioning](), 0
+
+    def add(self, prompts: Iterable[str], batch: int = 64) -> None:
+        """Encode the prompts that are not held."""
+        wanted = list(dict.fromkeys(prompts))
+        new = [p for p in wanted if p not in self._rows]
+        for start in range(0, len(new), batch):
+            chunk = new[start : start + batch]
+            encoded = self.family.encode(chunk)
+            for i, prompt in enumerate(chunk):
+                self._rows[prompt] = {name: value[i].clone() for name, value in encoded.items()}
+                self._bytes += sum(v.nbytes for v in self._rows[prompt].values())
+        for prompt in wanted:
+            self._rows.move_to_end(prompt)
+        while self._bytes > self.limit and len(self._rows) > len(wanted):
+            _, dropped = self._rows.popitem(last=False)
+            self._bytes -= sum(v.nbytes for v in dropped.values())
+
+    def stack(self, prompts: Sequence[str]) -> Conditioning:
+        """Return the conditioning of B prompts, encoding what is not held."""
+        self.add(prompts)
+        rows = [self._rows[p] for p in prompts]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 class Policy:
@@ -105,8 +155,7 @@ class Policy:
         self, family: Family, *, guidance: str = "off", guidance_scale: float = 1.0, dtype: str = "fp32"
     ) -> None:
         self.family, self.guidance, self.guidance_scale, self.dtype = family, guidance, guidance_scale, dtype
-        self._encoded: OrderedDict[str, Conditioning] = OrderedDict()
-        self._encoded_bytes = 0
+        self.encodings = Encodings(family)
 
     @classmethod
     def load(
@@ -130,7 +179,7 @@ class Policy:
             guidance_scale=guidance_scale,
             dtype=self.dtype,
         )
-        other._encoded = self._encoded
+        other.encodings = self.encodings
         return other
 
     @property
@@ -147,27 +196,6 @@ class Policy:
         """Return the trained parameters by name."""
         return {n: p for n, p in self.family.denoiser.named_parameters() if p.requires_grad}
 
-    def remember(self, prompts: Iterable[str], batch: int = 64) -> None:
-        """Encode the prompts that were not encoded before, keeping the most recent 2 GiB of encodings."""
-        wanted = list(dict.fromkeys(prompts))
-        new = [p for p in wanted if p not in self._encoded]
-        for start in range(0, len(new), batch):
-            chunk = new[start : start + batch]
-            encoded = self.family.encode(chunk)
-            for i, prompt in enumerate(chunk):
-                self._encoded[prompt] = {name: value[i].clone() for name, value in encoded.items()}
-                self._encoded_bytes += sum(v.nbytes for v in self._encoded[prompt].values())
-        for prompt in wanted:
-            self._encoded.move_to_end(prompt)
-        while self._encoded_bytes > _CACHE_BYTES and len(self._encoded) > len(wanted):
-            _, dropped = self._encoded.popitem(last=False)
-            self._encoded_bytes -= sum(v.nbytes for v in dropped.values())
-
-    def _conditioning(self, prompts: Sequence[str]) -> Conditioning:
-        self.remember(prompts)
-        rows = [self._encoded[p] for p in prompts]
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-
     def velocity(self, x: Tensor, timestep: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the guided velocity `[B, ...]`, float32, at latents x and timesteps `[B]`.
 
@@ -176,7 +204,7 @@ class Policy:
         if self.branches == 2:
             x, timestep, prompts = torch.cat([x, x]), torch.cat([timestep, timestep]), [""] * len(prompts) + list(prompts)
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bf16"):
-            predicted = self.family.predict(x, timestep, self._conditioning(prompts)).float()
+            predicted = self.family.predict(x, timestep, self.encodings.stack(prompts)).float()
         if self.branches == 1:
             return predicted
         uncond, cond = predicted.chunk(2)

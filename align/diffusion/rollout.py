@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,6 +134,7 @@ def sample(
     latent_shape: Sequence[int],
     key: tuple[int | str, ...],
     noise_scope: str = "group",
+    metadata: Sequence[Mapping[str, Any]] = (),
     batch: int | None = None,
     reduction: str = "mean",
 ) -> Rollout:
@@ -141,6 +143,7 @@ def sample(
     Args:
         key: names this rollout, e.g. (run seed, step); all noise is a function of it and of the
             sample's place, so `batch` changes the speed and nothing else.
+        metadata: one mapping a prompt, handed to the rewards.
 
     Raises:
         KernelError: a table without a stochastic step.
@@ -160,7 +163,11 @@ def sample(
         table=table,
         x=path,
         logp=logp,
-        samples=Samples(prompts=flat, images=decode(policy, x0)),
+        samples=Samples(
+            prompts=flat,
+            images=decode(policy, x0),
+            metadata=[row for row in metadata for _ in range(group_size)],
+        ),
     )
 
 

@@ -28,6 +28,10 @@ class Family(Protocol):
     def denoiser(self) -> nn.Module:
         """The module whose weights are trained."""
 
+    @property
+    def idle_layers(self) -> frozenset[str]:
+        """Layers whose output reaches nothing, and which an adapter would never move."""
+
     def encode(self, prompts: list[str]) -> Conditioning:
         """Encode B prompts with the pipeline's own text encoders."""
 

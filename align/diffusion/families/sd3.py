@@ -34,6 +34,11 @@ class SD3:
         """The MMDiT."""
         return self.pipeline.transformer
 
+    @property
+    def idle_layers(self) -> frozenset[str]:
+        """The last block discards what its text tokens attend to, so their query projection is idle."""
+        return frozenset({f"transformer_blocks.{len(self.denoiser.transformer_blocks) - 1}.attn.add_q_proj"})
+
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
         """Encode B prompts with both CLIP towers and T5 (zeros where the folder has none)."""

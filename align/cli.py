@@ -1,0 +1,526 @@
+"""`align <verb>`: the only file of align/ that knows rewards/ and trainers/. Each verb is one call in Python.
+
+Exit codes: 0 done; 2 bad input, said in one sentence on stderr; 130 interrupted; 1 a defect, with its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from align.errors import AlignError, ConfigError
+
+if TYPE_CHECKING:
+    from align.config import DanceGRPOConfig
+
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit code.
+
+    Args:
+        argv: arguments without the program's name; those of the process when None.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments and not arguments[0].startswith("-"):
+            _known(arguments[0], _VERBS, "verb")
+        options = _parse(arguments)
+        return int(options.run(options))
+    except _Exit as done:
+        return done.code
+    except AlignError as error:
+        sys.stderr.write(f"align: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("align: Interrupted.\n")
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+class _Exit(Exception):
+    """argparse is done: help was shown, or the arguments were refused."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser that refuses in one sentence and never guesses an abbreviated flag."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        sentence = message[:1].upper() + message[1:]
+        sys.stderr.write(f"align: {sentence}. `{self.prog} --help` shows what it takes.\n")
+        raise _Exit(2)
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        if message:
+            sys.stderr.write(message)
+        raise _Exit(status)
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """Parse, taking KEY=VALUE before and after flags, which argparse alone does not."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    for item in rest:
+        if item.startswith("-"):
+            flags = options.flags
+            from align.registry import suggest
+
+            raise ConfigError(f"`align {options.verb}` has no flag {item.partition('=')[0]!r}", do=suggest(item, flags))
+        if not hasattr(options, "overrides"):
+            raise ConfigError(f"`align {options.verb}` has no use for {item!r}", do=f"See `align {options.verb} --help`")
+        options.overrides = [*options.overrides, item]
+    return options
+
+
+def _known(word: str, choices: Sequence[str] | dict[str, Any], kind: str) -> None:
+    if word not in choices:
+        from align.registry import suggest
+
+        raise ConfigError(f"Unknown {kind} {word!r}", do=suggest(word, choices))
+
+
+# --- verbs ------------------------------------------------------------------------------------------
+
+
+def _train(options: argparse.Namespace) -> int:
+    from align.checks import describe_config, require_valid
+    from align.config import load_config
+
+    config = load_config(options.config, _overrides(options))
+    findings = require_valid(config)
+    out = options.out or Path("runs") / config.name
+    if options.dry_run:
+        described = {**describe_config(config, findings), "out": str(out)}
+        return _give(options, described, f"{_config_text(described)}\nwould train into {out}")
+    for finding in findings:
+        if finding.level == "warning":
+            sys.stderr.write(f"align: Warning: {finding.message}. {finding.do}.\n")
+    from trainers import DanceGRPO
+
+    return _finished(options, DanceGRPO(config, out=out, overwrite=options.overwrite).train())
+
+
+def _resume(options: argparse.Namespace) -> int:
+    config = _run_config(options.run_folder)
+    if options.dry_run:
+        plan = {"directory": str(options.run_folder), "steps": config.steps}
+        return _give(options, plan, f"would resume {options.run_folder} up to step {config.steps}")
+    from trainers import DanceGRPO
+
+    return _finished(options, DanceGRPO.resume(options.run_folder).train())
+
+
+def _finished(options: argparse.Namespace, result: Any) -> int:
+    from align.reports.training import write_report
+
+    report = write_report(result.directory)
+    found = {"directory": str(result.directory), "status": result.status, "report": str(report), "summary": result.summary}
+    if result.status == "stopped":
+        _give(options, found, f"stopped; `align resume {result.directory}` goes on\nreport: {report}")
+        return INTERRUPTED
+    return _give(options, found, f"{result.status}\nreport: {report}")
+
+
+def _sample(options: argparse.Namespace) -> int:
+    prompts = options.prompt or options.prompts
+    call = {"count": options.count, "seed": options.seed, "solver_steps": options.solver_steps}
+    call |= {"guidance_scale": options.guidance_scale, "out": str(options.out or "samples")}
+    if options.dry_run:
+        return _dry(options, "sample", {"source": options.source, "prompts": _prompts_plan(prompts), **call})
+    from trainers import sample_images
+
+    folder = sample_images(options.source, prompts, **call)
+    return _give(options, {"directory": str(folder)}, f"wrote {folder / 'grid.png'}")
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    call = {"samples": options.samples, "seed": options.seed, "solver_steps": options.solver_steps}
+    call |= {"guidance_scale": options.guidance_scale, "rewards": options.reward, "out": options.out}
+    if options.dry_run:
+        return _dry(options, "evaluate", {"source": options.source, "prompts": _prompts_plan(options.prompts), **call})
+    from trainers import evaluate
+
+    found = evaluate(options.source, options.prompts, **call)
+    return _give(options, found, _flat_text(found))
+
+
+def _check(options: argparse.Namespace) -> int:
+    from align.checks import check_config, describe_config, describe_prompts
+    from align.config import load_config
+    from align.prompts import FORMATS
+
+    source = Path(options.file)
+    if source.suffix.lower() in FORMATS:
+        found = describe_prompts(source, image_column=options.image_column)
+        return _give(options, found, _prompts_text(found))
+    if source.is_dir():
+        config = _run_config(source)
+    else:
+        config = load_config(options.file, _overrides(options))
+    found = describe_config(config, check_config(config, reward_names=_reward_names(), files=True))
+    _give(options, found, _config_text(found))
+    return 0 if found["valid"] else 2
+
+
+def _report(options: argparse.Namespace) -> int:
+    _run_config(options.run_folder)
+    if options.dry_run:
+        return _dry(options, "report", {"run": str(options.run_folder)})
+    from align.reports.training import write_report
+
+    path = write_report(options.run_folder)
+    return _give(options, {"report": str(path)}, str(path))
+
+
+def _configs(options: argparse.Namespace) -> int:
+    from align.recipes import copy_recipe, list_recipes, read_recipe
+
+    if options.action == "show":
+        text = read_recipe(options.name)
+        return _give(options, {"name": options.name, "text": text}, text.rstrip("\n"))
+    if options.action == "copy":
+        if options.dry_run:
+            read_recipe(options.name)
+            return _dry(options, "copy", {"recipe": options.name, "to": str(options.destination)})
+        path = copy_recipe(options.name, options.destination, overwrite=options.overwrite)
+        return _give(options, {"file": str(path)}, f"wrote {path}; `align check {path}` says what it will do")
+    recipes = [{"name": name, "about": about} for name, about in list_recipes()]
+    return _give(options, recipes, _table([(recipe["name"], recipe["about"]) for recipe in recipes]))
+
+
+def _rewards(options: argparse.Namespace) -> int:
+    import dataclasses
+
+    from rewards import list_rewards
+
+    cards = {card.name: dataclasses.asdict(card) for card in list_rewards()}
+    if options.action == "describe":
+        _known(options.name, cards, "reward")
+        card = cards[options.name]
+        return _give(options, card, _table([(key, _word(value)) for key, value in card.items()]))
+    return _give(options, list(cards.values()), _table([(name, card["definition"]) for name, card in cards.items()]))
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from align import doctor
+
+    if options.fix and not options.dry_run:
+        doctor.fix()
+    checks = [check if isinstance(check, dict) else vars(check) for check in doctor.run_checks()]
+    _give(options, checks, "\n".join(" ".join(map(_word, check.values())) for check in checks))
+    return 0 if all(check.get("ok", True) for check in checks) else 2
+
+
+def _reward_names() -> list[str]:
+    from rewards import list_rewards
+
+    return [card.name for card in list_rewards()]
+
+
+def _run_config(folder: Path) -> DanceGRPOConfig:
+    from align.config import load_config
+
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(
+            "This is not a run folder", where=str(folder),
+            why="it has no config.yaml" if folder.is_dir() else "there is no such folder",
+            do="Give a folder that `align train` made, such as runs/NAME",
+        )  # fmt: skip
+    return load_config(folder / "config.yaml")
+
+
+def _overrides(options: argparse.Namespace) -> list[str]:
+    seed = getattr(options, "seed", None)
+    return [*options.overrides, *([f"seed={seed}"] if seed is not None else [])]
+
+
+# --- output -----------------------------------------------------------------------------------------
+
+
+def _give(options: argparse.Namespace, found: Any, text: str) -> int:
+    """Write `text` to stdout, or the JSON of `found` to stdout (`--json -`) or to a file besides the text."""
+    if options.json is not None:
+        document = json.dumps(found, indent=2, default=str) + "\n"
+        if options.json == "-":
+            sys.stdout.write(document)
+            return 0
+        path = Path(options.json)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(document, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError("The JSON file cannot be written", where=str(path), why=error.strerror or "") from error
+    sys.stdout.write(text + "\n")
+    return 0
+
+
+def _dry(options: argparse.Namespace, verb: str, call: dict[str, Any]) -> int:
+    given = [(key, _word(value)) for key, value in call.items() if value is not None]
+    return _give(options, call, f"would {verb}:\n{_table(given)}")
+
+
+def _prompts_plan(prompts: Any) -> str:
+    """What `prompts` stands for, the file read, so that a dry run refuses what the run would refuse."""
+    if prompts is None:
+        return "the run's held-out prompts"
+    from align.prompts import load_prompts
+
+    loaded = load_prompts(prompts)
+    return f"{len(loaded)} from {loaded.source}"
+
+
+def _word(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> str:
+    width = max((len(left) for left, _ in rows), default=0)
+    return "\n".join(f"{left:<{width}}  {right}".rstrip() for left, right in rows)
+
+
+def _flat_text(found: dict[str, Any]) -> str:
+    rows = []
+    for key, value in found.items():
+        if key == "rewards":
+            rows += [(name, "{mean:.4f}  [{ci_low:.4f}, {ci_high:.4f}]  n {n}".format(**e)) for name, e in value.items()]
+        else:
+            rows.append((key, f"{value:.4g}" if isinstance(value, float) else _word(value)))
+    return _table(rows)
+
+
+def _prompts_text(found: dict[str, Any]) -> str:
+    rows = [("prompts", f"{found['prompts']} in {found['source']}"), ("first", found["first"])]
+    rows += [("longest", f"{found['longest']} characters"), ("metadata", _word(found["metadata"]) or "none")]
+    if found["duplicates"]:
+        rows.append(("warning", f"{found['duplicates']} prompts repeat an earlier one, up to case and spaces"))
+    return _table(rows)
+
+
+def _config_text(found: dict[str, Any]) -> str:
+    ledger = found["ledger"]
+    clip = f"{found['clip_range']:g} nats " + ("per latent dimension" if found["logprob_reduction"] == "mean" else "in all")
+    if found["clip_nats"] is not None:
+        clip += f"; {found['clip_nats']:.3g} nats over {found['latent_dim']} dimensions"
+    rows = [
+        ("run", f"{found['name']}: {found['steps']} steps of {ledger['samples_per_step']} samples"),
+        ("updates", f"{ledger['updates_per_step']} of each rollout"),
+        ("cost", "{feq_per_sample:g} F_eq a sample = {rollout_forwards} + {train_forwards} x {k:g}".format(**ledger)),
+        ("trains", f"{ledger['trained_steps']} of {ledger['solver_steps']} solver steps"),
+        ("clip", clip),
+    ]  # fmt: skip
+    for finding in found["findings"]:
+        advice = f" {finding['do'].removesuffix('.')}." if finding["do"] else ""
+        where = f" ({finding['key']})" if finding["key"] else ""
+        rows.append((finding["level"], f"{finding['message']}{where}.{advice}"))
+    return _table(rows)
+
+
+# --- arguments --------------------------------------------------------------------------------------
+
+_Arguments = argparse.ArgumentParser
+
+
+def _add_json(parser: _Arguments, default: str | None = None) -> None:
+    parser.add_argument("--json", metavar="FILE", default=default, help="also write the result as JSON to FILE; - writes it to stdout instead")
+
+
+def _add_dry_run(parser: _Arguments) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="read and check everything, say what would be done, do nothing")
+
+
+def _add_out(parser: _Arguments, what: str) -> None:
+    parser.add_argument("--out", type=Path, metavar="PATH", help=f"where to write {what}")
+
+
+def _add_seed(parser: _Arguments) -> None:
+    parser.add_argument("--seed", type=_whole, metavar="N", help="seed of every random draw (default: the config's)")
+
+
+def _add_overrides(parser: _Arguments) -> None:
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="change a value, e.g. sampler.eta=0.2 rewards.0.weight=2")
+
+
+def _add_sampling(parser: _Arguments) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="a run folder, a checkpoint folder, a model folder, or digits")
+    parser.add_argument("--prompts", metavar="FILE", help="a txt, JSONL, CSV or Parquet file (default: the run's held-out prompts)")
+    parser.add_argument("--solver-steps", type=_positive, metavar="N", help="ODE solver steps (default: the run's, else 20)")
+    parser.add_argument("--guidance-scale", type=float, metavar="W", help="classifier-free guidance scale; 1 is none")
+    _add_seed(parser)
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if _whole(text) < 1:
+        raise argparse.ArgumentTypeError("it must be 1 or more")
+    return int(text)
+
+
+def _train_arguments(parser: _Arguments) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or a recipe that `align configs list` shows")
+    _add_overrides(parser)
+    parser.add_argument("--overwrite", action="store_true", help="start again, replacing the run in the folder")
+    _add_out(parser, "the run folder (default: runs/NAME); an unfinished run there is resumed")
+    _add_seed(parser)
+    _add_dry_run(parser)
+    _add_json(parser)
+
+
+def _resume_arguments(parser: _Arguments) -> None:
+    parser.add_argument("run_folder", type=Path, metavar="RUN", help="a run folder")
+    _add_dry_run(parser)
+    _add_json(parser)
+
+
+def _sample_arguments(parser: _Arguments) -> None:
+    _add_sampling(parser)
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given again")
+    parser.add_argument("--count", type=_positive, default=4, metavar="N", help="images of each prompt (default: 4)")
+    _add_out(parser, "the PNG files, grid.png and samples.jsonl (default: samples)")
+    _add_dry_run(parser)
+    _add_json(parser)
+
+
+def _evaluate_arguments(parser: _Arguments) -> None:
+    _add_sampling(parser)
+    parser.add_argument("--samples", type=_positive, default=256, metavar="N", help="images in all (default: 256)")
+    parser.add_argument("--reward", action="append", metavar="NAME", help="a reward; may be given again (default: the held-out ones)")
+    _add_out(parser, "one JSON line a sample")
+    _add_dry_run(parser)
+    _add_json(parser)
+
+
+def _check_arguments(parser: _Arguments) -> None:
+    parser.add_argument("file", metavar="FILE", help="a config, a recipe's name, a run folder, or a prompt file")
+    _add_overrides(parser)
+    parser.add_argument("--image-column", metavar="NAME", help="of a prompt file: the column of image paths, to be checked too")
+    _add_json(parser)
+
+
+def _configs_arguments(parser: _Arguments) -> None:
+    parser.set_defaults(action="list")
+    _add_json(parser)
+    actions = parser.add_subparsers(metavar="ACTION", parser_class=_Parser)
+    listing = actions.add_parser("list", help="name and purpose of every recipe")
+    show = actions.add_parser("show", help="print a recipe")
+    copy = actions.add_parser("copy", help="copy a recipe to edit it")
+    for parser_, action in ((listing, "list"), (show, "show"), (copy, "copy")):
+        parser_.set_defaults(action=action)
+        _add_json(parser_, argparse.SUPPRESS)
+    for parser_ in (show, copy):
+        parser_.add_argument("name", metavar="NAME", help="a recipe, e.g. digits/dance_grpo")
+    copy.add_argument("destination", type=Path, metavar="DEST", help="a file or a folder")
+    copy.add_argument("--overwrite", action="store_true", help="replace the file")
+    _add_dry_run(copy)
+
+
+def _rewards_arguments(parser: _Arguments) -> None:
+    parser.set_defaults(action="list")
+    _add_json(parser)
+    actions = parser.add_subparsers(metavar="ACTION", parser_class=_Parser)
+    listing = actions.add_parser("list", help="name and definition of every reward")
+    describe = actions.add_parser("describe", help="what one reward measures, its range, licence and needs")
+    describe.add_argument("name", metavar="NAME", help="a reward, e.g. digits/legibility")
+    for parser_, action in ((listing, "list"), (describe, "describe")):
+        parser_.set_defaults(action=action)
+        _add_json(parser_, argparse.SUPPRESS)
+
+
+def _doctor_arguments(parser: _Arguments) -> None:
+    parser.add_argument("--fix", action="store_true", help="repair what can be repaired")
+    _add_dry_run(parser)
+    _add_json(parser)
+
+
+_VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int], Callable[[_Arguments], None], tuple[str, ...]]] = {
+    "train": (
+        "align a model, as a config says", _train, _train_arguments,
+        ("align train digits/dance_grpo", "align train my.yaml steps=100 optimizer.lr=5e-4 --out runs/slow",
+         "align train digits/smoke --dry-run"),
+    ),
+    "resume": (
+        "go on with an unfinished run", _resume, _resume_arguments, ("align resume runs/digits",),
+    ),
+    "sample": (
+        "make images with a model or a run", _sample, _sample_arguments,
+        ('align sample runs/digits --prompt "a bold handwritten three" --count 8',
+         "align sample digits --prompts prompts.txt --out before"),
+    ),
+    "evaluate": (
+        "measure a model or a run on held-out prompts", _evaluate, _evaluate_arguments,
+        ("align evaluate runs/digits --samples 1000 --json result.json",
+         "align evaluate digits --prompts prompts.txt --reward digits/legibility"),
+    ),
+    "check": (
+        "say what a config or a prompt file will do, and what is wrong with it", _check, _check_arguments,
+        ("align check digits/dance_grpo", "align check my.yaml group_size=8", "align check prompts.jsonl"),
+    ),
+    "report": (
+        "write a run's report.html again", _report,
+        _resume_arguments, ("align report runs/digits",),
+    ),
+    "configs": (
+        "list, show and copy the recipes", _configs, _configs_arguments,
+        ("align configs", "align configs show digits/dance_grpo", "align configs copy digits/dance_grpo my.yaml"),
+    ),
+    "rewards": (
+        "list and describe the rewards", _rewards, _rewards_arguments,
+        ("align rewards", "align rewards describe digits/legibility"),
+    ),
+    "doctor": (
+        "check this installation, and repair it", _doctor, _doctor_arguments, ("align doctor", "align doctor --fix"),
+    ),
+}  # fmt: skip
+
+
+class _Version(argparse.Action):
+    """Print the installed version; the metadata is read only when asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            number = version("align")
+        except PackageNotFoundError:
+            number = "not installed"
+        sys.stdout.write(f"align {number}\n")
+        parser.exit()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="align",
+        description="Take a generative model and what people think of its outputs; give back an aligned model with a receipt.",
+        epilog="examples:\n  align configs\n  align train digits/dance_grpo\n  align check my.yaml",
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
+    verbs = parser.add_subparsers(metavar="VERB", required=True, parser_class=_Parser, dest="verb")
+    for name, (what, run, add_arguments, examples) in _VERBS.items():
+        text = "examples:\n" + "\n".join(f"  {example}" for example in examples)
+        verb = verbs.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.", epilog=text)
+        add_arguments(verb)
+        verb.set_defaults(run=run, flags=sorted(verb._option_string_actions))
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

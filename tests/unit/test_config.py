@@ -1,0 +1,352 @@
+"""Configs: typed values, refused mistakes, overrides, origins, the round trip, and the findings of `check_config`."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from align.checks import advantage_bound, check_config, clip_nats, feq_ledger, latent_dim, require_valid, trained_step_count
+from align.config import DanceGRPOConfig, _keys, config_origins, diff_configs, list_recipes, load_config, save_config
+from align.errors import ConfigError
+from align.recipes import copy_recipe, read_recipe
+from align.textfiles import dump_value, parse_yaml
+
+BASE = {
+    "model": {"path": "digits"},
+    "prompts": {"path": "digits"},
+    "rewards": [{"name": "digits/legibility"}, {"name": "digits/ink_band"}],
+}
+
+
+def refused(source, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(source, overrides)
+    return str(caught.value)
+
+
+def codes(*overrides: str) -> dict[str, str]:
+    return {finding.code: finding.level for finding in check_config(load_config(BASE, overrides))}
+
+
+# --- values -----------------------------------------------------------------------------------------
+
+
+def test_numbers_and_words_mean_what_people_mean():
+    text = "lr: 1e-5\nbig: 1E+3\nhalf: .5\nint: 12\nneg: -3\nguidance: off\nanswer: no\nyes: yes\nflag: true\nnone: null\nq: '1e-5'\nt: 12:30\n"
+    assert parse_yaml(text, "x").value == {
+        "lr": 1e-5, "big": 1000.0, "half": 0.5, "int": 12, "neg": -3, "guidance": "off", "answer": "no", "yes": "yes",
+        "flag": True, "none": None, "q": "1e-5", "t": "12:30",
+    }  # fmt: skip
+
+
+def test_floats_take_integers_and_the_text_of_an_exponent():
+    config = load_config({**BASE, "optimizer": {"lr": "1e-5", "eps": "2.5E-9"}, "sampler": {"eta": 1}})
+    assert (config.optimizer.lr, config.optimizer.eps, config.sampler.eta) == (1e-5, 2.5e-9, 1.0)
+    assert load_config(BASE, ["optimizer.lr=1e-5"]).optimizer.lr == 1e-5
+
+
+def test_off_survives_a_yaml_1_1_reader():
+    assert yaml.safe_load("guidance: off") == {"guidance": False}
+    assert load_config({**BASE, "sampler": yaml.safe_load("guidance: off")}).sampler.guidance == "off"
+    assert load_config(BASE, ["sampler.guidance=off"]).sampler.guidance == "off"
+
+
+@pytest.mark.parametrize(
+    ("override", "found", "expected"),
+    [
+        ("steps=1.5", "1.5 (a number)", "a whole number"),
+        ("steps=true", "True (true or false)", "a whole number"),
+        ("steps='12'", "'12' (text)", "a whole number"),
+        ("steps=0", "0 (a number)", "a number >= 1"),
+        ("steps=", "nothing", "a whole number"),
+        ("optimizer.lr=true", "True (true or false)", "a number"),
+        ("optimizer.lr=high", "'high' (text)", "a number"),
+        ("optimizer.lr=.inf", "inf (a number)", "a finite number"),
+        ("optimizer.lr=-1", "-1 (a number)", "a number > 0"),
+        ("optimizer.betas=[0.9]", "[0.9]", "2 numbers"),
+        ("sampler.kernel=dance", "'dance' (text)", "one of 'ode', 'dance_sde'"),
+        ("sampler=3", "3 (a number)", "key: value pairs"),
+        ("sampler.guidance=true", "True (true or false)", "one of 'off', 'both_branches'"),
+        ("model.gradient_checkpointing=yes", "'yes' (text)", "true or false"),
+        ("rewards=[]", "an empty list", "at least 1 item"),
+        ("name=a/b", "'a/b' (text)", "letters, digits"),
+        ("model.path=7", "7 (a number)", "text"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_was_found_and_expected(override: str, found: str, expected: str):
+    message = refused(BASE, override)
+    key = override.partition("=")[0]
+    assert f"'{key}'" in message and "command line" in message
+    assert f"found {found}" in message and f"expected {expected}" in message
+
+
+def test_a_wrong_value_names_file_and_line(tmp_path: Path):
+    path = tmp_path / "x.yaml"
+    path.write_text("model: {path: digits}\nprompts: {path: digits}\nrewards: [{name: a}]\nsampler:\n  eta: high\n")
+    assert f"'sampler.eta' is wrong ({path}:5)" in refused(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "closest"),
+    [
+        ("stepz", "'steps'"), ("sampler.etta", "'sampler.eta'"), ("eta", "'sampler.eta'"), ("lr", "'optimizer.lr'"),
+        ("sampler.clip_range", "'objective.clip_range'"), ("rewards.1.wieght", "'rewards.1.weight'"),
+        ("model.lora.rnak", "'model.lora.rank'"),
+    ],
+)  # fmt: skip
+def test_an_unknown_key_gets_the_closest_one(key: str, closest: str):
+    message = refused(BASE, f"{key}=1")
+    assert f"Unknown key '{key}' (command line)" in message and f"Did you mean {closest}?" in message
+
+
+def test_an_unknown_key_names_file_and_line(tmp_path: Path):
+    path = tmp_path / "x.yaml"
+    path.write_text("model: {path: digits}\nprompts: {path: digits}\nrewards:\n  - name: a\n    wait: 1\n")
+    message = refused(path)
+    assert f"({path}:5)" in message and "rewards.0.weight" in message
+
+
+def test_missing_and_several_problems_are_counted():
+    message = refused({"model": {"path": "digits"}, "prompts": {}})
+    assert "'prompts.path' is missing" in message and "1 more" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"steps: 1\nsteps: 2\n", "'steps' is given twice (FILE:2): first on line 1"),
+        (b"a: {b: 1, b: 2}\n", "'a.b' is given twice (FILE:1)"),
+        (b"steps: [1\nname: x\n", "not YAML (FILE:2)"),
+        (b"steps: \xff\n", "not UTF-8 text (FILE, line 1): byte 0xff at offset 7"),
+        (b"- steps\n", "found a list"),
+        (b"just words\n", "found 'just words' (text)"),
+        (b"", "'model' is missing (FILE)"),
+        (b"a: &x {b: *x}\n", "contains itself (FILE:1)"),
+        (b"a: 1\n---\nb: 2\n", "not YAML (FILE:2)"),
+        (b"[1, 2]: 3\n", "key must be text (FILE:1)"),
+    ],
+)
+def test_files_that_are_no_config(tmp_path: Path, content: bytes, sentence: str):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    assert sentence in refused(path).replace(str(path), "FILE")
+
+
+def test_sources_that_are_not_there(tmp_path: Path):
+    assert "no such file (nope.yaml)" in refused("nope.yaml")
+    assert "Did you mean 'digits/dance_grpo'?" in refused("digits/dance_gpro")
+    assert "this is a folder" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("override", ["steps", "=1", ".steps=1", "a..b=1", ""])
+def test_an_override_that_is_none(override: str):
+    assert "An override is key=value" in refused(BASE, override)
+
+
+def test_overrides_reach_lists_sections_and_arguments():
+    config = load_config(
+        BASE,
+        ["rewards.1.weight=2", "rewards.0.args.split=evaluator", "optimizer={lr: 1e-2}", "about=a = b", "optimizer.eps=1e-6"],
+    )
+    assert (config.rewards[1].weight, config.rewards[0].args) == (2.0, {"split": "evaluator"})
+    assert (config.optimizer.lr, config.optimizer.eps, config.about) == (1e-2, 1e-6, "a = b")
+    assert BASE["rewards"][1] == {"name": "digits/ink_band"}, "the given mapping is left alone"
+    assert "rewards has 2 items" in refused(BASE, "rewards.2.weight=1")
+    assert "rewards has 2 items" in refused(BASE, "rewards.x=1")
+    assert "steps is a single value" in refused({**BASE, "steps": 3}, "steps.more=1")
+
+
+def test_configs_are_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        load_config(BASE).steps = 3
+
+
+# --- origins and the round trip ---------------------------------------------------------------------
+
+
+def test_every_leaf_knows_where_it_came_from(tmp_path: Path):
+    path = tmp_path / "x.yaml"
+    path.write_text(read_recipe("digits/dance_grpo"))
+    lines = path.read_text().splitlines()
+    origins = config_origins(load_config(path, ["sampler.shift=3", "heldout_rewards.0.weight=2", "optimizer={lr: 1e-2}"]))
+    eta = next(i for i, line in enumerate(lines, 1) if "eta:" in line)
+    assert origins["sampler.eta"] == f"{path}:{eta}"
+    assert origins["sampler.shift"] == origins["heldout_rewards.0.weight"] == origins["optimizer.lr"] == "command line"
+    assert origins["optimizer.eps"] == origins["model.lora.targets"] == origins["heldout_rewards.1.weight"] == "default"
+    assert re.fullmatch(rf"{re.escape(str(path))}:\d+", origins["heldout_rewards.1.args.split"])
+    recipe = config_origins(load_config("digits/dance_grpo"))
+    assert recipe["sampler.eta"] == f"configs/digits/dance_grpo.yaml:{eta}"
+    python = config_origins(load_config(BASE))
+    assert python["model.path"] == "Python" and python["steps"] == "default"
+
+
+@pytest.mark.parametrize("recipe", [name for name, _ in list_recipes()])
+def test_a_saved_config_loads_again_with_its_origins(recipe: str, tmp_path: Path):
+    config = load_config(recipe, ["sampler.shift=3", "about='a: #b, \"c\" \\ é 🙂'", "optimizer.eps=1e-12"])
+    path = tmp_path / "config.yaml"
+    save_config(config, path)
+    again = load_config(path)
+    assert again == config and config_origins(again) == config_origins(config)
+    assert yaml.safe_load(path.read_text(encoding="utf-8")) == config.model_dump(mode="json"), "YAML 1.1 reads the same"
+    save_config(again, tmp_path / "twice.yaml")
+    assert (tmp_path / "twice.yaml").read_text() == path.read_text()
+
+
+def test_a_saved_config_edited_by_hand_does_not_keep_stale_origins(tmp_path: Path):
+    path = tmp_path / "config.yaml"
+    save_config(load_config(BASE), path)
+    path.write_text(path.read_text().replace("seed: 0 ", "seed: 7 "))
+    again = load_config(path)
+    assert again.seed == 7 and config_origins(again)["seed"].startswith(f"{path}:")
+
+
+def test_equality_ignores_origins_and_diff_shows_values():
+    a, b = load_config(BASE), load_config(BASE, ["steps=300"])
+    assert a == b and config_origins(a) != config_origins(b)
+    c = load_config(BASE, ["optimizer.lr=1e-2", "rewards.1.args.split=x"])
+    assert a != c and a != "config"
+    assert diff_configs(a, c) == [
+        ("rewards.1.args", {}, None), ("optimizer.lr", 3e-4, 1e-2), ("rewards.1.args.split", None, "x")
+    ]  # fmt: skip
+
+
+_plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.recursive(_plain, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=6))
+def test_what_is_dumped_is_read_back(value):
+    assert parse_yaml(f"x: {dump_value(value)}  # note", "here").value == {"x": value}
+
+
+# --- recipes ----------------------------------------------------------------------------------------
+
+
+def test_recipes_load_pass_their_checks_and_say_what_they_are_for(tmp_path: Path):
+    recipes = dict(list_recipes())
+    assert {"digits/dance_grpo", "digits/demo", "digits/smoke", "digits/hacked", "digits/full"} <= set(recipes)
+    for name, about in recipes.items():
+        config = load_config(name)
+        assert config.about == about and about
+        require_valid(config)
+        assert copy_recipe(name, tmp_path / "copies" / name / "x.yaml").read_text() == read_recipe(name)
+    with pytest.raises(ConfigError, match="exists already"):
+        copy_recipe("digits/smoke", tmp_path / "copies" / "digits/smoke/x.yaml")
+    assert copy_recipe("digits/smoke", tmp_path).name == "smoke.yaml"
+
+
+def test_the_demo_is_the_recommended_recipe():
+    differing = {key for key, _, _ in diff_configs(load_config("digits/dance_grpo"), load_config("digits/demo"))}
+    assert differing <= {"about", "name"}
+
+
+def test_every_field_is_described_in_one_sentence():
+    for key, description in _keys(DanceGRPOConfig):
+        assert description.endswith(".") and description.count(". ") == 0, key
+
+
+# --- counts, cost and findings ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("steps", "paper", "repo"), [(16, 10, 9), (20, 12, 11), (12, 8, 6), (25, 15, 14), (50, 30, 29), (5, 3, 2), (1, 0, 0)])
+def test_trained_step_counts_of_the_paper_and_of_its_code(steps: int, paper: int, repo: int):
+    assert trained_step_count(steps, 0.6, "paper") == paper
+    assert trained_step_count(steps, 0.6, "repo") == repo
+
+
+def test_the_last_step_is_never_trained():
+    assert trained_step_count(10, 1.0, "paper") == trained_step_count(10, 1.0, "repo") == 9
+    assert trained_step_count(10, 0.0, "paper") == 0
+    with pytest.raises(ConfigError, match="Unknown rule"):
+        trained_step_count(10, 0.5, "half")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "feq"),
+    [
+        (["model.train=full", "sampler.solver_steps=25"], 25 + 15 * 3),  # the paper, 70 in the published table
+        (["model.train=full", "model.gradient_checkpointing=true", "trained_steps.rule=repo"], 16 + 9 * 4),  # repo: 52
+        (["sampler.solver_steps=25"], 25 + 15 * 2),
+        (["sampler.guidance=both_branches", "sampler.guidance_scale=5"], 2 * 16 + 2 * 10 * 2),
+    ],
+)
+def test_the_ledger_gives_the_published_costs(overrides: list[str], feq: int):
+    assert feq_ledger(load_config(BASE, overrides))["feq_per_sample"] == feq
+
+
+def test_clip_in_nats_of_flux_at_720(tmp_path: Path):
+    for part, text in (("vae", '{"_class_name": "AutoencoderKL", "latent_channels": 16, "block_out_channels": [1, 2, 3, 4]}'), ("transformer", "{}")):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text(text)
+    config = load_config(BASE, [f"model.path={tmp_path}", "sampler.height=720", "sampler.width=720"])
+    assert latent_dim(config) == 129_600
+    assert clip_nats(config, 129_600) == pytest.approx(12.96)
+    assert clip_nats(load_config(BASE, ["objective.logprob_reduction=sum"]), 129_600) == 1e-4
+    assert latent_dim(load_config(BASE)) is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "code", "level"),
+    [
+        (["sampler.kernel=ode"], "no_density", "error"),
+        (["sampler.eta=0"], "no_density", "error"),
+        (["trained_steps.fraction=0"], "empty_subset", "error"),
+        (["sampler.solver_steps=1"], "empty_subset", "error"),
+        (["trained_steps={fraction: 0.05, rule: repo}"], "empty_subset", "error"),
+        (["group_size=1"], "group_size", "error"),
+        (["prompts_per_step=16", "group_size=8", "updates_per_step=3"], "uneven_updates", "error"),
+        (["sampler.guidance_scale=5"], "guidance_unused", "error"),
+        (["heldout_rewards=[{name: digits/ink_band}]"], "heldout_is_trained", "error"),
+        (["rewards=[{name: a}, {name: a, weight: 2}]"], "reward_twice", "error"),
+        (["rewards=[{name: a, weight: 0}]"], "zero_weights", "error"),
+        (["sampler.guidance=both_branches", "sampler.guidance_scale=5"], "guidance_updates", "warning"),
+        (["sampler.guidance=both_branches"], "guidance_idle", "warning"),
+        (["prompts_per_step=15"], "few_prompts", "warning"),
+        (["sampler.eta=0.4"], "eta_high", "warning"),
+        (["model.train=full", "optimizer.lr=1e-6"], "lr_low", "warning"),
+        (["rewards=[{name: a}]"], "single_reward", "warning"),
+        (["prompts.heldout_fraction=0"], "no_heldout_prompts", "warning"),
+        (["sampler.shift=3"], "shift_mismatch", "warning"),
+        (["rewards=[{name: a}]", "advantage.clip=5"], "advantage_clip", "note"),
+        (["evaluation.guidance_scale=2"], "guidance_mismatch", "note"),
+    ],
+)
+def test_each_finding_is_found_and_leaves_when_its_cause_does(overrides: list[str], code: str, level: str):
+    assert codes(*overrides).get(code) == level
+    assert code not in codes()
+
+
+def test_a_sound_config_has_no_errors_and_one_note():
+    assert codes() == {"off_policy": "note"}
+    assert codes("updates_per_step=1") == {}
+
+
+def test_an_error_is_raised_with_key_origin_and_advice():
+    with pytest.raises(ConfigError, match=r"group_size, command line.*Set group_size to 2 or more"):
+        require_valid(load_config(BASE, ["group_size=1"]))
+
+
+def test_unknown_rewards_and_missing_files_are_findings(tmp_path: Path):
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a cat\nA  cat\n\n")
+    config = load_config(BASE, [f"prompts.path={prompts}", "model.path=nowhere"])
+    found = {f.code: f for f in check_config(config, reward_names=["digits/legibility", "digits/ink_bands"], files=True)}
+    assert found["unknown_reward"].key == "rewards.1.name" and "digits/ink_bands" in found["unknown_reward"].do
+    assert "line 3" in found["prompts"].message and found["model"].level == "error"
+    prompts.write_text("a cat\nA  cat\n")
+    assert "1 of 2" in {f.code: f for f in check_config(config, files=True)}["duplicate_prompts"].message
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(2, 40), st.integers(0, 1))
+def test_the_advantage_bound_is_reached_by_one_winner(size: int, ddof: int):
+    rewards = [1.0] + [0.0] * (size - 1)
+    mean = sum(rewards) / size
+    std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / (size - ddof))
+    assert (1 - mean) / std == pytest.approx(advantage_bound(size, ddof))
