@@ -15,6 +15,7 @@ from align.registry import suggest
 if TYPE_CHECKING:
     from align.config import DanceGRPOConfig
 
+BUILTIN = ("digits",)  # models and prompts that go by a name instead of a path
 Level = Literal["error", "warning", "note"]
 
 
@@ -189,10 +190,10 @@ def _training(config: DanceGRPOConfig) -> list[Finding]:
             f"into {config.updates_per_step} equal updates",
             f"Set updates_per_step: {divisors[0]}, or change prompts_per_step or group_size", "updates_per_step",
         ))  # fmt: skip
-    if config.prompts_per_step < 16:
+    if config.prompts_per_step < 16 and config.model.path not in BUILTIN:
         found.append(Finding(
             "warning", "few_prompts", f"{config.prompts_per_step} prompts a step make noisy updates of a large model",
-            "Use 32 prompts or more (16 is the least that worked) unless the prompt set is small", "prompts_per_step",
+            "Use 32 prompts or more; 16 is the least that worked", "prompts_per_step",
         ))  # fmt: skip
     lr, full = config.optimizer.lr, config.model.train == "full"
     if full and lr < 5e-6:
@@ -276,9 +277,6 @@ def _evaluation(config: DanceGRPOConfig) -> list[Finding]:
     return found
 
 
-BUILTIN = ("digits",)
-
-
 def _reward_names(config: DanceGRPOConfig, known: Collection[str]) -> list[Finding]:
     listed = [(f"{part}.{i}.name", r.name) for part in ("rewards", "heldout_rewards") for i, r in enumerate(getattr(config, part))]
     return [
@@ -332,8 +330,8 @@ def latent_dim(config: DanceGRPOConfig) -> int | None:
         return None
     factor, native = 2 ** (len(vae.get("block_out_channels", [0])) - 1), denoiser.get("sample_size")
     sides = [native if pixels is None else pixels // factor for pixels in (config.sampler.height, config.sampler.width)]
-    channels = vae.get("latent_channels")
-    return channels * sides[0] * sides[1] if all(isinstance(n, int) for n in (channels, *sides)) else None
+    sizes = [n for n in (vae.get("latent_channels"), *sides) if isinstance(n, int)]
+    return math.prod(sizes) if len(sizes) == 3 else None
 
 
 def describe_config(config: DanceGRPOConfig, findings: list[Finding]) -> dict[str, Any]:

@@ -32,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments and not arguments[0].startswith("-"):
             _known(arguments[0], _VERBS, "verb")
         options = _parse(arguments)
-        return int(options.run(options))
+        code = options.run(options)
+        sys.stdout.flush()
+        return int(code)
     except _Exit as done:
         return done.code
     except AlignError as error:
@@ -101,7 +103,8 @@ def _train(options: argparse.Namespace) -> int:
     from align.checks import describe_config, require_valid
     from align.config import load_config
 
-    config = load_config(options.config, _overrides(options))
+    seed = [] if options.seed is None else [f"seed={options.seed}"]
+    config = load_config(options.config, [*options.overrides, *seed])
     findings = require_valid(config)
     out = options.out or Path("runs") / config.name
     if options.dry_run:
@@ -137,6 +140,8 @@ def _finished(options: argparse.Namespace, result: Any) -> int:
 
 
 def _sample(options: argparse.Namespace) -> int:
+    if options.prompt and options.prompts:
+        raise ConfigError("Prompts come from one place", why="both --prompt and --prompts are given", do="Give one of them")
     prompts = options.prompt or options.prompts
     call = {"count": options.count, "seed": options.seed, "solver_steps": options.solver_steps}
     call |= {"guidance_scale": options.guidance_scale, "out": str(options.out or "samples")}
@@ -169,9 +174,9 @@ def _check(options: argparse.Namespace) -> int:
         found = describe_prompts(source, image_column=options.image_column)
         return _give(options, found, _prompts_text(found))
     if source.is_dir():
-        config = _run_config(source)
+        config = _run_config(source, options.overrides)
     else:
-        config = load_config(options.file, _overrides(options))
+        config = load_config(options.file, options.overrides)
     found = describe_config(config, check_config(config, reward_names=_reward_names(), files=True))
     _give(options, found, _config_text(found))
     return 0 if found["valid"] else 2
@@ -232,7 +237,7 @@ def _reward_names() -> list[str]:
     return [card.name for card in list_rewards()]
 
 
-def _run_config(folder: Path) -> DanceGRPOConfig:
+def _run_config(folder: Path, overrides: Sequence[str] = ()) -> DanceGRPOConfig:
     from align.config import load_config
 
     if not (folder / "config.yaml").is_file():
@@ -241,12 +246,7 @@ def _run_config(folder: Path) -> DanceGRPOConfig:
             why="it has no config.yaml" if folder.is_dir() else "there is no such folder",
             do="Give a folder that `align train` made, such as runs/NAME",
         )  # fmt: skip
-    return load_config(folder / "config.yaml")
-
-
-def _overrides(options: argparse.Namespace) -> list[str]:
-    seed = getattr(options, "seed", None)
-    return [*options.overrides, *([f"seed={seed}"] if seed is not None else [])]
+    return load_config(folder / "config.yaml", overrides)
 
 
 # --- output -----------------------------------------------------------------------------------------

@@ -41,16 +41,16 @@ Bool = Annotated[bool, Strict()]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=False, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class LoraConfig(_Section):
     """Low-rank adapters `W + (alpha / rank) B A` on the denoiser's linear layers."""
 
-    rank: Int = Field(16, ge=1, description="Rank of each adapter.")
-    alpha: Float = Field(32.0, gt=0, description="Scale of each adapter, which multiplies B A by alpha / rank.")
+    rank: Int = Field(default=16, ge=1, description="Rank of each adapter.")
+    alpha: Float = Field(default=32.0, gt=0, description="Scale of each adapter, which multiplies B A by alpha / rank.")
     targets: tuple[str, ...] | None = Field(
-        None, description="Endings of the names of the layers to adapt; null takes the model family's own list."
+        default=None, description="Endings of the names of the layers to adapt; null takes the model family's own list."
     )
 
 
@@ -59,15 +59,15 @@ class ModelConfig(_Section):
 
     path: str = Field(min_length=1, description="A diffusers pipeline folder, or `digits` for the embedded model.")
     family: str | None = Field(
-        None, description="Pipeline class that overrides model_index.json, such as StableDiffusion3Pipeline; null reads it."
+        default=None, description="Pipeline class that overrides model_index.json, such as StableDiffusion3Pipeline; null reads it."
     )
-    train: Literal["lora", "full"] = Field("lora", description="Train LoRA adapters, or every weight of the denoiser.")
-    lora: LoraConfig = Field(LoraConfig(), description="The adapters, read when train is lora.")
+    train: Literal["lora", "full"] = Field(default="lora", description="Train LoRA adapters, or every weight of the denoiser.")
+    lora: LoraConfig = Field(default=LoraConfig(), description="The adapters, read when train is lora.")
     dtype: Literal["fp32", "bf16"] = Field(
-        "fp32", description="Precision of the denoiser's matrix products; weights and latents stay fp32."
+        default="fp32", description="Precision of the denoiser's matrix products; weights and latents stay fp32."
     )
     gradient_checkpointing: Bool = Field(
-        False, description="Recompute activations in the backward pass: less memory, one more forward a trained step."
+        default=False, description="Recompute activations in the backward pass: less memory, one more forward a trained step."
     )
 
 
@@ -75,13 +75,13 @@ class PromptsConfig(_Section):
     """What the model is asked for while training and at evaluation."""
 
     path: str = Field(min_length=1, description="A txt, JSONL, CSV or Parquet file, or `digits` for the embedded prompts.")
-    prompt_column: str = Field("prompt", min_length=1, description="Column of the prompt text in a table.")
-    image_column: str | None = Field(None, description="Column of an image path, relative to the file; null reads none.")
+    prompt_column: str = Field(default="prompt", min_length=1, description="Column of the prompt text in a table.")
+    image_column: str | None = Field(default=None, description="Column of an image path, relative to the file; null reads none.")
     heldout_fraction: Float = Field(
-        0.2, ge=0, lt=1, description="Share of the prompts kept for evaluation, chosen by a hash of the text."
+        default=0.2, ge=0, lt=1, description="Share of the prompts kept for evaluation, chosen by a hash of the text."
     )
     heldout_path: str | None = Field(
-        None, description="A prompt file used for evaluation in place of heldout_fraction; null splits the file."
+        default=None, description="A prompt file used for evaluation in place of heldout_fraction; null splits the file."
     )
 
 
@@ -89,30 +89,30 @@ class SamplerConfig(_Section):
     """How rollouts are sampled: replay uses the same kernel on the same trajectory."""
 
     kernel: Literal["ode", "dance_sde", "flow_sde", "cps", "precise", "dance_precise"] = Field(
-        "dance_sde", description="Transition kernel of a solver step."
+        default="dance_sde", description="Transition kernel of a solver step."
     )
-    eta: Float = Field(0.3, ge=0, description="Amount of noise the kernel injects, without unit; 0 is the ODE.")
-    solver_steps: Int = Field(16, ge=1, description="Solver steps of a rollout.")
+    eta: Float = Field(default=0.3, ge=0, description="Amount of noise the kernel injects, without unit; 0 is the ODE.")
+    solver_steps: Int = Field(default=16, ge=1, description="Solver steps of a rollout.")
     shift: Float | None = Field(
-        None, gt=0, description="Time shift of the sigma table; null uses the pipeline's own scheduler."
+        default=None, gt=0, description="Time shift of the sigma table; null uses the pipeline's own scheduler."
     )
-    guidance_scale: Float = Field(1.0, ge=0, description="Scale of classifier-free guidance in rollouts; 1 is none.")
+    guidance_scale: Float = Field(default=1.0, ge=0, description="Scale of classifier-free guidance in rollouts; 1 is none.")
     guidance: Annotated[Literal["off", "both_branches"], BeforeValidator(_word)] = Field(
-        "off", description="Sample without guidance, or with it and gradients through both branches."
+        default="off", description="Sample without guidance, or with it and gradients through both branches."
     )
     initial_noise: Literal["group", "rank", "none"] = Field(
-        "group", description="What shares one initial noise: the members of a group, all prompts of a rank, or nothing."
+        default="group", description="What shares one initial noise: the members of a group, all prompts of a rank, or nothing."
     )
-    height: Int | None = Field(None, ge=1, description="Image height in pixels; null is the model's native size.")
-    width: Int | None = Field(None, ge=1, description="Image width in pixels; null is the model's native size.")
+    height: Int | None = Field(default=None, ge=1, description="Image height in pixels; null is the model's native size.")
+    width: Int | None = Field(default=None, ge=1, description="Image width in pixels; null is the model's native size.")
 
 
 class TrainedStepsConfig(_Section):
     """Which solver steps of a sample are trained: a random subset of its own for each sample."""
 
-    fraction: Float = Field(0.6, ge=0, le=1, description="Share of the solver steps that is trained.")
+    fraction: Float = Field(default=0.6, ge=0, le=1, description="Share of the solver steps that is trained.")
     rule: Literal["paper", "repo"] = Field(
-        "paper", description="Count of trained steps: ceil(fraction T) (paper) or floor(fraction (T - 1)) (repo)."
+        default="paper", description="Count of trained steps: ceil(fraction T) (paper) or floor(fraction (T - 1)) (repo)."
     )
 
 
@@ -120,109 +120,109 @@ class ObjectiveConfig(_Section):
     """The clipped policy-gradient objective."""
 
     clip_range: Float = Field(
-        1e-4, gt=0, description="Ratios are clipped to 1 +- clip_range; in nats per latent dimension with a mean log-prob."
+        default=1e-4, gt=0, description="Ratios are clipped to 1 +- clip_range; in nats per latent dimension with a mean log-prob."
     )
     logprob_reduction: Literal["mean", "sum"] = Field(
-        "mean", description="Reduce the log-prob over latent dimensions by mean (DanceGRPO) or by sum (a true density)."
+        default="mean", description="Reduce the log-prob over latent dimensions by mean (DanceGRPO) or by sum (a true density)."
     )
     min_valid_share: Float = Field(
-        0.5, ge=0, le=1, description="The run stops when a smaller share of a rollout than this could be scored."
+        default=0.5, ge=0, le=1, description="The run stops when a smaller share of a rollout than this could be scored."
     )
 
 
 class AdvantageConfig(_Section):
     """How rewards become advantages: `(r - mean) / (std + eps)`, summed over rewards by weight, clipped once."""
 
-    ddof: Int = Field(1, ge=0, le=1, description="Delta degrees of freedom of the standard deviation.")
-    eps: Float = Field(1e-8, ge=0, description="Added to the standard deviation, in reward units.")
+    ddof: Int = Field(default=1, ge=0, le=1, description="Delta degrees of freedom of the standard deviation.")
+    eps: Float = Field(default=1e-8, ge=0, description="Added to the standard deviation, in reward units.")
     scope: Literal["group", "global_std", "global"] = Field(
-        "group", description="Centre and scale per group, centre per group and scale over all, or both over all."
+        default="group", description="Centre and scale per group, centre per group and scale over all, or both over all."
     )
-    clip: Float | None = Field(5.0, gt=0, description="Largest absolute advantage, in standard deviations; null is none.")
+    clip: Float | None = Field(default=5.0, gt=0, description="Largest absolute advantage, in standard deviations; null is none.")
 
 
 class RewardConfig(_Section):
     """One reward by its registered name."""
 
     name: str = Field(min_length=1, description="Registered name, as `align rewards list` shows it.")
-    weight: Float = Field(1.0, description="Weight of its normalised advantage in the sum.")
-    args: dict[str, Any] = Field({}, description="Arguments of the reward's factory.")
+    weight: Float = Field(default=1.0, description="Weight of its normalised advantage in the sum.")
+    args: dict[str, Any] = Field(default={}, description="Arguments of the reward's factory.")
 
 
 class OptimizerConfig(_Section):
     """The optimizer of the trained weights."""
 
-    name: Literal["adamw"] = Field("adamw", description="Optimizer.")
-    lr: Float = Field(3e-4, gt=0, description="Learning rate, constant over the run.")
-    betas: tuple[Float, Float] = Field((0.9, 0.999), description="Decay rates of AdamW's two moment estimates.")
-    weight_decay: Float = Field(1e-4, ge=0, description="Decoupled weight decay of each update, multiplied by lr.")
-    eps: Float = Field(1e-8, gt=0, description="Added to AdamW's denominator.")
-    max_grad_norm: Float | None = Field(1.0, gt=0, description="Largest gradient norm of an update; null does not clip.")
+    name: Literal["adamw"] = Field(default="adamw", description="Optimizer.")
+    lr: Float = Field(default=3e-4, gt=0, description="Learning rate, constant over the run.")
+    betas: tuple[Float, Float] = Field(default=(0.9, 0.999), description="Decay rates of AdamW's two moment estimates.")
+    weight_decay: Float = Field(default=1e-4, ge=0, description="Decoupled weight decay of each update, multiplied by lr.")
+    eps: Float = Field(default=1e-8, gt=0, description="Added to AdamW's denominator.")
+    max_grad_norm: Float | None = Field(default=1.0, gt=0, description="Largest gradient norm of an update; null does not clip.")
 
 
 class EvaluationConfig(_Section):
     """Evaluation on held-out prompts with the ODE sampler and the held-out rewards."""
 
-    every: Int = Field(10, ge=0, description="Steps between evaluations; 0 evaluates only before and after.")
-    samples: Int = Field(256, ge=1, description="Samples of each evaluation while training.")
-    solver_steps: Int = Field(20, ge=1, description="ODE solver steps of a sample.")
-    guidance_scale: Float = Field(1.0, ge=0, description="Scale of classifier-free guidance at evaluation; 1 is none.")
-    final_samples: Int = Field(2000, ge=1, description="Samples of the evaluations before and after training.")
+    every: Int = Field(default=10, ge=0, description="Steps between evaluations; 0 evaluates only before and after.")
+    samples: Int = Field(default=256, ge=1, description="Samples of each evaluation while training.")
+    solver_steps: Int = Field(default=20, ge=1, description="ODE solver steps of a sample.")
+    guidance_scale: Float = Field(default=1.0, ge=0, description="Scale of classifier-free guidance at evaluation; 1 is none.")
+    final_samples: Int = Field(default=2000, ge=1, description="Samples of the evaluations before and after training.")
 
 
 class BatchConfig(_Section):
     """How work is cut up. Results do not depend on it; null is derived from the memory at hand."""
 
-    rollout: Int | None = Field(None, ge=1, description="Samples sampled at once; null is derived.")
-    tile: Int | None = Field(None, ge=1, description="(Sample, solver step) pairs replayed at once; null is derived.")
+    rollout: Int | None = Field(default=None, ge=1, description="Samples sampled at once; null is derived.")
+    tile: Int | None = Field(default=None, ge=1, description="(Sample, solver step) pairs replayed at once; null is derived.")
 
 
 class CheckpointConfig(_Section):
     """When full training state is written."""
 
-    every: Int = Field(10, ge=0, description="Steps between checkpoints; 0 writes only the last.")
-    keep: Int = Field(2, ge=1, description="Checkpoints kept, newest first.")
+    every: Int = Field(default=10, ge=0, description="Steps between checkpoints; 0 writes only the last.")
+    keep: Int = Field(default=2, ge=1, description="Checkpoints kept, newest first.")
 
 
 class TrackingConfig(_Section):
     """What is logged besides metrics.jsonl."""
 
-    samples_every: Int = Field(10, ge=0, description="Steps between sample grids; 0 draws only the first and the last.")
-    tensorboard: Bool = Field(False, description="Mirror the metrics to TensorBoard files in the run folder.")
+    samples_every: Int = Field(default=10, ge=0, description="Steps between sample grids; 0 draws only the first and the last.")
+    tensorboard: Bool = Field(default=False, description="Mirror the metrics to TensorBoard files in the run folder.")
 
 
 class DanceGRPOConfig(_Section):
     """A DanceGRPO run. `prompts_per_step` and `group_size` are the user's; batches are derived from them."""
 
-    about: str = Field("", description="One line on what the recipe is for, shown by `align configs list`.")
-    trainer: Literal["dance_grpo"] = Field("dance_grpo", description="The training loop.")
+    about: str = Field(default="", description="One line on what the recipe is for, shown by `align configs list`.")
+    trainer: Literal["dance_grpo"] = Field(default="dance_grpo", description="The training loop.")
     name: str = Field(
-        "dance_grpo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its folder in runs/."
+        default="dance_grpo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its folder in runs/."
     )
-    seed: Int = Field(0, ge=0, lt=2**63, description="Seed from which every random draw of the run is derived.")
-    steps: Int = Field(300, ge=1, description="Training steps: a rollout, its rewards and its updates.")
-    prompts_per_step: Int = Field(32, ge=1, description="Prompts of a rollout, over all processes.")
-    group_size: Int = Field(12, ge=1, description="Samples of each prompt, compared with one another.")
-    updates_per_step: Int = Field(2, ge=1, description="Optimizer updates of a rollout, on disjoint parts of it.")
+    seed: Int = Field(default=0, ge=0, lt=2**63, description="Seed from which every random draw of the run is derived.")
+    steps: Int = Field(default=300, ge=1, description="Training steps: a rollout, its rewards and its updates.")
+    prompts_per_step: Int = Field(default=32, ge=1, description="Prompts of a rollout, over all processes.")
+    group_size: Int = Field(default=12, ge=1, description="Samples of each prompt, compared with one another.")
+    updates_per_step: Int = Field(default=2, ge=1, description="Optimizer updates of a rollout, on disjoint parts of it.")
     model: ModelConfig = Field(description="The model to align.")
     prompts: PromptsConfig = Field(description="The prompts.")
-    sampler: SamplerConfig = Field(SamplerConfig(), description="The rollout sampler.")
-    trained_steps: TrainedStepsConfig = Field(TrainedStepsConfig(), description="The trained solver steps.")
-    objective: ObjectiveConfig = Field(ObjectiveConfig(), description="The objective.")
-    advantage: AdvantageConfig = Field(AdvantageConfig(), description="The advantages.")
+    sampler: SamplerConfig = Field(default=SamplerConfig(), description="The rollout sampler.")
+    trained_steps: TrainedStepsConfig = Field(default=TrainedStepsConfig(), description="The trained solver steps.")
+    objective: ObjectiveConfig = Field(default=ObjectiveConfig(), description="The objective.")
+    advantage: AdvantageConfig = Field(default=AdvantageConfig(), description="The advantages.")
     rewards: tuple[RewardConfig, ...] = Field(min_length=1, description="The rewards that are trained on.")
-    heldout_rewards: tuple[RewardConfig, ...] = Field((), description="Rewards that are only ever evaluated.")
-    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="The optimizer.")
-    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="The evaluation.")
-    batch: BatchConfig = Field(BatchConfig(), description="The derived batch sizes.")
-    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="The checkpoints.")
-    tracking: TrackingConfig = Field(TrackingConfig(), description="The tracking.")
+    heldout_rewards: tuple[RewardConfig, ...] = Field(default=(), description="Rewards that are only ever evaluated.")
+    optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="The optimizer.")
+    evaluation: EvaluationConfig = Field(default=EvaluationConfig(), description="The evaluation.")
+    batch: BatchConfig = Field(default=BatchConfig(), description="The derived batch sizes.")
+    checkpoint: CheckpointConfig = Field(default=CheckpointConfig(), description="The checkpoints.")
+    tracking: TrackingConfig = Field(default=TrackingConfig(), description="The tracking.")
 
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
 
     def __eq__(self, other: object) -> bool:
         """Two configs are equal when their values are, wherever those came from."""
-        return type(self) is type(other) and self.model_dump() == other.model_dump()  # type: ignore[attr-defined]
+        return isinstance(other, DanceGRPOConfig) and self.model_dump() == other.model_dump()
 
     __hash__ = None  # type: ignore[assignment]
 

@@ -19,7 +19,7 @@ class AlignError(Exception):
             message += f": {why}"
         if do:
             message += f". {do}"
-        super().__init__(message + ".")
+        super().__init__(message if message.endswith(("?", ".")) else message + ".")
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild, (type(self), self.what, self.where, self.why, self.do))

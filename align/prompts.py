@@ -74,13 +74,9 @@ class PromptSet:
         epoch, place = divmod(step, size // count)
         return permutation(size, "prompts", seed, epoch)[place * count : (place + 1) * count]
 
-    def at(self, step: int, count: int, seed: int) -> list[str]:
+    def at(self, step: int, count: int, seed: int) -> PromptSet:
         """Return the `count` prompts of training step `step` (see `indices_at`)."""
-        return [self.prompts[i] for i in self.indices_at(step, count, seed)]
-
-    def split(self, fraction: float, seed: int = 0) -> tuple[PromptSet, PromptSet]:
-        """Return (training, held-out), see `split_heldout`."""
-        return split_heldout(self, fraction, seed)
+        return self.select(self.indices_at(step, count, seed))
 
 
 def load_prompts(

@@ -121,7 +121,7 @@ class Run:
         self.config, self.directory = config, Path(directory)
         self.parameters = dict(parameters)
         self.optimizer = build_optimizer(self.parameters, config.optimizer)
-        self.log = RunLog(self.directory)
+        self.log = RunLog(self.directory, tensorboard=config.tracking.tensorboard)
         self.stopping = ""
         self.counters: dict[str, float] = {}
         self.step = 0
@@ -160,6 +160,7 @@ class Run:
             signal.signal(number, handler)
         if kind is not None:
             self.finish("failed")
+        self.log.close()
 
     def _request_stop(self, number: int, frame: FrameType | None) -> None:
         if self.stopping:
@@ -226,6 +227,7 @@ class Run:
             "lr": self.optimizer.param_groups[0]["lr"],
             "grad_norm": sum(self._grad_norms) / max(1, len(self._grad_norms)),
             "updates": len(self._grad_norms),
+            "first_ratio_error": stats.first_ratio_error,
             "time/optimizer": self._optimizer_seconds,
             "peak_memory_mb": peak_memory_mb(),
             **{name: stats.mean(name) for name in stats.sums},

@@ -148,12 +148,16 @@ class Advantages:
 
 @dataclass
 class StepStats:
-    """Sums over the trained (sample, step) terms of one update; `mean(name)` divides by `count`."""
+    """Sums over the trained (sample, solver step) terms of one training step; `mean(name)` divides by `count`.
+
+    `first_ratio_error` is max |ratio - 1| over the terms replayed before the first update.
+    """
 
     count: int = 0
     sums: dict[str, float] = field(default_factory=dict)
     minima: dict[str, float] = field(default_factory=dict)
     maxima: dict[str, float] = field(default_factory=dict)
+    first_ratio_error: float = 0.0
 
     def add(self, count: int, *, sums: Mapping[str, float], extremes: Mapping[str, tuple[float, float]] = {}) -> None:
         """Add `count` terms: their sums, and the (min, max) of each quantity in `extremes`."""

@@ -109,7 +109,7 @@ class DanceGRPO:
                 prompts = self.prompts.at(step, config.prompts_per_step, config.seed)
                 rollout = sample(
                     policy,
-                    prompts.texts,
+                    prompts.prompts,
                     metadata=prompts.metadata,
                     group_size=config.group_size,
                     table=self.table,
@@ -151,7 +151,7 @@ class DanceGRPO:
                     error = guards.require_first_ratio(
                         logp, tile.logp, self.table.std[tile.step], tolerance, f"step {step}"
                     )
-                    stats.maxima["first_ratio_error"] = max(error, stats.maxima.get("first_ratio_error", 0.0))
+                    stats.first_ratio_error = max(stats.first_ratio_error, error)
                 terms = grpo_clip(
                     logp, tile.logp, tile.advantage, clip_low=config.objective.clip_range, clip_high=config.objective.clip_range
                 )

@@ -202,7 +202,7 @@ def test_t17_gradients_reach_both_branches(folder):
     seen = {}
 
     def keep(module, args, kwargs, output):
-        output[0].register_hook(lambda g: seen.setdefault("norms", g.flatten(1).norm(dim=1)))
+        output[0].register_hook(lambda g: seen.update(norms=g.flatten(1).norm(dim=1)))
 
     rollout = roll(policy, table_for(policy))
     policy.family.denoiser.register_forward_hook(keep, with_kwargs=True)

@@ -11,7 +11,15 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.checks import advantage_bound, check_config, clip_nats, feq_ledger, latent_dim, require_valid, trained_step_count
+from align.checks import (
+    advantage_bound,
+    check_config,
+    clip_nats,
+    feq_ledger,
+    latent_dim,
+    require_valid,
+    trained_step_count,
+)
 from align.config import DanceGRPOConfig, _keys, config_origins, diff_configs, list_recipes, load_config, save_config
 from align.errors import ConfigError
 from align.recipes import copy_recipe, read_recipe
@@ -307,7 +315,7 @@ def test_clip_in_nats_of_flux_at_720(tmp_path: Path):
         (["rewards=[{name: a, weight: 0}]"], "zero_weights", "error"),
         (["sampler.guidance=both_branches", "sampler.guidance_scale=5"], "guidance_updates", "warning"),
         (["sampler.guidance=both_branches"], "guidance_idle", "warning"),
-        (["prompts_per_step=15"], "few_prompts", "warning"),
+        (["prompts_per_step=15", "model.path=sd3"], "few_prompts", "warning"),
         (["sampler.eta=0.4"], "eta_high", "warning"),
         (["model.train=full", "optimizer.lr=1e-6"], "lr_low", "warning"),
         (["rewards=[{name: a}]"], "single_reward", "warning"),

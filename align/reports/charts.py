@@ -1,0 +1,248 @@
+"""Line and stacked charts as inline SVG, coloured by the page's CSS variables --c0 to --c6.
+
+A chart is readable without scripts; the page's tooltip script reads the points from `data-chart`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from markupsafe import Markup, escape
+
+WIDTH, HEIGHT = 520, 250
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 38
+COLOURS = 7
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve: y over x, None or NaN where there is no value, with an optional band [low, high].
+
+    Args:
+        sparse: draw the points, for a curve with few of them.
+        colour: index of the page's CSS colour; None takes the position in the chart.
+    """
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float | None]
+    low: Sequence[float | None] = ()
+    high: Sequence[float | None] = ()
+    sparse: bool = False
+    colour: int | None = None
+
+    @property
+    def present(self) -> bool:
+        """Whether any value is there to draw."""
+        return any(_finite(v) for v in self.y)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Maps values to pixels of the drawing, linearly or by log10 with everything at or below `floor` at its foot."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        if self.log:
+            value = math.log10(max(value, 10**self.low))
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+    def ticks(self, count: int = 5) -> list[tuple[float, str]]:
+        """Return about `count` round values with their labels."""
+        if self.log:
+            stride = max(1, math.ceil((self.high - self.low) / count))
+            exponents = range(round(self.low) + stride, round(self.high) + 1, stride)
+            return [(0.0, "0"), *((10.0**e, _power(e)) for e in exponents)]
+        step = _round_step((self.high - self.low) / count)
+        first = math.ceil(self.low / step - 1e-9)
+        values = [(first + i) * step for i in range(int((self.high - first * step) / step + 1e-9) + 1)]
+        digits = max(0, -math.floor(math.log10(step) + 1e-9))
+        return [(v, _tick(v, digits)) for v in values]
+
+
+def line_chart(
+    series: Iterable[Series],
+    *,
+    label: str,
+    log: bool = False,
+    percent: bool = False,
+    from_zero: bool = False,
+    reference: tuple[float, str] | None = None,
+) -> Markup:
+    """Draw curves over the training step, each with its band.
+
+    Args:
+        label: what the chart shows, for those who cannot see it.
+        log: a log10 axis; a value of 0 stands on its foot, which is labelled 0.
+        percent: values are shares, labelled as percentages.
+        from_zero: the axis begins at 0.
+        reference: a dashed line at a value, with its label.
+
+    Returns:
+        an empty Markup when there is nothing to draw.
+    """
+    shown = [replace(s, colour=i if s.colour is None else s.colour) for i, s in enumerate(series) if s.present]
+    if not shown:
+        return Markup()
+    if percent:
+        shown = [replace(s, y=_times(s.y, 100), low=_times(s.low, 100), high=_times(s.high, 100)) for s in shown]
+    values = [v for s in shown for part in (s.y, s.low, s.high) for v in part if v is not None and math.isfinite(v)]
+    values += [reference[0]] if reference else []
+    x, y = _x_axis(shown), (_log_axis(values) if log else _linear_axis(values, from_zero))
+    body = [_frame(x, y, "%" if percent else "")]
+    body += [_band(s, x, y) for s in shown if len(s.low) == len(s.x) == len(s.high)]
+    if reference:
+        at = y(reference[0])
+        body.append(f'<path class="ref" d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>')
+        body.append(f'<text class="reftext" x="{WIDTH - RIGHT - 2}" y="{at - 4:.1f}" text-anchor="end">{escape(reference[1])}</text>')
+    body += [_curve(s, x, y) for s in shown]
+    points = [
+        {"name": s.name, "c": s.colour, "p": [[a, x(a), v, y(v)] for a, v in zip(s.x, s.y, strict=True) if _finite(v)]}
+        for s in shown
+    ]
+    return _figure(body, label, shown, points, "%" if percent else "")
+
+
+def stacked_chart(series: Iterable[Series], *, label: str, unit: str = "") -> Markup:
+    """Draw non-negative curves over a common x as areas on top of one another."""
+    shown = [replace(s, colour=i) for i, s in enumerate(series) if s.present]
+    if not shown:
+        return Markup()
+    steps = shown[0].x
+    sums = [0.0] * len(steps)
+    layers: list[tuple[Series, list[float], list[float]]] = []
+    for s in shown:
+        below = sums
+        sums = [b + (v if v is not None and math.isfinite(v) else 0.0) for b, v in zip(below, s.y, strict=True)]
+        layers.append((s, below, sums))
+    x, y = _x_axis(shown), _linear_axis(sums, from_zero=True)
+    body = [_frame(x, y, "")]
+    for s, below, above in layers:
+        forth = " ".join(f"{x(a):.1f},{y(v):.1f}" for a, v in zip(steps, above, strict=True))
+        back = " ".join(f"{x(a):.1f},{y(v):.1f}" for a, v in reversed(list(zip(steps, below, strict=True))))
+        body.append(f'<polygon class="area c{_colour(s)}" points="{forth} {back}"/>')
+    points = [
+        {"name": s.name, "c": s.colour, "p": [[a, x(a), v, y(t)] for a, v, t in zip(steps, s.y, above, strict=True) if _finite(v)]}
+        for s, _, above in layers
+    ]
+    return _figure(body, label, shown, points, unit)
+
+
+def _figure(body: list[str], label: str, shown: Sequence[Series], points: list[dict[str, object]], unit: str) -> Markup:
+    legend = "".join(
+        f'<span class="key"><i class="c{_colour(s)}"></i>{escape(s.name)}</span>' for s in shown
+    )
+    data = escape(json.dumps({"unit": unit, "series": points}, default=float))
+    return Markup(
+        f'<div class="legend">{legend}</div><div class="plot" data-chart="{data}">'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">{"".join(body)}'
+        '<path class="cursor" d=""/></svg><div class="tip" hidden></div></div>'
+    )
+
+
+def _frame(x: Axis, y: Axis, unit: str) -> str:
+    parts = []
+    for value, text in y.ticks():
+        at = y(value)
+        parts.append(f'<path class="grid" d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{text}{unit}</text>')
+    for value, text in x.ticks(6):
+        if value == round(value):
+            parts.append(f'<text class="tick" x="{x(value):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{text}</text>')
+    parts.append(f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
+    parts.append(f'<text class="tick" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 5}" text-anchor="middle">training step</text>')
+    return "".join(parts)
+
+
+def _curve(s: Series, x: Axis, y: Axis) -> str:
+    runs = _runs([(x(a), y(v)) if v is not None and math.isfinite(v) else None for a, v in zip(s.x, s.y, strict=True)])
+    path = "".join("M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in run) for run in (_joined(runs) if s.sparse else runs))
+    dots = [p for run in runs for p in run] if s.sparse else [run[0] for run in runs if len(run) == 1]
+    circles = "".join(f'<circle class="dot c{_colour(s)}" cx="{a:.1f}" cy="{b:.1f}" r="3.2"/>' for a, b in dots)
+    return f'<path class="line c{_colour(s)}" d="{path}"/>{circles}'
+
+
+def _band(s: Series, x: Axis, y: Axis) -> str:
+    rows = list(zip(s.x, s.low, s.high, strict=True))
+    pairs = [(x(a), y(u), y(v)) if _finite(u) and _finite(v) else None for a, u, v in rows]  # type: ignore[arg-type]
+    if s.sparse:
+        bars = "".join(f"M{a:.1f} {u:.1f}V{v:.1f}M{a - 3:.1f} {u:.1f}h6M{a - 3:.1f} {v:.1f}h6" for a, u, v in filter(None, pairs))
+        return f'<path class="whisker c{_colour(s)}" d="{bars}"/>'
+    polygons = []
+    for run in _runs(pairs):
+        outline = [(a, v) for a, _, v in run] + [(a, u) for a, u, _ in reversed(run)]
+        polygons.append(f'<polygon class="band c{_colour(s)}" points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in outline)}"/>')
+    return "".join(polygons)
+
+
+def _runs(points: Iterable[T | None]) -> list[list[T]]:
+    """Split at the missing values."""
+    runs: list[list[T]] = [[]]
+    for point in points:
+        if point is not None:
+            runs[-1].append(point)
+        elif runs[-1]:
+            runs.append([])
+    return [run for run in runs if run]
+
+
+def _joined(runs: list[list[T]]) -> list[list[T]]:
+    return [[point for run in runs for point in run]] if runs else []
+
+
+def _x_axis(shown: Sequence[Series]) -> Axis:
+    values = [float(v) for s in shown for v in s.x]
+    low, high = min(values), max(values)
+    return Axis(low, high if high > low else low + 1, LEFT, WIDTH - RIGHT)
+
+
+def _linear_axis(values: Sequence[float], from_zero: bool) -> Axis:
+    low, high = min(values), max(values)
+    low = min(0.0, low) if from_zero else low
+    margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    top = high + margin
+    return Axis(low if from_zero and low == 0 else low - margin, top, HEIGHT - BOTTOM, TOP)
+
+
+def _log_axis(values: Sequence[float]) -> Axis:
+    positive = [v for v in values if v > 0] or [1.0]
+    low, high = math.floor(math.log10(min(positive))) - 1, math.ceil(math.log10(max(positive)) + 0.01)
+    return Axis(low, high, HEIGHT - BOTTOM, TOP, log=True)
+
+
+def _round_step(raw: float) -> float:
+    power = 10.0 ** math.floor(math.log10(raw))
+    return next(m * power for m in (1, 2, 5, 10) if raw <= m * power * 1.0001)
+
+
+def _tick(value: float, digits: int) -> str:
+    if digits > 4 or abs(value) >= 1e6:
+        return f"{value:.1e}" if value else "0"
+    return f"{0.0 if abs(value) < 1e-12 else value:,.{digits}f}".replace("-", "−")
+
+
+def _power(exponent: int) -> str:
+    return f'10<tspan dy="-4" font-size="8">{str(exponent).replace("-", "−")}</tspan>'
+
+
+def _times(values: Sequence[float | None], factor: float) -> list[float | None]:
+    return [None if v is None else v * factor for v in values]
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _colour(s: Series) -> int:
+    return (s.colour or 0) % COLOURS

@@ -1,0 +1,245 @@
+"""The command line: exit codes, one sentence for each mistake, JSON, dry runs, and a fast `--help`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from align.cli import _VERBS, main
+
+ROOT = Path(__file__).parents[2]
+# The fastest honest measure on a busy machine is the best of a few attempts.
+ATTEMPTS = 5
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main(list(arguments))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def process(*arguments: str, path: Path | None = None, **options) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, filter(None, (path, ROOT))))}
+    environment.pop("PYTHONUNBUFFERED", None)  # output that is still in a buffer is part of what is tested
+    return subprocess.Popen(
+        [sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+@pytest.mark.parametrize("verb", _VERBS)
+def test_every_verb_has_help_with_examples(capsys, verb: str):
+    code, out, _ = run(capsys, verb, "--help")
+    assert code == 0 and f"usage: align {verb}" in out and f"examples:\n  align {verb}" in out
+
+
+@pytest.mark.parametrize("verb", _VERBS)
+def test_the_examples_in_the_help_parse(verb: str):
+    import shlex
+
+    from align.cli import _parse
+
+    for example in _VERBS[verb][3]:
+        options = _parse(shlex.split(example)[1:])
+        assert options.verb == verb
+
+
+@pytest.mark.parametrize("flag", ["--json", "--out", "--seed", "--dry-run"])
+def test_a_flag_reads_the_same_everywhere(capsys, flag: str):
+    texts = set()
+    for verb in _VERBS:
+        out = run(capsys, verb, "--help")[1]
+        if f"\n  {flag}" in out:
+            texts.add(" ".join(out.split(f"\n  {flag}", 1)[1].split("\n  --")[0].split())[:16])
+    assert len(texts) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["trian"], "Unknown verb 'trian'. Did you mean 'train'?"),
+        ([], "required: VERB"),
+        (["train"], "required: CONFIG"),
+        (["train", "nope.yaml"], "There is no such file (nope.yaml)"),
+        (["train", "digits/dance"], "Did you mean 'digits/dance_grpo'?"),
+        (["train", "digits/smoke", "stepz=3"], "Unknown key 'stepz' (command line). Did you mean 'steps'?"),
+        (["train", "digits/smoke", "steps=many"], "found 'many' (text), expected a whole number"),
+        (["train", "digits/smoke", "group_size=1"], "nothing to be compared with"),
+        (["train", "digits/smoke", "sampler.kernel=ode"], "no log-prob to train on"),
+        (["train", "digits/smoke", "sampler.eta=0"], "no log-prob to train on"),
+        (["train", "digits/smoke", "trained_steps.fraction=0"], "No solver step is trained"),
+        (["train", "digits/smoke", "--sed", "3"], "has no flag '--sed'. Did you mean '--seed'?"),
+        (["train", "digits/smoke", "--seed", "x"], "'x' is not a whole number"),
+        (["sample", "digits", "--count", "0"], "must be 1 or more"),
+        (["resume", "nowhere"], "This is not a run folder (nowhere): there is no such folder"),
+        (["report", "nowhere"], "This is not a run folder"),
+        (["configs", "show", "digits/smok"], "Did you mean 'digits/smoke'?"),
+        (["configs", "lst"], "invalid choice: 'lst'"),
+        (["check", "nope.txt"], "There is no such file (nope.txt)"),
+        (["doctor", "x"], "has no use for 'x'"),
+    ],
+)
+def test_bad_input_is_one_sentence_on_stderr_and_code_2(capsys, arguments: list[str], sentence: str):
+    code, out, err = run(capsys, *arguments)
+    assert code == 2 and out == ""
+    assert sentence in err and err.startswith("align: ") and err.count("\n") == 1
+
+
+def test_bad_prompt_files_are_refused_by_check(capsys, tmp_path: Path):
+    path = tmp_path / "p.txt"
+    path.write_text("a cat\n\na dog\n")
+    assert f"A line is empty ({path}, line 2)" in run(capsys, "check", str(path))[2]
+    path.write_bytes(b"a caf\xe9\n")
+    code, _, err = run(capsys, "check", str(path))
+    assert code == 2 and "not UTF-8 text" in err and "offset 5" in err
+    path.write_text("a cat\nA cat\n")
+    code, out, _ = run(capsys, "check", str(path))
+    assert code == 0 and "2 in" in out and "1 prompts repeat" in out
+
+
+def test_check_says_cost_updates_and_findings(capsys):
+    code, out, _ = run(capsys, "check", "digits/dance_grpo", "rewards=[{name: digits/legibility}]", "heldout_rewards=[]")
+    assert code == 0
+    assert "22 F_eq a sample = 10 + 6 x 2" in out and "updates  2 of each rollout" in out and "will be exploited" in out
+    code, out, _ = run(capsys, "check", "digits/dance_grpo", "group_size=1", "rewards.0.name=digits/legible")
+    assert code == 2 and "nothing to be compared with" in out and "'digits/legible'" in out
+
+
+def test_json_goes_to_a_file_or_to_stdout(capsys, tmp_path: Path):
+    code, out, _ = run(capsys, "configs", "--json", "-")
+    assert code == 0 and {"digits/demo"} <= {recipe["name"] for recipe in json.loads(out)}
+    path = tmp_path / "deep" / "x.json"
+    code, out, _ = run(capsys, "train", "digits/smoke", "--dry-run", "--seed", "5", "--json", str(path))
+    found = json.loads(path.read_text())
+    assert code == 0 and "would train into runs/smoke" in out and found["ledger"]["solver_steps"] == 4
+    (tmp_path / "file").write_text("")
+    code, _, err = run(capsys, "configs", "list", "--json", str(tmp_path / "file" / "x.json"))
+    assert code == 2 and "cannot be written" in err
+
+
+def test_overrides_may_follow_flags_and_seed_is_one(capsys):
+    code, out, _ = run(capsys, "train", "digits/smoke", "steps=7", "--dry-run", "group_size=8", "steps=9")
+    assert code == 0 and "9 steps of 32 samples" in out
+
+
+def test_dry_runs_change_nothing(capsys, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments in (
+        ["train", "digits/smoke"], ["sample", "digits", "--prompt", "a cat"], ["evaluate", "digits"],
+        ["configs", "copy", "digits/smoke", "x.yaml"],
+    ):  # fmt: skip
+        code, out, _ = run(capsys, *arguments, "--dry-run")
+        assert code == 0 and "would" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_recipes_are_listed_shown_and_copied(capsys, tmp_path: Path):
+    assert "digits/hacked" in run(capsys, "configs")[1]
+    shown = run(capsys, "configs", "show", "digits/smoke")[1]
+    copied = tmp_path / "mine.yaml"
+    assert run(capsys, "configs", "copy", "digits/smoke", str(copied))[0] == 0
+    assert copied.read_text() == shown
+    code, _, err = run(capsys, "configs", "copy", "digits/smoke", str(copied))
+    assert code == 2 and "exists already" in err
+    assert run(capsys, "configs", "copy", "digits/full", str(copied), "--overwrite")[0] == 0
+    assert run(capsys, "train", str(copied), "--dry-run")[0] == 0
+
+
+def test_rewards_are_listed_and_described(capsys):
+    assert "digits/ink_band" in run(capsys, "rewards")[1]
+    code, out, _ = run(capsys, "rewards", "describe", "digits/ink_band", "--json", "-")
+    assert code == 0 and json.loads(out)["definition"]
+    code, _, err = run(capsys, "rewards", "describe", "digits/ink_bnd")
+    assert code == 2 and "Did you mean 'digits/ink_band'?" in err
+
+
+# --- as a process -----------------------------------------------------------------------------------
+
+
+def test_help_is_fast_and_light():
+    def seconds(*arguments: str) -> float:
+        times = []
+        for _ in range(ATTEMPTS):
+            began = time.perf_counter()
+            child = process(*arguments)
+            child.communicate(timeout=30)
+            assert child.returncode == 0
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    assert seconds("-m", "align.cli", "--help") - seconds("-c", "pass") < 0.3
+    heavy = "import sys, align.cli; align.cli.main(['--help']); align.cli.main(['configs']); "
+    child = process("-c", heavy + "print(sorted({'torch', 'pydantic', 'numpy', 'diffusers', 'pandas'} & set(sys.modules)))")
+    assert child.communicate(timeout=30)[0].splitlines()[-1] == "[]"
+
+
+def test_an_interrupt_ends_with_130(tmp_path: Path):
+    pipe = tmp_path / "prompts.txt"
+    os.mkfifo(pipe)
+    child = process("-m", "align.cli", "check", str(pipe))
+    writer, deadline = None, time.monotonic() + 30
+    while writer is None:  # succeeds once the child has opened the file
+        assert child.poll() is None and time.monotonic() < deadline
+        with contextlib.suppress(OSError):
+            writer = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=30)
+    os.close(writer)
+    assert child.returncode == 130 and err == "align: Interrupted.\n"
+
+
+def test_a_defect_shows_its_traceback_and_ends_with_1(tmp_path: Path):
+    (tmp_path / "rewards").mkdir()
+    (tmp_path / "rewards" / "__init__.py").write_text("raise RuntimeError('a defect')\n")
+    child = process("-m", "align.cli", "rewards", path=tmp_path, cwd=tmp_path)
+    _, err = child.communicate(timeout=30)
+    assert child.returncode == 1 and "Traceback" in err and "a defect" in err
+
+
+def test_bad_input_has_no_traceback():
+    child = process("-m", "align.cli", "train", "digits/smoke", "group_size=1")
+    _, err = child.communicate(timeout=30)
+    assert child.returncode == 2 and "Traceback" not in err and err.startswith("align: ")
+
+
+def test_a_closed_pipe_is_no_error():
+    child = process("-m", "align.cli", "configs", "show", "digits/dance_grpo")
+    child.stdout.close()
+    err = child.stderr.read()
+    assert child.wait(timeout=30) == 0 and err == ""
+
+
+# --- the documentation ------------------------------------------------------------------------------
+
+
+def test_docs_name_every_verb_flag_and_config_field():
+    from align.config import DanceGRPOConfig, _keys
+
+    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    for verb in _VERBS:
+        assert f"`align {verb}" in text
+    for key, description in _keys(DanceGRPOConfig):
+        if f"`{key}" not in text:
+            assert any(other.startswith(f"{key}.") for other, _ in _keys(DanceGRPOConfig)), key
+        elif f"| `{key}` |" in text:
+            assert f"| {description} |" in text, key
+
+
+def test_stable_names_can_be_imported():
+    import importlib
+    import re
+
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    found = re.findall(r"^from (\S+) import (.+)$", text, flags=re.MULTILINE)
+    assert len(found) > 8
+    for module, names in found:
+        for name in names.split(", "):
+            assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
