@@ -224,11 +224,11 @@ def _rewards(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     from align import doctor
 
-    if options.fix and not options.dry_run:
-        doctor.fix()
-    checks = [check if isinstance(check, dict) else vars(check) for check in doctor.run_checks()]
-    _give(options, checks, "\n".join(" ".join(map(_word, check.values())) for check in checks))
-    return 0 if all(check.get("ok", True) for check in checks) else 2
+    mended = doctor.fix() if options.fix and not options.dry_run else []
+    checks = doctor.run_checks()
+    rows = [("ok" if c.ok else "PROBLEM", f"{c.name}: {c.found}" + ("" if c.ok else f". {c.do}.")) for c in checks]
+    _give(options, [vars(check) for check in checks], "\n".join([*mended, _table(rows)]))
+    return 0 if all(check.ok for check in checks) else 2
 
 
 def _reward_names() -> list[str]:

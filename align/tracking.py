@@ -272,7 +272,7 @@ def _to_pil(image: torch.Tensor | np.ndarray) -> Image:
     if array.ndim != 3 or array.shape[0] not in (1, 3):
         raise DataError("An image is [C, H, W] with 1 or 3 channels", why=f"got {array.shape}")
     pixels = (np.nan_to_num(array).clip(0, 1) * 255).round().astype(np.uint8)
-    return Image.fromarray(np.repeat(pixels, 3, 0).transpose(1, 2, 0) if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+    return Image.fromarray(np.broadcast_to(pixels, (3, *pixels.shape[1:])).transpose(1, 2, 0).copy())
 
 
 def _resize(image: Image, scale: int | None) -> Image:
@@ -340,7 +340,9 @@ class Progress:
         self._began = time.perf_counter()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._open:
             self.stream.write("\n")
             self.stream.flush()

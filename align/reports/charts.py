@@ -54,6 +54,7 @@ class Axis:
     log: bool = False
 
     def __call__(self, value: float) -> float:
+        """Return the pixel of a value."""
         if self.log:
             value = math.log10(max(value, 10**self.low))
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
@@ -105,10 +106,10 @@ def line_chart(
     if reference:
         at = y(reference[0])
         body.append(f'<path class="ref" d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>')
-        body.append(f'<text class="reftext" x="{WIDTH - RIGHT - 2}" y="{at - 4:.1f}" text-anchor="end">{escape(reference[1])}</text>')
+        body.append(_text("reftext", WIDTH - RIGHT - 2, at - 4, "end", escape(reference[1])))
     body += [_curve(s, x, y) for s in shown]
     points = [
-        {"name": s.name, "c": s.colour, "p": [[a, x(a), v, y(v)] for a, v in zip(s.x, s.y, strict=True) if _finite(v)]}
+        {"name": s.name, "c": s.colour, "p": [[a, x(a), v] for a, v in zip(s.x, s.y, strict=True) if _finite(v)]}
         for s in shown
     ]
     return _figure(body, label, shown, points, "%" if percent else "")
@@ -133,8 +134,8 @@ def stacked_chart(series: Iterable[Series], *, label: str, unit: str = "") -> Ma
         back = " ".join(f"{x(a):.1f},{y(v):.1f}" for a, v in reversed(list(zip(steps, below, strict=True))))
         body.append(f'<polygon class="area c{_colour(s)}" points="{forth} {back}"/>')
     points = [
-        {"name": s.name, "c": s.colour, "p": [[a, x(a), v, y(t)] for a, v, t in zip(steps, s.y, above, strict=True) if _finite(v)]}
-        for s, _, above in layers
+        {"name": s.name, "c": s.colour, "p": [[a, x(a), v] for a, v in zip(steps, s.y, strict=True) if _finite(v)]}
+        for s in shown
     ]
     return _figure(body, label, shown, points, unit)
 
@@ -156,13 +157,17 @@ def _frame(x: Axis, y: Axis, unit: str) -> str:
     for value, text in y.ticks():
         at = y(value)
         parts.append(f'<path class="grid" d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{text}{unit}</text>')
+        parts.append(_text("tick", LEFT - 7, at + 4, "end", text + unit))
     for value, text in x.ticks(6):
         if value == round(value):
-            parts.append(f'<text class="tick" x="{x(value):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{text}</text>')
+            parts.append(_text("tick", x(value), HEIGHT - BOTTOM + 17, "middle", text))
     parts.append(f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
-    parts.append(f'<text class="tick" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 5}" text-anchor="middle">training step</text>')
+    parts.append(_text("tick", (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 5, "middle", "training step"))
     return "".join(parts)
+
+
+def _text(kind: str, x: float, y: float, anchor: str, text: str) -> str:
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{text}</text>'
 
 
 def _curve(s: Series, x: Axis, y: Axis) -> str:
@@ -177,12 +182,14 @@ def _band(s: Series, x: Axis, y: Axis) -> str:
     rows = list(zip(s.x, s.low, s.high, strict=True))
     pairs = [(x(a), y(u), y(v)) if _finite(u) and _finite(v) else None for a, u, v in rows]  # type: ignore[arg-type]
     if s.sparse:
-        bars = "".join(f"M{a:.1f} {u:.1f}V{v:.1f}M{a - 3:.1f} {u:.1f}h6M{a - 3:.1f} {v:.1f}h6" for a, u, v in filter(None, pairs))
+        ends = [(a, u, v) for run in _runs(pairs) for a, u, v in run]
+        bars = "".join(f"M{a:.1f} {u:.1f}V{v:.1f}M{a - 3:.1f} {u:.1f}h6M{a - 3:.1f} {v:.1f}h6" for a, u, v in ends)
         return f'<path class="whisker c{_colour(s)}" d="{bars}"/>'
     polygons = []
     for run in _runs(pairs):
         outline = [(a, v) for a, _, v in run] + [(a, u) for a, u, _ in reversed(run)]
-        polygons.append(f'<polygon class="band c{_colour(s)}" points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in outline)}"/>')
+        corners = " ".join(f"{a:.1f},{b:.1f}" for a, b in outline)
+        polygons.append(f'<polygon class="band c{_colour(s)}" points="{corners}"/>')
     return "".join(polygons)
 
 

@@ -41,10 +41,15 @@ class SD3:
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
-        """Encode B prompts with both CLIP towers and T5 (zeros where the folder has none)."""
+        """Encode B prompts with both CLIP towers and T5 (zeros where the folder has none).
+
+        T5 reads the pipeline's 256 tokens, or what its tokenizer was made for if that is less.
+        """
+        t5 = self.pipeline.tokenizer_3
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
-            prompts, None, None, device=self.pipeline._execution_device, do_classifier_free_guidance=False
-        )
+            prompts, None, None, device=self.pipeline._execution_device, do_classifier_free_guidance=False,
+            max_sequence_length=256 if t5 is None else min(256, t5.model_max_length),
+        )  # fmt: skip
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, ...]:

@@ -1,0 +1,311 @@
+"""The page of a training run: what improved, what it cost, and whether to believe it.
+
+Reads the files of the run folder and nothing else, so it can be written at any time, anywhere, of a
+run that is complete, stopped or dead.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from align.errors import AlignError, ConfigError
+from align.guards import FIRST_RATIO_TOLERANCE
+from align.reports.charts import Series, line_chart, stacked_chart
+from align.reports.glossary import explain
+from align.reports.page import Sheet, finite, load_sheet, render
+from align.reports.verdict import Outcome, judge, outcome
+from align.textfiles import parse_yaml
+from align.tracking import read_jsonl
+
+SHEETS = 12
+LEVELS = ("alarm", "warning", "note")
+PHASES = ("rollout", "decode", "reward", "train", "optimizer", "log")
+
+Row = dict[str, Any]
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write `report.html` into a run folder from the files there, and return its path.
+
+    Raises:
+        ConfigError: not a run folder.
+    """
+    files = read_run(run_dir)
+    path = files.directory / "report.html"
+    temporary = path.with_name(path.name + ".writing")
+    temporary.write_text(render("training.html", _context(files)), encoding="utf-8", errors="replace")
+    os.replace(temporary, path)
+    return path
+
+
+@dataclass
+class RunFiles:
+    """What a run folder holds, as far as it can be read; `notes` says what could not."""
+
+    directory: Path
+    record: Row = field(default_factory=dict)
+    metrics: list[Row] = field(default_factory=list)
+    evaluations: list[Row] = field(default_factory=list)
+    warnings: list[Row] = field(default_factory=list)
+    summary: Row = field(default_factory=dict)
+    config: list[Row] = field(default_factory=list)
+    sheets: list[Sheet] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def read_run(run_dir: str | Path) -> RunFiles:
+    """Read a run folder.
+
+    Raises:
+        ConfigError: no folder, or none of run.json, config.yaml and metrics.jsonl in it.
+    """
+    files = RunFiles(Path(run_dir))
+    if not any((files.directory / name).is_file() for name in ("run.json", "config.yaml", "metrics.jsonl")):
+        raise ConfigError(
+            "This is not a run folder",
+            where=str(run_dir),
+            why="there is no such folder" if not files.directory.is_dir() else "it has no run.json, config.yaml or metrics.jsonl",
+        )
+    files.record = _json(files, "run.json")
+    files.summary = _json(files, "summary.json") if (files.directory / "summary.json").is_file() else {}
+    files.metrics = _by_step(_jsonl(files, "metrics.jsonl"))
+    files.evaluations = _by_step(_jsonl(files, "evaluation.jsonl"))
+    files.warnings = [
+        {**row, "level": row.get("level") if row.get("level") in LEVELS else "note"} for row in _jsonl(files, "warnings.jsonl")
+    ]
+    files.config = _config(files)
+    files.sheets = _sheets(files)
+    prompts = _json(files, "samples/prompts.json").get("prompts") if files.sheets else []
+    files.prompts = [str(prompt) for prompt in prompts] if isinstance(prompts, list) else []
+    return files
+
+
+def _json(files: RunFiles, name: str) -> Row:
+    try:
+        found = json.loads((files.directory / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        files.notes.append(f"{name} is missing or cannot be read.")
+        return {}
+    return found
+
+
+def _jsonl(files: RunFiles, name: str) -> list[Row]:
+    rows, bad = read_jsonl(files.directory / name)
+    if bad:
+        files.notes.append(f"{bad} line{'s' if bad > 1 else ''} of {name} could not be read and {'are' if bad > 1 else 'is'} left out.")
+    return rows
+
+
+def _by_step(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows in order of their step; of two at one step the later."""
+    found = {row["step"]: row for row in rows if isinstance(row.get("step"), int)}
+    return [found[step] for step in sorted(found)]
+
+
+def _config(files: RunFiles) -> list[Row]:
+    """Return key, value and origin of every leaf of config.yaml."""
+    path = files.directory / "config.yaml"
+    try:
+        document = parse_yaml(path.read_text(encoding="utf-8"), "config.yaml")
+    except (OSError, ValueError, AlignError):
+        files.notes.append("config.yaml is missing or cannot be read.")
+        return []
+    return [
+        {"key": key, "value": json.dumps(value, ensure_ascii=False), "origin": document.comments.get(key, "")}
+        for key, value in _leaves(document.value, "")
+    ]
+
+
+def _leaves(value: Any, key: str) -> list[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        parts = list(value.items())
+    elif isinstance(value, list) and any(isinstance(part, dict) for part in value):
+        parts = [(str(i), part) for i, part in enumerate(value)]
+    else:
+        return [(key, value)]
+    return [leaf for name, part in parts for leaf in _leaves(part, f"{key}.{name}" if key else name)]
+
+
+def _sheets(files: RunFiles) -> list[Sheet]:
+    """Return the contact sheets in order, thinned to `SHEETS`, first and last kept."""
+    found = {}
+    for path in (files.directory / "samples").glob("step_*.png"):
+        if match := re.fullmatch(r"step_(\d+)\.png", path.name):
+            found[int(match[1])] = path
+    steps = sorted(found)
+    if len(steps) > SHEETS:
+        steps = [steps[round(i * (len(steps) - 1) / (SHEETS - 1))] for i in range(SHEETS)]
+    loaded = [(step, load_sheet(found[step], step)) for step in steps]
+    files.notes += [f"samples/{found[step].name} is not a readable image." for step, sheet in loaded if sheet is None]
+    return [sheet for _, sheet in loaded if sheet is not None]
+
+
+def _context(files: RunFiles) -> Row:
+    last = files.metrics[-1] if files.metrics else {}
+    found = outcome(files.summary, files.evaluations)
+    heldout = [r for r in files.record.get("heldout_rewards") or [] if isinstance(r, dict)]
+    return {
+        "files": files,
+        "run": files.record,
+        "name": str(files.record.get("name") or files.directory.resolve().name),
+        "about": next((json.loads(r["value"]) for r in files.config if r["key"] == "about"), ""),
+        "last": last,
+        "outcome": found,
+        "verdict": judge(found, files.warnings, files.record, last, has_heldout=bool(heldout) or not files.record),
+        "tiles": _tiles(files, found, last),
+        "charts": _charts(files),
+        "phases": _phases(files.metrics),
+        "phase_chart": _phase_chart(files.metrics),
+        "components": _components(files.evaluations),
+        "ledger": _ledger(files, last),
+        "rewards": [r for r in files.record.get("rewards") or [] if isinstance(r, dict)],
+        "heldout_rewards": heldout,
+        "glossary": [{"key": key, "value": last[key], "text": explain(key)} for key in last],
+        "levels": LEVELS,
+    }
+
+
+def _tiles(files: RunFiles, found: Outcome, last: Row) -> Row:
+    errors = [e for row in files.metrics if (e := finite(row.get("first_ratio_error"))) is not None]
+    summary = files.summary
+    return {
+        "first_ratio": finite(summary.get("first_ratio_error_max")) if summary else max(errors, default=None),
+        "feq": finite(summary.get("feq_per_sample")) or finite(last.get("feq_per_sample")),
+        "feq_total": finite(last.get("feq_total")),
+        "seconds": finite(summary.get("seconds")) or finite(last.get("seconds_total")),
+        "cpu_seconds": finite(summary.get("cpu_seconds")) or finite(last.get("cpu_seconds_total")),
+        "memory": finite(summary.get("peak_memory_mb")) or finite(last.get("peak_memory_mb")),
+    }
+
+
+def _column(rows: list[Row], key: str) -> list[float | None]:
+    return [finite(row.get(key)) for row in rows]
+
+
+def _curve(rows: list[Row], key: str, name: str = "", band: tuple[str, str] | None = None, colour: int | None = None) -> Series:
+    low, high = (_column(rows, band[0]), _column(rows, band[1])) if band else ((), ())
+    return Series(name or key, [row["step"] for row in rows], _column(rows, key), low, high, colour=colour)
+
+
+def _points(rows: list[Row], pick: Callable[[Row], Any], name: str, colour: int | None = None) -> Series:
+    """A curve over evaluations, whose values are estimates {mean, ci_low, ci_high} or plain numbers."""
+    found = [value if isinstance(value := pick(row), dict) else {"mean": value} for row in rows]
+    columns = [[finite(value.get(part)) for value in found] for part in ("mean", "ci_low", "ci_high")]
+    return Series(name, [row["step"] for row in rows], *columns, sparse=True, colour=colour)
+
+
+def _component_names(rows: list[Row], group: str) -> list[str]:
+    names = {name: None for row in rows for name in (row.get("components") or {})}
+    picked = [name for name in names if name.startswith(group + "/")]
+    return picked or ([] if group == "reward" else [n for n in names if not n.startswith("reward/")])
+
+
+def _tolerance(files: RunFiles) -> tuple[float, str]:
+    values = {row["key"]: json.loads(row["value"]) for row in files.config}
+    dtype = values.get("model.dtype")
+    dtype = dtype if dtype in FIRST_RATIO_TOLERANCE else "fp32"
+    ledger = files.record.get("ledger")
+    dim = finite(ledger.get("latent_dim")) if isinstance(ledger, dict) else None
+    scale = dim if dim and values.get("objective.logprob_reduction") == "sum" else 1.0
+    return FIRST_RATIO_TOLERANCE[dtype] * scale, f"tolerance in {dtype}"
+
+
+def _charts(files: RunFiles) -> list[Row]:
+    rows, evaluations = files.metrics, files.evaluations
+    trained = [key for key in dict.fromkeys(k for row in rows for k in row) if re.fullmatch(r"reward/.+/mean", key)]
+    heldout = _component_names(evaluations, "heldout")
+    charts = [
+        ("Reward in training", "What is optimised: the weighted sum of the trained rewards. The line is each step's samples, taken "
+         "with noise on training prompts, with a 95 % interval; the points are held-out prompts, sampled without noise.",
+         line_chart([_curve(rows, "reward", "rollouts", ("reward_ci_low", "reward_ci_high"), 0),
+                     _points(evaluations, lambda r: r.get("reward"), "held-out prompts", 1)],
+                    label="Training reward by step")),
+        ("Held-out reward", "What is believed: a reward that is never trained on, on prompts never trained on, with 95 % intervals. "
+         "When the reward in training rises and this falls, the reward is being gamed.",
+         line_chart([_points(evaluations, lambda r: r.get("heldout"), "held-out reward", 2)], label="Held-out reward by step")),
+        ("Trained rewards, one by one", "Mean of each component over the step's samples, before weights.",
+         line_chart([_curve(rows, key, key[7:-5]) for key in trained], label="Reward components by step")),
+        ("Held-out rewards, one by one", "Mean of each held-out component at every evaluation, with 95 % intervals.",
+         line_chart([_points(evaluations, lambda r, n=name: (r.get("components") or {}).get(n), name.removeprefix("heldout/"))
+                     for name in heldout], label="Held-out components by step")),
+        ("First ratio error", "Largest |new / old probability − 1| before the first update of each step. It must be 0 up to rounding: "
+         "anything else means that training looks at other samples than were drawn. The tolerance grows where a step has little noise.",
+         line_chart([_curve(rows, "first_ratio_error", "max |ratio − 1|")], label="First ratio error by step, log scale",
+                    log=True, reference=_tolerance(files))),
+        ("Clipped terms", "Share of the trained terms whose ratio left the clip range, so that they no longer push: low where a sample was "
+         "made less likely, high where more.",
+         line_chart([_curve(rows, "clip_share_low", "low"), _curve(rows, "clip_share_high", "high")],
+                    label="Clip share by step", percent=True, from_zero=True)),
+        ("Distance moved in a step", "Approximate KL divergence between the model before and after the step's updates, per trained term, "
+         "in the units of the log-probability.",
+         line_chart([_curve(rows, "approx_kl", "approximate KL", colour=4)], label="Approximate KL by step", from_zero=True)),
+        ("Gradient norm", "L2 norm of the gradient before clipping. A slow drift is normal; spikes are not.",
+         line_chart([_curve(rows, "grad_norm", "gradient norm", colour=5)], label="Gradient norm by step", from_zero=True)),
+        ("Diversity", "Pixel standard deviation between images of one prompt. A fall towards 0 means that the model makes one image a prompt.",
+         line_chart([_points(evaluations or rows, lambda r: r.get("diversity"), "within-prompt pixel deviation", 3)],
+                    label="Diversity by step", from_zero=True)),
+    ]  # fmt: skip
+    accuracy = _points(evaluations, lambda r: r.get("heldout_accuracy", r.get("accuracy")), "held-out accuracy", 6)
+    charts.insert(4, (
+        "Held-out accuracy", "Share of the evaluation samples that the held-out classifier reads as what the prompt asked for.",
+        line_chart([accuracy], label="Held-out accuracy by step", percent=True),
+    ))  # fmt: skip
+    return [{"title": title, "text": text, "svg": svg} for title, text, svg in charts if svg]
+
+
+def _phases(rows: list[Row]) -> list[Row]:
+    """Return seconds and share of the wall clock by phase, and what no phase accounts for."""
+    total = sum(v for v in _column(rows, "seconds") if v is not None)
+    sums = {name: sum(v for v in _column(rows, f"time/{name}") if v is not None) for name in PHASES}
+    found = [{"name": name, "seconds": value, "text": explain(f"time/{name}")} for name, value in sums.items() if value]
+    rest = total - sum(sums.values())
+    if found and total and rest > 0.001 * total:
+        found.append({"name": "rest", "seconds": rest, "text": "Set-up, the evaluation before training, checkpoints."})
+    whole = sum(row["seconds"] for row in found)
+    return [{**row, "share": row["seconds"] / whole} for row in found]
+
+
+def _phase_chart(rows: list[Row]) -> Any:
+    series = [_curve(rows, f"time/{name}", name) for name in PHASES]
+    return stacked_chart([s for s in series if any(s.y)], label="Seconds of each phase by step", unit=" s")
+
+
+def _components(evaluations: list[Row]) -> list[Row]:
+    """Return before, after and change of every component measured at the first and the last evaluation."""
+    if len(evaluations) < 2:
+        return []
+    first, last = evaluations[0], evaluations[-1]
+    rows = []
+    for group, kind in (("heldout", "held out"), ("reward", "trained")):
+        for name in _component_names(evaluations, group):
+            before, after = ((e.get("components") or {}).get(name) for e in (first, last))
+            if isinstance(before, dict) and isinstance(after, dict):
+                a, b = finite(before.get("mean")), finite(after.get("mean"))
+                change = None if a is None or b is None else b - a
+                rows.append({"name": name.removeprefix(group + "/"), "kind": kind, "before": before, "after": after, "change": change})
+    return rows
+
+
+def _ledger(files: RunFiles, last: Row) -> Row:
+    """Return the terms of `F_eq per sample = rollout forwards + trained forwards x k`."""
+    ledger = files.record.get("ledger")
+    if not isinstance(ledger, dict):
+        return {}
+    rollout, trained, whole = (finite(ledger.get(k)) for k in ("rollout_forwards", "train_forwards", "feq_per_sample"))
+    k = finite(ledger.get("k"))
+    if k is None and trained and rollout is not None and whole is not None:
+        k = (whole - rollout) / trained
+    samples = sum(v for v in _column(files.metrics, "samples") if v is not None)
+    seconds = sum(v for v in (*_column(files.metrics, "time/rollout"), *_column(files.metrics, "time/train")) if v is not None)
+    total = finite(last.get("feq_total"))
+    rate = total / seconds if total and seconds else None
+    return {**ledger, "rollout": rollout, "trained": trained, "whole": whole, "k": k, "samples": samples, "total": total, "rate": rate}

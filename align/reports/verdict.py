@@ -1,0 +1,191 @@
+"""What a run came to, in plain words, no kinder than its numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from align.reports.page import count, duration, finite, number, percent, signed
+
+Row = dict[str, Any]
+
+ACCURACY_LOSS, DIVERSITY_KEPT = 0.01, 0.8
+"""A gain is called one with losses below -1 point of held-out accuracy or below .8 of the base's diversity."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Before and after, each an estimate {mean, ci_low, ci_high, n}; `paired` when `gain` has its own interval."""
+
+    before: Row
+    after: Row
+    gain: Row
+    reward_before: Row
+    reward_after: Row
+    accuracy: tuple[float | None, float | None]
+    diversity: tuple[float | None, float | None]
+    paired: bool
+    step: int | None
+
+    @property
+    def change(self) -> float | None:
+        """The change of the held-out reward."""
+        return finite(self.gain.get("mean"))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """kind: "good", "mixed", "flat", "bad", "alarm" or "open"."""
+
+    kind: str
+    title: str
+    sentence: str
+    cost: str
+    caveats: tuple[str, ...]
+
+
+def outcome(summary: Row, evaluations: list[Row]) -> Outcome:
+    """Take before and after from summary.json, or from the first and the last evaluation where there is none."""
+    step = evaluations[-1]["step"] if evaluations else None
+    if _mean(summary.get("heldout_before")) is not None and _mean(summary.get("heldout_after")) is not None:
+        gain = summary.get("heldout_gain")
+        return Outcome(
+            summary["heldout_before"],
+            summary["heldout_after"],
+            gain if isinstance(gain, dict) else _difference(summary["heldout_before"], summary["heldout_after"]),
+            _estimate(summary.get("reward_before")),
+            _estimate(summary.get("reward_after")),
+            (finite(summary.get("heldout_accuracy_before")), finite(summary.get("heldout_accuracy_after"))),
+            (finite(summary.get("diversity_before")), finite(summary.get("diversity_after"))),
+            paired=isinstance(gain, dict),
+            step=step,
+        )
+    first, last = (evaluations[0], evaluations[-1]) if len(evaluations) > 1 else ({}, {})
+    before, after = _estimate(first.get("heldout")), _estimate(last.get("heldout"))
+    return Outcome(
+        before,
+        after,
+        _difference(before, after),
+        _estimate(first.get("reward")),
+        _estimate(last.get("reward")),
+        (finite(first.get("heldout_accuracy", first.get("accuracy"))), finite(last.get("heldout_accuracy", last.get("accuracy")))),
+        (finite(first.get("diversity")), finite(last.get("diversity"))),
+        paired=False,
+        step=step,
+    )
+
+
+def judge(found: Outcome, warnings: list[Row], record: Row, last: Row, *, has_heldout: bool) -> Verdict:
+    """Say whether the run improved the model, by the interval of the held-out gain and by its alarms."""
+    planned, done = record.get("steps_planned"), last.get("step", 0)
+    caveats = _caveats(found, has_heldout)
+    status = record.get("status")
+    if status != "complete":
+        how = {"running": "was still running, or died without a word", "stopped": "was stopped", "failed": "failed"}
+        caveats.append(f"The run {how.get(str(status), 'has no recorded end')} at step {done} of {planned or 'an unknown number'}.")
+    alarms = [w for w in warnings if w.get("level") == "alarm"]
+    standing = [w for w in alarms if found.step is None or (finite(w.get("step")) or 0) >= found.step]
+    if alarms and not standing:
+        steps = ", ".join(str(w.get("step")) for w in alarms)
+        caveats.append(f"An alarm went off at step {steps} and not again later; see the warnings below.")
+    kind, title = _verdict(found, standing, caveats)
+    if kind == "alarm":
+        caveats += [f"{w.get('message', '')} (step {w.get('step')})" for w in standing[-2:]]
+    return Verdict(kind, title, _sentence(found), _cost(record, last), tuple(caveats))
+
+
+def _verdict(found: Outcome, standing: list[Row], caveats: list[str]) -> tuple[str, str]:
+    low, high = finite(found.gain.get("ci_low")), finite(found.gain.get("ci_high"))
+    rewards = _mean(found.reward_before), _mean(found.reward_after)
+    risen = rewards[0] is not None and rewards[1] is not None and rewards[1] > rewards[0]
+    fell = high is not None and high < 0
+    if any(w.get("code") == "drift" for w in standing) or (fell and risen):
+        return "alarm", "Alarm: the reward was hacked"
+    if standing:
+        return "alarm", "Alarm"
+    if found.change is None:
+        return "open", "No verdict yet"
+    if low is None or high is None:
+        return "open", "No interval, no verdict"
+    if fell:
+        return "bad", "Got worse"
+    if low <= 0:
+        return "flat", "No clear change"
+    return ("mixed", "Improved, with losses") if _losses(found) else ("good", "Improved")
+
+
+def _losses(found: Outcome) -> list[str]:
+    losses = []
+    (a, b), (c, d) = found.accuracy, found.diversity
+    if a is not None and b is not None and b < a - ACCURACY_LOSS:
+        losses.append(f"Held-out accuracy fell by {100 * (a - b):.1f} points.")
+    if c and d is not None and d < DIVERSITY_KEPT * c:
+        losses.append(f"Diversity fell to {percent(d / c, 0)} of the base model's.")
+    return losses
+
+
+def _caveats(found: Outcome, has_heldout: bool) -> list[str]:
+    caveats = _losses(found)
+    if not has_heldout:
+        caveats.append(
+            "No held-out reward was configured: the figures are the trained reward on held-out prompts, which cannot show that "
+            "it is being gamed."
+        )
+    if found.change is not None and not found.paired:
+        caveats.append(
+            "There is no final evaluation yet: before and after are evaluations of different sizes, and the interval treats them "
+            "as independent, which is cautious."
+        )
+    return caveats
+
+
+def _sentence(found: Outcome) -> str:
+    change = found.change
+    if change is None:
+        return "There are not two held-out evaluations to compare yet, so nothing can be said about improvement."
+    low, high = found.gain.get("ci_low"), found.gain.get("ci_high")
+    verb = "rose" if change > 0 else "fell" if change < 0 else "stayed"
+    text = f"Held-out reward {verb} from {number(found.before.get('mean'))} to {number(found.after.get('mean'))} ({signed(change)}"
+    if finite(low) is not None and finite(high) is not None:
+        text += f", 95 % CI {signed(low)} to {signed(high)}"
+    if found.paired and found.gain.get("n"):
+        text += f", {count(found.gain['n'])} paired samples"
+    text += ")"
+    (a, b), (c, d) = found.accuracy, found.diversity
+    if a is not None and b is not None:
+        text += f", held-out accuracy went from {percent(a)} to {percent(b)}"
+    if c is not None and d is not None:
+        text += f", diversity from {number(c)} to {number(d)}" + (f" ({percent(d / c, 0)} of the base)" if c else "")
+    return text + "."
+
+
+def _cost(record: Row, last: Row) -> str:
+    ledger = record.get("ledger")
+    feq = finite(last.get("feq_per_sample")) or (finite(ledger.get("feq_per_sample")) if isinstance(ledger, dict) else None)
+    parts = [f"{number(feq, 0)} F_eq a sample"] if feq is not None else []
+    if (total := finite(last.get("feq_total"))) is not None:
+        parts.append(f"{count(total)} F_eq in all")
+    if (seconds := finite(last.get("seconds_total"))) is not None:
+        parts.append(duration(seconds))
+    return f"Cost: {', '.join(parts)}." if parts else ""
+
+
+def _mean(value: Any) -> float | None:
+    return finite(value.get("mean")) if isinstance(value, dict) else None
+
+
+def _estimate(value: Any) -> Row:
+    return value if isinstance(value, dict) else {}
+
+
+def _difference(before: Row, after: Row) -> Row:
+    """Return the difference of two estimates as if independent: half-widths add in quadrature."""
+    a, b = _mean(before), _mean(after)
+    if a is None or b is None:
+        return {}
+    ends = [finite(e.get(k)) for e in (before, after) for k in ("ci_low", "ci_high")]
+    if any(end is None for end in ends):
+        return {"mean": b - a}
+    low_a, high_a, low_b, high_b = (float(end) for end in ends if end is not None)
+    down, up = ((b - low_b) ** 2 + (high_a - a) ** 2) ** 0.5, ((high_b - b) ** 2 + (a - low_a) ** 2) ** 0.5
+    return {"mean": b - a, "ci_low": b - a - down, "ci_high": b - a + up}

@@ -1,0 +1,148 @@
+"""The Reward protocol, the registry, and scoring that never lies about a failure."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from align.errors import AlignError, ConfigError, RewardError
+from align.registry import Registry, suggest
+from align.types import Samples, Scores
+
+
+@dataclass(frozen=True)
+class RewardCard:
+    """What a reward is, readable without loading it.
+
+    Args:
+        name: as registered.
+        definition: exactly what number it is.
+        range: of its values, as an interval with units.
+        media: what it scores: "image", "video" or "text".
+        direction: "higher" when more is better, "none" when it is not a quality.
+        licence: of its weights and data.
+        size: of its weights.
+        needs: packages beyond the core.
+    """
+
+    name: str
+    definition: str
+    range: str
+    media: str = "image"
+    direction: str = "higher"
+    licence: str = "Apache-2.0"
+    size: str = "none"
+    needs: tuple[str, ...] = ()
+
+
+class Reward(Protocol):
+    """Scores B samples with K components."""
+
+    names: tuple[str, ...]
+    card: RewardCard
+
+    def score(self, samples: Samples) -> Scores:
+        """Return `[B, K]` scores; what cannot be scored is missing, with the reason."""
+
+    def identity(self) -> str:
+        """Return a hash of everything the scores depend on: weights, preprocessing, arguments."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered reward: its card, and where its class is imported from when it is asked for."""
+
+    card: RewardCard
+    home: str | Callable[..., Reward]
+
+    def load(self) -> Callable[..., Reward]:
+        """Import and return the factory."""
+        return Registry("reward", entries={self.card.name: self.home}).get(self.card.name)
+
+
+REWARDS: Registry[Entry] = Registry("reward", group="align.rewards")
+
+
+def register(card: RewardCard, home: str | Callable[..., Reward] | None = None) -> Any:
+    """Register a reward under `card.name`; without a `home`, a decorator of its class.
+
+    Packages of their own name an `Entry` in the entry-point group "align.rewards".
+    """
+    if home is not None:
+        REWARDS.register(card.name, Entry(card, home))
+        return home
+
+    def decorate(factory: Callable[..., Reward]) -> Callable[..., Reward]:
+        REWARDS.register(card.name, Entry(card, factory))
+        return factory
+
+    return decorate
+
+
+def get_reward(name: str, **args: Any) -> Reward:
+    """Build the reward `name`.
+
+    Raises:
+        ConfigError: an unknown reward or argument, each with the closest known one.
+    """
+    factory = REWARDS.get(name).load()
+    accepted = inspect.signature(factory).parameters
+    for argument in args:
+        if argument not in accepted:
+            raise ConfigError(f"The reward {name!r} has no argument {argument!r}", do=suggest(argument, accepted))
+    return factory(**args)
+
+
+def list_rewards() -> list[RewardCard]:
+    """Return the cards of all rewards, by name, importing none of them."""
+    return [REWARDS.get(name).card for name in REWARDS]
+
+
+def identity_of(card: RewardCard, arguments: Mapping[str, Any], weights: Mapping[str, Any] | None = None) -> str:
+    """Return 16 hex digits over a reward's name, definition, arguments and weights (tensors by name)."""
+    digest = hashlib.sha256(json.dumps([card.name, card.definition, dict(arguments)], sort_keys=True).encode())
+    for key, tensor in sorted((weights or {}).items()):
+        digest.update(key.encode())
+        digest.update(np.ascontiguousarray(tensor.detach().cpu().numpy()).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def missing(names: tuple[str, ...], reasons: list[str]) -> Scores:
+    """Return scores that are all missing, one reason a sample."""
+    shape = (len(reasons), len(names))
+    return Scores(np.full(shape, np.nan), np.zeros(shape, bool), names, tuple(reasons))
+
+
+def score_safely(reward: Reward, samples: Samples) -> Scores:
+    """Score samples; where the batch as a whole fails, each sample by itself, so one cannot spoil the others.
+
+    A sample that fails is missing with its message. A defect in the reward's own code, seen as an
+    exception that is neither `AlignError`, `ValueError`, `RuntimeError` nor `OSError`, is raised.
+
+    Raises:
+        RewardError: scores of the wrong number or components.
+    """
+    try:
+        scores = reward.score(samples)
+    except (AlignError, ValueError, RuntimeError, OSError) as error:
+        if len(samples) == 1:
+            return missing(reward.names, [f"{reward.card.name}: {error}"])
+        parts = [score_safely(reward, samples.select([i])) for i in range(len(samples))]
+        return Scores(
+            np.concatenate([p.values for p in parts]),
+            np.concatenate([p.valid for p in parts]),
+            reward.names,
+            tuple(e for p in parts for e in p.errors),
+        )
+    if len(scores) != len(samples) or scores.names != reward.names:
+        raise RewardError(
+            f"The reward {reward.card.name!r} returned other scores than it announced",
+            why=f"{len(scores)} scores of {', '.join(scores.names)} for {len(samples)} samples of {', '.join(reward.names)}",
+        )
+    return scores
