@@ -128,7 +128,7 @@ def stacked_chart(series: Iterable[Series], *, label: str, unit: str = "") -> Ma
         sums = [b + (v if v is not None and math.isfinite(v) else 0.0) for b, v in zip(below, s.y, strict=True)]
         layers.append((s, below, sums))
     x, y = _x_axis(shown), _linear_axis(sums, from_zero=True)
-    body = [_frame(x, y, "")]
+    body = [_frame(x, y, unit)]
     for s, below, above in layers:
         forth = " ".join(f"{x(a):.1f},{y(v):.1f}" for a, v in zip(steps, above, strict=True))
         back = " ".join(f"{x(a):.1f},{y(v):.1f}" for a, v in reversed(list(zip(steps, below, strict=True))))
@@ -141,12 +141,11 @@ def stacked_chart(series: Iterable[Series], *, label: str, unit: str = "") -> Ma
 
 
 def _figure(body: list[str], label: str, shown: Sequence[Series], points: list[dict[str, object]], unit: str) -> Markup:
-    legend = "".join(
-        f'<span class="key"><i class="c{_colour(s)}"></i>{escape(s.name)}</span>' for s in shown
-    )
+    keys = [f'<span class="key"><i class="c{_colour(s)}"></i>{escape(s.name)}</span>' for s in shown]
+    legend = f'<div class="legend">{"".join(keys)}</div>' if len(shown) > 1 else ""
     data = escape(json.dumps({"unit": unit, "series": points}, default=float))
     return Markup(
-        f'<div class="legend">{legend}</div><div class="plot" data-chart="{data}">'
+        f'{legend}<div class="plot" data-chart="{data}">'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">{"".join(body)}'
         '<path class="cursor" d=""/></svg><div class="tip" hidden></div></div>'
     )
@@ -158,9 +157,9 @@ def _frame(x: Axis, y: Axis, unit: str) -> str:
         at = y(value)
         parts.append(f'<path class="grid" d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>')
         parts.append(_text("tick", LEFT - 7, at + 4, "end", text + unit))
-    for value, text in x.ticks(6):
-        if value == round(value):
-            parts.append(_text("tick", x(value), HEIGHT - BOTTOM + 17, "middle", text))
+    for value, _ in x.ticks(6):
+        if abs(value - round(value)) < 1e-9:
+            parts.append(_text("tick", x(value), HEIGHT - BOTTOM + 17, "middle", _tick(value, 0)))
     parts.append(f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
     parts.append(_text("tick", (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 5, "middle", "training step"))
     return "".join(parts)
@@ -210,7 +209,7 @@ def _joined(runs: list[list[T]]) -> list[list[T]]:
 
 def _x_axis(shown: Sequence[Series]) -> Axis:
     values = [float(v) for s in shown for v in s.x]
-    low, high = min(values), max(values)
+    low, high = min(0.0, *values), max(values)
     return Axis(low, high if high > low else low + 1, LEFT, WIDTH - RIGHT)
 
 
@@ -230,12 +229,13 @@ def _log_axis(values: Sequence[float]) -> Axis:
 
 def _round_step(raw: float) -> float:
     power = 10.0 ** math.floor(math.log10(raw))
-    return next(m * power for m in (1, 2, 5, 10) if raw <= m * power * 1.0001)
+    return next(m * power for m, most in ((1, 1.5), (2, 3.2), (5, 7.1), (10, 10)) if raw <= most * power * 1.0001)
 
 
 def _tick(value: float, digits: int) -> str:
     if digits > 4 or abs(value) >= 1e6:
-        return f"{value:.1e}" if value else "0"
+        mantissa, _, exponent = f"{value:.1e}".partition("e")
+        return f"{mantissa}e{int(exponent)}".replace("-", "−") if value else "0"
     return f"{0.0 if abs(value) < 1e-12 else value:,.{digits}f}".replace("-", "−")
 
 

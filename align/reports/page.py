@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import base64
+import datetime
 import io
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from align.tracking import short_number
 
 LARGEST_PNG = 300_000
 """Bytes above which an image travels inside a page as JPEG."""
@@ -27,7 +26,7 @@ def render(template: str, context: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        num=number, signed=signed, pct=percent, count=count, duration=duration, estimate=estimate, short=short_number
+        num=number, brief=brief, signed=signed, pct=percent, count=count, duration=duration, estimate=estimate, moment=moment
     )
     return environment.get_template(template).render(context)
 
@@ -50,6 +49,20 @@ def number(value: Any, digits: int = 3) -> str:
     return _minus(f"{found:,.{digits}f}")
 
 
+def brief(value: Any, digits: int = 4) -> str:
+    """Set a number with at most `digits` significant digits, a whole one in full."""
+    found = finite(value)
+    if found is None:
+        return value if isinstance(value, str) else "–"
+    if found == round(found) and abs(found) < 1e9:
+        return count(found)
+    if 1e-4 <= abs(found) < 1e6:
+        text = f"{found:,.{max(0, digits - 1 - math.floor(math.log10(abs(found))))}f}"
+        return _minus(text.rstrip("0").rstrip(".") if "." in text else text)
+    mantissa, _, exponent = f"{found:.{digits - 1}e}".partition("e")
+    return _minus(f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}")
+
+
 def signed(value: Any, digits: int = 3) -> str:
     """Set a change with its sign."""
     found = finite(value)
@@ -59,7 +72,7 @@ def signed(value: Any, digits: int = 3) -> str:
 def percent(value: Any, digits: int = 1) -> str:
     """Set a share in percent."""
     found = finite(value)
-    return "–" if found is None else _minus(f"{100 * found:.{digits}f} %")
+    return "–" if found is None else _minus(f"{100 * found:.{digits}f}\u00a0%")
 
 
 def count(value: Any) -> str:
@@ -74,10 +87,19 @@ def duration(value: Any) -> str:
     if found is None:
         return "–"
     if found < 60:
-        return f"{found:.1f} s"
+        return f"{found:.1f}\u00a0s"
     if found < 3600:
-        return f"{int(found) // 60} min {int(found) % 60:02d} s"
-    return f"{int(found) // 3600} h {int(found) % 3600 // 60:02d} min"
+        return f"{int(found) // 60}\u00a0min {int(found) % 60:02d}\u00a0s"
+    return f"{int(found) // 3600}\u00a0h {int(found) % 3600 // 60:02d}\u00a0min"
+
+
+def moment(value: Any) -> str:
+    """Set an ISO 8601 time to the minute; anything else stays as it is."""
+    try:
+        found = datetime.datetime.fromisoformat(str(value))
+    except ValueError:
+        return str(value)
+    return found.strftime("%Y-%m-%d %H:%M ") + (found.tzname() or "")
 
 
 def estimate(value: Any, digits: int = 3) -> str:

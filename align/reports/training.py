@@ -18,8 +18,8 @@ from align.errors import AlignError, ConfigError
 from align.guards import FIRST_RATIO_TOLERANCE
 from align.reports.charts import Series, line_chart, stacked_chart
 from align.reports.glossary import explain
-from align.reports.page import Sheet, finite, load_sheet, render
-from align.reports.verdict import Outcome, judge, outcome
+from align.reports.page import Sheet, finite, load_sheet, percent, render
+from align.reports.verdict import DIVERSITY_KEPT, Outcome, judge, outcome
 from align.textfiles import parse_yaml
 from align.tracking import read_jsonl
 
@@ -152,6 +152,7 @@ def _sheets(files: RunFiles) -> list[Sheet]:
 def _context(files: RunFiles) -> Row:
     last = files.metrics[-1] if files.metrics else {}
     found = outcome(files.summary, files.evaluations)
+    cost = _cost(files)
     heldout = [r for r in files.record.get("heldout_rewards") or [] if isinstance(r, dict)]
     return {
         "files": files,
@@ -160,8 +161,8 @@ def _context(files: RunFiles) -> Row:
         "about": next((json.loads(r["value"]) for r in files.config if r["key"] == "about"), ""),
         "last": last,
         "outcome": found,
-        "verdict": judge(found, files.warnings, files.record, last, has_heldout=bool(heldout) or not files.record),
-        "tiles": _tiles(files, found, last),
+        "verdict": judge(found, files.warnings, files.record, cost, has_heldout=bool(heldout) or not files.record),
+        "cost": cost,
         "charts": _charts(files),
         "phases": _phases(files.metrics),
         "phase_chart": _phase_chart(files.metrics),
@@ -174,16 +175,25 @@ def _context(files: RunFiles) -> Row:
     }
 
 
-def _tiles(files: RunFiles, found: Outcome, last: Row) -> Row:
-    errors = [e for row in files.metrics if (e := finite(row.get("first_ratio_error"))) is not None]
-    summary = files.summary
+def _cost(files: RunFiles) -> Row:
+    """Return what the whole run took; its summary, which counts the final evaluation, goes before the last step."""
+    last, summary = files.metrics[-1] if files.metrics else {}, files.summary
+    ledger = files.record.get("ledger")
+    errors = [e for e in _column(files.metrics, "first_ratio_error") if e is not None]
+    sources = (summary, last, ledger if isinstance(ledger, dict) else {})
+
+    def first(*names: str) -> float | None:
+        found = (finite(source.get(name)) for source, name in zip(sources, names, strict=False))
+        return next((value for value in found if value is not None), None)
+
     return {
-        "first_ratio": finite(summary.get("first_ratio_error_max")) if summary else max(errors, default=None),
-        "feq": finite(summary.get("feq_per_sample")) or finite(last.get("feq_per_sample")),
+        "step": last.get("step", 0),
+        "first_ratio": max([*errors, *filter(None, [finite(summary.get("first_ratio_error_max"))])], default=None),
+        "feq": first("feq_per_sample", "feq_per_sample", "feq_per_sample"),
         "feq_total": finite(last.get("feq_total")),
-        "seconds": finite(summary.get("seconds")) or finite(last.get("seconds_total")),
-        "cpu_seconds": finite(summary.get("cpu_seconds")) or finite(last.get("cpu_seconds_total")),
-        "memory": finite(summary.get("peak_memory_mb")) or finite(last.get("peak_memory_mb")),
+        "seconds": first("seconds", "seconds_total"),
+        "cpu_seconds": first("cpu_seconds", "cpu_seconds_total"),
+        "memory": first("peak_memory_mb", "peak_memory_mb"),
     }
 
 
@@ -219,6 +229,11 @@ def _tolerance(files: RunFiles) -> tuple[float, str]:
     return FIRST_RATIO_TOLERANCE[dtype] * scale, f"tolerance in {dtype}"
 
 
+def _least_diversity(evaluations: list[Row]) -> tuple[float, str] | None:
+    base = finite(evaluations[0].get("diversity")) if evaluations and evaluations[0]["step"] == 0 else None
+    return None if base is None else (DIVERSITY_KEPT * base, f"{percent(DIVERSITY_KEPT, 0)} of the base model's")
+
+
 def _charts(files: RunFiles) -> list[Row]:
     rows, evaluations = files.metrics, files.evaluations
     trained = [key for key in dict.fromkeys(k for row in rows for k in row) if re.fullmatch(r"reward/.+/mean", key)]
@@ -252,7 +267,7 @@ def _charts(files: RunFiles) -> list[Row]:
          line_chart([_curve(rows, "grad_norm", "gradient norm", colour=5)], label="Gradient norm by step", from_zero=True)),
         ("Diversity", "Pixel standard deviation between images of one prompt. A fall towards 0 means that the model makes one image a prompt.",
          line_chart([_points(evaluations or rows, lambda r: r.get("diversity"), "within-prompt pixel deviation", 3)],
-                    label="Diversity by step", from_zero=True)),
+                    label="Diversity by step", from_zero=True, reference=_least_diversity(evaluations))),
     ]  # fmt: skip
     accuracy = _points(evaluations, lambda r: r.get("heldout_accuracy", r.get("accuracy")), "held-out accuracy", 6)
     charts.insert(4, (

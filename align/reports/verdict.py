@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from align.reports.page import count, duration, finite, number, percent, signed
+from align.reports.page import brief, count, duration, finite, number, percent, signed
 
 Row = dict[str, Any]
 
@@ -75,9 +75,14 @@ def outcome(summary: Row, evaluations: list[Row]) -> Outcome:
     )
 
 
-def judge(found: Outcome, warnings: list[Row], record: Row, last: Row, *, has_heldout: bool) -> Verdict:
-    """Say whether the run improved the model, by the interval of the held-out gain and by its alarms."""
-    planned, done = record.get("steps_planned"), last.get("step", 0)
+def judge(found: Outcome, warnings: list[Row], record: Row, cost: Row, *, has_heldout: bool) -> Verdict:
+    """Say whether the run improved the model, by the interval of the held-out gain and by its alarms.
+
+    Args:
+        cost: step, and as far as known feq, feq_total, seconds and cpu_seconds.
+        has_heldout: whether the run has a reward it is not trained on.
+    """
+    planned, done = record.get("steps_planned"), cost.get("step", 0)
     caveats = _caveats(found, has_heldout)
     status = record.get("status")
     if status != "complete":
@@ -91,7 +96,7 @@ def judge(found: Outcome, warnings: list[Row], record: Row, last: Row, *, has_he
     kind, title = _verdict(found, standing, caveats)
     if kind == "alarm":
         caveats += [f"{w.get('message', '')} (step {w.get('step')})" for w in standing[-2:]]
-    return Verdict(kind, title, _sentence(found), _cost(record, last), tuple(caveats))
+    return Verdict(kind, title, _sentence(found), _cost(cost), tuple(caveats))
 
 
 def _verdict(found: Outcome, standing: list[Row], caveats: list[str]) -> tuple[str, str]:
@@ -147,7 +152,7 @@ def _sentence(found: Outcome) -> str:
     verb = "rose" if change > 0 else "fell" if change < 0 else "stayed"
     text = f"Held-out reward {verb} from {number(found.before.get('mean'))} to {number(found.after.get('mean'))} ({signed(change)}"
     if finite(low) is not None and finite(high) is not None:
-        text += f", 95 % CI {signed(low)} to {signed(high)}"
+        text += f", 95\u00a0% CI {signed(low)} to {signed(high)}"
     if found.paired and found.gain.get("n"):
         text += f", {count(found.gain['n'])} paired samples"
     text += ")"
@@ -159,14 +164,11 @@ def _sentence(found: Outcome) -> str:
     return text + "."
 
 
-def _cost(record: Row, last: Row) -> str:
-    ledger = record.get("ledger")
-    feq = finite(last.get("feq_per_sample")) or (finite(ledger.get("feq_per_sample")) if isinstance(ledger, dict) else None)
-    parts = [f"{number(feq, 0)} F_eq a sample"] if feq is not None else []
-    if (total := finite(last.get("feq_total"))) is not None:
-        parts.append(f"{count(total)} F_eq in all")
-    if (seconds := finite(last.get("seconds_total"))) is not None:
-        parts.append(duration(seconds))
+def _cost(cost: Row) -> str:
+    parts = [f"{brief(cost['feq'])} F_eq a sample"] if cost.get("feq") is not None else []
+    parts += [f"{count(cost['feq_total'])} F_eq in all"] if cost.get("feq_total") is not None else []
+    parts += [duration(cost["seconds"])] if cost.get("seconds") is not None else []
+    parts += [f"{duration(cost['cpu_seconds'])} of processor"] if cost.get("cpu_seconds") is not None else []
     return f"Cost: {', '.join(parts)}." if parts else ""
 
 

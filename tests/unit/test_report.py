@@ -13,7 +13,7 @@ import pytest
 
 from align.errors import ConfigError
 from align.reports.charts import Series, line_chart, stacked_chart
-from align.reports.page import estimate, number, percent, signed
+from align.reports.page import brief, duration, estimate, moment, number, percent, signed
 from align.reports.training import read_run, write_report
 from align.reports.verdict import judge, outcome
 from align.tracking import RunLog, save_grid
@@ -194,8 +194,8 @@ def test_page_tells_the_outcome_in_numbers_of_the_files(complete: tuple[Path, st
     text = Page(complete[1]).text
     assert "Held-out reward rose from −1.042 to −0.421 (+0.621, 95 % CI +0.580 to +0.662, 2,000 paired samples)" in text
     assert "held-out accuracy went from 87.1 % to 96.4 %, diversity from 0.241 to 0.222 (92 % of the base)" in text
-    assert "22 F_eq a sample, 211,200 F_eq in all" in text and "10 + 2.0 × 6 = 22 F_eq" in text
-    assert "9,600" in text and "configs/digits/demo.yaml:12" in text and "00000000000000ab" in text and "2.13.0" in text
+    assert "22 F_eq a sample, 211,200 F_eq in all, 4 min 12 s, 6 min 52 s of processor" in text and "10 + 2 × 6 = 22 F_eq" in text
+    assert "9,600" in text and 'title="configs/digits/demo.yaml:12">demo.yaml:12<' in complete[1] and "00000000000000ab" in text and "2.13.0" in text
 
 
 def test_page_needs_nothing_from_elsewhere(complete: tuple[Path, str]):
@@ -331,7 +331,12 @@ def test_a_run_without_a_heldout_reward_says_so():
 
 def test_numbers_are_set_alike():
     assert [number(v) for v in (0, -0.5, 1234.5, 6e-8, None, float("nan"), -3e9)] == ["0.000", "−0.500", "1,234.500", "6.0e−8", "–", "–", "−3.0e9"]
-    assert (signed(0.25), signed(-0.25), percent(0.0312), signed(None)) == ("+0.250", "−0.250", "3.1 %", "–")
+    assert [brief(v) for v in (22, 0.0001, 0.9, 126.04, 1234567.0, 7.3067e-9, -0.00253)] == [
+        "22", "0.0001", "0.9", "126", "1,234,567", "7.307e−9", "−0.00253",
+    ]  # fmt: skip
+    assert (signed(0.25), signed(-0.25), percent(0.0312), signed(None)) == ("+0.250", "−0.250", "3.1\u00a0%", "–")
+    assert [duration(v).replace("\u00a0", " ") for v in (4.25, 192.7, 7500)] == ["4.2 s", "3 min 12 s", "2 h 05 min"]
+    assert moment("2026-11-24T10:04:12+00:00") == "2026-11-24 10:04 UTC" and moment("yesterday") == "yesterday"
     assert estimate({"mean": 1.0, "ci_low": 0.5, "ci_high": 1.5}, 1) == "1.0 [0.5, 1.5]" and estimate({"mean": 1.0}, 1) == "1.0"
 
 
