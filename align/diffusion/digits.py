@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ from align.diffusion.digits_data import (
     parse_prompt,
     prompt_for,
 )
+from align.diffusion.policy import quiet_loading
 from align.errors import ConfigError, ModelError
 from align.registry import suggest
 
@@ -62,8 +64,8 @@ class DigitsRecipe:
     width: int = 64
     layers: int = 3
     heads: int = 4
-    vae_steps: int = 240
-    flow_steps: int = 1800
+    vae_steps: int = 200
+    flow_steps: int = 1600
     batch: int = 64
     vae_lr: float = 3e-3
     flow_lr: float = 2e-3
@@ -106,7 +108,8 @@ def _build(config: DigitsRecipe, folder: Path, progress: bool) -> None:
             torch.manual_seed(config.seed)
             pipeline = _components(config, folder)
             total = config.vae_steps + config.flow_steps
-            with tqdm(total=total, desc="pretraining digits", unit="step", disable=not (progress and total)) as bar:
+            quiet = {"disable": not (progress and total), "mininterval": 0.2 if sys.stderr.isatty() else 10.0}
+            with tqdm(total=total, desc="pretraining digits (once, then cached)", unit="step", **quiet) as bar:
                 error = _train_vae(pipeline.vae, config, bar)
                 _train_flow(pipeline, config, bar)
             card = {"recipe": asdict(config), "autoencoder_rmse": error, **(_card(pipeline) if config.accept else {})}
@@ -115,7 +118,8 @@ def _build(config: DigitsRecipe, folder: Path, progress: bool) -> None:
     card["cpu_seconds"] = round(time.process_time() - began, 1)
     if card.get("refused"):
         raise ModelError("The digits model did not pass its acceptance", why="; ".join(card["refused"]))
-    pipeline.save_pretrained(folder)
+    with quiet_loading():
+        pipeline.save_pretrained(folder)
     (folder / "card.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
 
 

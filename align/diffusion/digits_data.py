@@ -11,6 +11,8 @@ import functools
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,14 +128,16 @@ def content_key(recipe: object) -> str:
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     """Return `folder`, built under a temporary name and renamed when whole, so that half a build is never used."""
     if not folder.is_dir():
-        temporary = folder.with_name(f".building_{folder.name}_{os.getpid()}")
-        temporary.mkdir(parents=True)
-        build(temporary)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".building_", dir=folder.parent))
         try:
+            build(temporary)
             temporary.rename(folder)
-        except OSError:  # another process was first, with the same content
-            if not folder.is_dir():
+        except OSError:
+            if not folder.is_dir():  # else another process was first, with the same content
                 raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 

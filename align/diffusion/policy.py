@@ -56,7 +56,7 @@ def load_family(path: str | Path, family: str | None = None, device: str | torch
     # A component saved as absent (SD3 without T5) has to be passed as absent to be loaded so.
     absent = {part: None for part, home in listed.items() if isinstance(home, list) and home[0] is None}
     try:
-        with _quiet_loading():
+        with quiet_loading():
             pipeline: DiffusionPipeline = getattr(diffusers, name).from_pretrained(folder, dtype=torch.float32, **absent)
     except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
         raise ModelError(f"The {name} folder cannot be loaded", where=str(folder), why=str(error).splitlines()[0]) from error
@@ -69,8 +69,8 @@ def load_family(path: str | Path, family: str | None = None, device: str | torch
 
 
 @contextlib.contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Keep the loaders' own progress bars off the terminal: a run shows one line of its own."""
+def quiet_loading() -> Iterator[None]:
+    """Keep the libraries' own loading and saving bars off the terminal: a run shows one line of its own."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from markupsafe import Markup, escape
 
@@ -75,7 +75,6 @@ class Axis:
 def line_chart(
     series: Iterable[Series],
     *,
-    label: str,
     log: bool = False,
     percent: bool = False,
     from_zero: bool = False,
@@ -84,7 +83,6 @@ def line_chart(
     """Draw curves over the training step, each with its band.
 
     Args:
-        label: what the chart shows, for those who cannot see it.
         log: a log10 axis; a value of 0 stands on its foot, which is labelled 0.
         percent: values are shares, labelled as percentages.
         from_zero: the axis begins at 0.
@@ -108,14 +106,10 @@ def line_chart(
         body.append(f'<path class="ref" d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>')
         body.append(_text("reftext", WIDTH - RIGHT - 2, at - 4, "end", escape(reference[1])))
     body += [_curve(s, x, y) for s in shown]
-    points = [
-        {"name": s.name, "c": s.colour, "p": [[a, x(a), v] for a, v in zip(s.x, s.y, strict=True) if _finite(v)]}
-        for s in shown
-    ]
-    return _figure(body, label, shown, points, "%" if percent else "")
+    return _figure(body, shown, "%" if percent else "", x)
 
 
-def stacked_chart(series: Iterable[Series], *, label: str, unit: str = "") -> Markup:
+def stacked_chart(series: Iterable[Series], *, unit: str = "") -> Markup:
     """Draw non-negative curves over a common x as areas on top of one another."""
     shown = [replace(s, colour=i) for i, s in enumerate(series) if s.present]
     if not shown:
@@ -133,20 +127,20 @@ def stacked_chart(series: Iterable[Series], *, label: str, unit: str = "") -> Ma
         forth = " ".join(f"{x(a):.1f},{y(v):.1f}" for a, v in zip(steps, above, strict=True))
         back = " ".join(f"{x(a):.1f},{y(v):.1f}" for a, v in reversed(list(zip(steps, below, strict=True))))
         body.append(f'<polygon class="area c{_colour(s)}" points="{forth} {back}"/>')
-    points = [
-        {"name": s.name, "c": s.colour, "p": [[a, x(a), v] for a, v in zip(steps, s.y, strict=True) if _finite(v)]}
-        for s in shown
-    ]
-    return _figure(body, label, shown, points, unit)
+    return _figure(body, shown, unit, x)
 
 
-def _figure(body: list[str], label: str, shown: Sequence[Series], points: list[dict[str, object]], unit: str) -> Markup:
+def _figure(body: list[str], shown: Sequence[Series], unit: str, x: Axis) -> Markup:
     keys = [f'<span class="key"><i class="c{_colour(s)}"></i>{escape(s.name)}</span>' for s in shown]
     legend = f'<div class="legend">{"".join(keys)}</div>' if len(shown) > 1 else ""
-    data = escape(json.dumps({"unit": unit, "series": points}, default=float))
+    points: list[dict[str, Any]] = []
+    for s in shown:
+        there = [(a, v) for a, v in zip(s.x, s.y, strict=True) if _finite(v)]
+        points.append({"name": s.name, "c": _colour(s), "p": [[a, round(x(a), 2), v] for a, v in there]})
+    ends = [f"{s['name']} from {s['p'][0][2]:.4g}{unit} to {s['p'][-1][2]:.4g}{unit}" for s in points]
     return Markup(
-        f'{legend}<div class="plot" data-chart="{data}">'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">{"".join(body)}'
+        f'{legend}<div class="plot" data-chart="{escape(json.dumps({"unit": unit, "series": points}))}">'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape("; ".join(ends))}">{"".join(body)}'
         '<path class="cursor" d=""/></svg><div class="tip" hidden></div></div>'
     )
 

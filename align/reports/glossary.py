@@ -1,6 +1,41 @@
-"""What each number of metrics.jsonl is, in one sentence."""
+"""What each chart shows and what each number of metrics.jsonl is, in a sentence or three."""
 
 from __future__ import annotations
+
+CHARTS: dict[str, str] = {
+    "Reward in training": (
+        "What is optimised: the weighted sum of the trained rewards. The line is each step's samples, taken "
+        "with noise on training prompts, with a 95 % interval; the points are held-out prompts, sampled "
+        "without noise."
+    ),
+    "Held-out reward": (
+        "What is believed: a reward that is never trained on, on prompts never trained on, with 95 % "
+        "intervals. When the reward in training rises and this falls, the reward is being gamed."
+    ),
+    "Trained rewards, one by one": "Mean of each component over the step's samples, before weights.",
+    "Held-out rewards, one by one": "Mean of each held-out component at every evaluation, with 95 % intervals.",
+    "Held-out accuracy": (
+        "Share of the evaluation samples that the held-out classifier reads as what the prompt asked for."
+    ),
+    "First ratio error": (
+        "Largest |new / old probability − 1| before the first update of each step. It must be 0 up to "
+        "rounding: anything else means that training looks at other samples than were drawn. The tolerance "
+        "grows where a step has little noise."
+    ),
+    "Clipped terms": (
+        "Share of the trained terms whose ratio left the clip range, so that they no longer push: low where a"
+        " sample was made less likely, high where more."
+    ),
+    "Distance moved in a step": (
+        "Approximate KL divergence between the model before and after the step's updates, per trained term, "
+        "in the units of the log-probability."
+    ),
+    "Gradient norm": "L2 norm of the gradient before clipping. A slow drift is normal; spikes are not.",
+    "Diversity": (
+        "Pixel standard deviation between images of one prompt. A fall towards 0 means that the model makes "
+        "one image a prompt."
+    ),
+}
 
 GLOSSARY: dict[str, str] = {
     "step": "Training step: one rollout, its rewards and its updates.",
@@ -16,21 +51,33 @@ GLOSSARY: dict[str, str] = {
     "zero_std_groups": "Prompts whose samples all scored the same: they carry no signal in this step.",
     "invalid_members": "Samples left out of training because a score was missing.",
     "dropped_groups": "Prompts left out because too few of their samples had a score.",
-    "loss": "The clipped objective; near 0 by construction, since advantages are centred, so it is no measure of success.",
+    "loss": (
+        "The clipped objective; near 0 by construction, since advantages are centred, so it is no measure of success."
+    ),
     "grad_norm": "L2 norm of the gradient before clipping, averaged over the step's updates.",
     "lr": "Learning rate of the optimizer.",
-    "first_ratio_error": "Largest |ratio − 1| before the first update: 0 means that replay reproduces the rollout exactly.",
+    "first_ratio_error": (
+        "Largest |ratio − 1| before the first update: 0 means that replay reproduces the rollout exactly."
+    ),
     "ratio_mean": "Mean probability ratio new / old over the trained terms.",
     "ratio_min": "Smallest probability ratio of the step.",
     "ratio_max": "Largest probability ratio of the step.",
-    "clip_share_low": "Share of the trained terms with a negative advantage and a ratio below the clip range: no gradient.",
-    "clip_share_high": "Share of the trained terms with a positive advantage and a ratio above the clip range: no gradient.",
-    "approx_kl": "Estimate of how far this step moved the model, (ratio − 1) − log ratio, averaged over the trained terms.",
+    "clip_share_low": (
+        "Share of the trained terms with a negative advantage and a ratio below the clip range: no gradient."
+    ),
+    "clip_share_high": (
+        "Share of the trained terms with a positive advantage and a ratio above the clip range: no gradient."
+    ),
+    "approx_kl": (
+        "Estimate of how far this step moved the model, (ratio − 1) − log ratio, averaged over the trained terms."
+    ),
     "updates": "Optimizer updates of this step.",
     "feq": "Cost of this step's training in denoiser forwards without guidance (F_eq).",
     "feq_total": "Cost of the run so far in F_eq.",
     "feq_per_sample": "Cost of one training sample in F_eq: rollout and training.",
-    "diversity": "Pixel standard deviation between images of the same prompt, averaged: 0 is one image for each prompt.",
+    "diversity": (
+        "Pixel standard deviation between images of the same prompt, averaged: 0 is one image for each prompt."
+    ),
     "heldout": "Mean held-out reward of this step's evaluation.",
     "time/rollout": "Seconds spent sampling.",
     "time/decode": "Seconds spent decoding latents to pixels.",

@@ -26,7 +26,14 @@ def render(template: str, context: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        num=number, brief=brief, signed=signed, pct=percent, count=count, duration=duration, estimate=estimate, moment=moment
+        num=number,
+        brief=brief,
+        count=count,
+        signed=signed,
+        pct=percent,
+        estimate=estimate,
+        duration=duration,
+        moment=moment,
     )
     return environment.get_template(template).render(context)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from typing import Any
 from align.errors import AlignError, ConfigError
 from align.guards import FIRST_RATIO_TOLERANCE
 from align.reports.charts import Series, line_chart, stacked_chart
-from align.reports.glossary import explain
+from align.reports.glossary import CHARTS, explain
 from align.reports.page import Sheet, finite, load_sheet, percent, render
-from align.reports.verdict import DIVERSITY_KEPT, Outcome, judge, outcome
+from align.reports.verdict import DIVERSITY_KEPT, judge, outcome
 from align.textfiles import parse_yaml
 from align.tracking import read_jsonl
 
@@ -68,17 +68,16 @@ def read_run(run_dir: str | Path) -> RunFiles:
     """
     files = RunFiles(Path(run_dir))
     if not any((files.directory / name).is_file() for name in ("run.json", "config.yaml", "metrics.jsonl")):
-        raise ConfigError(
-            "This is not a run folder",
-            where=str(run_dir),
-            why="there is no such folder" if not files.directory.is_dir() else "it has no run.json, config.yaml or metrics.jsonl",
-        )
+        there = files.directory.is_dir()
+        why = "it has no run.json, config.yaml or metrics.jsonl" if there else "there is no such folder"
+        raise ConfigError("This is not a run folder", where=str(run_dir), why=why)
     files.record = _json(files, "run.json")
     files.summary = _json(files, "summary.json") if (files.directory / "summary.json").is_file() else {}
     files.metrics = _by_step(_jsonl(files, "metrics.jsonl"))
     files.evaluations = _by_step(_jsonl(files, "evaluation.jsonl"))
     files.warnings = [
-        {**row, "level": row.get("level") if row.get("level") in LEVELS else "note"} for row in _jsonl(files, "warnings.jsonl")
+        {**row, "level": row.get("level") if row.get("level") in LEVELS else "note"}
+        for row in _jsonl(files, "warnings.jsonl")
     ]
     files.config = _config(files)
     files.sheets = _sheets(files)
@@ -101,7 +100,8 @@ def _json(files: RunFiles, name: str) -> Row:
 def _jsonl(files: RunFiles, name: str) -> list[Row]:
     rows, bad = read_jsonl(files.directory / name)
     if bad:
-        files.notes.append(f"{bad} line{'s' if bad > 1 else ''} of {name} could not be read and {'are' if bad > 1 else 'is'} left out.")
+        lines, verb = ("lines", "are") if bad > 1 else ("line", "is")
+        files.notes.append(f"{bad} {lines} of {name} could not be read and {verb} left out.")
     return rows
 
 
@@ -153,7 +153,8 @@ def _context(files: RunFiles) -> Row:
     last = files.metrics[-1] if files.metrics else {}
     found = outcome(files.summary, files.evaluations)
     cost = _cost(files)
-    heldout = [r for r in files.record.get("heldout_rewards") or [] if isinstance(r, dict)]
+    heldout = _described(files, "heldout_rewards")
+    has_heldout = bool(heldout) or "heldout_rewards" not in files.record
     return {
         "files": files,
         "run": files.record,
@@ -161,18 +162,24 @@ def _context(files: RunFiles) -> Row:
         "about": next((json.loads(r["value"]) for r in files.config if r["key"] == "about"), ""),
         "last": last,
         "outcome": found,
-        "verdict": judge(found, files.warnings, files.record, cost, has_heldout=bool(heldout) or not files.record),
+        "verdict": judge(found, files.warnings, files.record, cost, has_heldout=has_heldout),
         "cost": cost,
         "charts": _charts(files),
         "phases": _phases(files.metrics),
         "phase_chart": _phase_chart(files.metrics),
         "components": _components(files.evaluations),
         "ledger": _ledger(files, last),
-        "rewards": [r for r in files.record.get("rewards") or [] if isinstance(r, dict)],
+        "rewards": _described(files, "rewards"),
         "heldout_rewards": heldout,
         "glossary": [{"key": key, "value": last[key], "text": explain(key)} for key in last],
         "levels": LEVELS,
+        "long_prompts": any(len(prompt) > 60 for prompt in files.prompts),
     }
+
+
+def _described(files: RunFiles, key: str) -> list[Row]:
+    found = files.record.get(key)
+    return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
 
 
 def _cost(files: RunFiles) -> Row:
@@ -201,20 +208,33 @@ def _column(rows: list[Row], key: str) -> list[float | None]:
     return [finite(row.get(key)) for row in rows]
 
 
-def _curve(rows: list[Row], key: str, name: str = "", band: tuple[str, str] | None = None, colour: int | None = None) -> Series:
+def _curve(
+    rows: list[Row], key: str, name: str = "", band: tuple[str, str] | None = None, colour: int | None = None
+) -> Series:
     low, high = (_column(rows, band[0]), _column(rows, band[1])) if band else ((), ())
     return Series(name or key, [row["step"] for row in rows], _column(rows, key), low, high, colour=colour)
 
 
-def _points(rows: list[Row], pick: Callable[[Row], Any], name: str, colour: int | None = None) -> Series:
-    """A curve over evaluations, whose values are estimates {mean, ci_low, ci_high} or plain numbers."""
-    found = [value if isinstance(value := pick(row), dict) else {"mean": value} for row in rows]
-    columns = [[finite(value.get(part)) for value in found] for part in ("mean", "ci_low", "ci_high")]
-    return Series(name, [row["step"] for row in rows], *columns, sparse=True, colour=colour)
+def _points(rows: list[Row], paths: Sequence[tuple[str, ...]], name: str, colour: int | None = None) -> Series:
+    """A curve over evaluations: of the first of `paths` a row has, an estimate {mean, ci_low, ci_high} or a number."""
+    found = [_estimate(next((v for path in paths if (v := _at(row, path)) is not None), None)) for row in rows]
+    mean, low, high = ([finite(value.get(part)) for value in found] for part in ("mean", "ci_low", "ci_high"))
+    return Series(name, [row["step"] for row in rows], mean, low, high, sparse=True, colour=colour)
+
+
+def _at(row: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        row = row.get(name) if isinstance(row, dict) else None
+    return row
+
+
+def _estimate(value: Any) -> Row:
+    return value if isinstance(value, dict) else {"mean": value}
 
 
 def _component_names(rows: list[Row], group: str) -> list[str]:
-    names = {name: None for row in rows for name in (row.get("components") or {})}
+    found = [row["components"] for row in rows if isinstance(row.get("components"), dict)]
+    names = dict.fromkeys(name for components in found for name in components)
     picked = [name for name in names if name.startswith(group + "/")]
     return picked or ([] if group == "reward" else [n for n in names if not n.startswith("reward/")])
 
@@ -235,53 +255,45 @@ def _least_diversity(evaluations: list[Row]) -> tuple[float, str] | None:
 
 
 def _charts(files: RunFiles) -> list[Row]:
+    """Return the charts that have something to draw, with the sentences of the glossary."""
     rows, evaluations = files.metrics, files.evaluations
     trained = [key for key in dict.fromkeys(k for row in rows for k in row) if re.fullmatch(r"reward/.+/mean", key)]
-    heldout = _component_names(evaluations, "heldout")
-    charts = [
-        ("Reward in training", "What is optimised: the weighted sum of the trained rewards. The line is each step's samples, taken "
-         "with noise on training prompts, with a 95 % interval; the points are held-out prompts, sampled without noise.",
-         line_chart([_curve(rows, "reward", "rollouts", ("reward_ci_low", "reward_ci_high"), 0),
-                     _points(evaluations, lambda r: r.get("reward"), "held-out prompts", 1)],
-                    label="Training reward by step")),
-        ("Held-out reward", "What is believed: a reward that is never trained on, on prompts never trained on, with 95 % intervals. "
-         "When the reward in training rises and this falls, the reward is being gamed.",
-         line_chart([_points(evaluations, lambda r: r.get("heldout"), "held-out reward", 2)], label="Held-out reward by step")),
-        ("Trained rewards, one by one", "Mean of each component over the step's samples, before weights.",
-         line_chart([_curve(rows, key, key[7:-5]) for key in trained], label="Reward components by step")),
-        ("Held-out rewards, one by one", "Mean of each held-out component at every evaluation, with 95 % intervals.",
-         line_chart([_points(evaluations, lambda r, n=name: (r.get("components") or {}).get(n), name.removeprefix("heldout/"))
-                     for name in heldout], label="Held-out components by step")),
-        ("First ratio error", "Largest |new / old probability − 1| before the first update of each step. It must be 0 up to rounding: "
-         "anything else means that training looks at other samples than were drawn. The tolerance grows where a step has little noise.",
-         line_chart([_curve(rows, "first_ratio_error", "max |ratio − 1|")], label="First ratio error by step, log scale",
-                    log=True, reference=_tolerance(files))),
-        ("Clipped terms", "Share of the trained terms whose ratio left the clip range, so that they no longer push: low where a sample was "
-         "made less likely, high where more.",
-         line_chart([_curve(rows, "clip_share_low", "low"), _curve(rows, "clip_share_high", "high")],
-                    label="Clip share by step", percent=True, from_zero=True)),
-        ("Distance moved in a step", "Approximate KL divergence between the model before and after the step's updates, per trained term, "
-         "in the units of the log-probability.",
-         line_chart([_curve(rows, "approx_kl", "approximate KL", colour=4)], label="Approximate KL by step", from_zero=True)),
-        ("Gradient norm", "L2 norm of the gradient before clipping. A slow drift is normal; spikes are not.",
-         line_chart([_curve(rows, "grad_norm", "gradient norm", colour=5)], label="Gradient norm by step", from_zero=True)),
-        ("Diversity", "Pixel standard deviation between images of one prompt. A fall towards 0 means that the model makes one image a prompt.",
-         line_chart([_points(evaluations or rows, lambda r: r.get("diversity"), "within-prompt pixel deviation", 3)],
-                    label="Diversity by step", from_zero=True, reference=_least_diversity(evaluations))),
-    ]  # fmt: skip
-    accuracy = _points(evaluations, lambda r: r.get("heldout_accuracy", r.get("accuracy")), "held-out accuracy", 6)
-    charts.insert(4, (
-        "Held-out accuracy", "Share of the evaluation samples that the held-out classifier reads as what the prompt asked for.",
-        line_chart([accuracy], label="Held-out accuracy by step", percent=True),
-    ))  # fmt: skip
-    return [{"title": title, "text": text, "svg": svg} for title, text, svg in charts if svg]
+    reward_band = ("reward_ci_low", "reward_ci_high")
+    ratio = _curve(rows, "first_ratio_error", "max |ratio − 1|")
+    clipped = [_curve(rows, "clip_share_low", "low"), _curve(rows, "clip_share_high", "high")]
+    accuracy = _points(evaluations, [("heldout_accuracy",), ("accuracy",)], "held-out accuracy", 6)
+    spread = _points(evaluations or rows, [("diversity",)], "within-prompt pixel deviation", 3)
+    heldout = [
+        _points(evaluations, [("components", name)], name.removeprefix("heldout/"))
+        for name in _component_names(evaluations, "heldout")
+    ]
+    drawn = {
+        "Reward in training": line_chart(
+            [
+                _curve(rows, "reward", "rollouts", reward_band, 0),
+                _points(evaluations, [("reward",)], "held-out prompts", 1),
+            ]
+        ),
+        "Held-out reward": line_chart([_points(evaluations, [("heldout",)], "held-out reward", 2)]),
+        "Trained rewards, one by one": line_chart([_curve(rows, key, key[7:-5]) for key in trained]),
+        "Held-out rewards, one by one": line_chart(heldout),
+        "Held-out accuracy": line_chart([accuracy], percent=True),
+        "First ratio error": line_chart([ratio], log=True, reference=_tolerance(files)),
+        "Clipped terms": line_chart(clipped, percent=True, from_zero=True),
+        "Distance moved in a step": line_chart([_curve(rows, "approx_kl", "approximate KL", colour=4)], from_zero=True),
+        "Gradient norm": line_chart([_curve(rows, "grad_norm", "gradient norm", colour=5)], from_zero=True),
+        "Diversity": line_chart([spread], from_zero=True, reference=_least_diversity(evaluations)),
+    }
+    return [{"title": title, "text": CHARTS[title], "svg": svg} for title, svg in drawn.items() if svg]
 
 
 def _phases(rows: list[Row]) -> list[Row]:
     """Return seconds and share of the wall clock by phase, and what no phase accounts for."""
     total = sum(v for v in _column(rows, "seconds") if v is not None)
     sums = {name: sum(v for v in _column(rows, f"time/{name}") if v is not None) for name in PHASES}
-    found = [{"name": name, "seconds": value, "text": explain(f"time/{name}")} for name, value in sums.items() if value]
+    found: list[Row] = [
+        {"name": name, "seconds": value, "text": explain(f"time/{name}")} for name, value in sums.items() if value
+    ]
     rest = total - sum(sums.values())
     if found and total and rest > 0.001 * total:
         found.append({"name": "rest", "seconds": rest, "text": "Set-up, the evaluation before training, checkpoints."})
@@ -291,7 +303,7 @@ def _phases(rows: list[Row]) -> list[Row]:
 
 def _phase_chart(rows: list[Row]) -> Any:
     series = [_curve(rows, f"time/{name}", name) for name in PHASES]
-    return stacked_chart([s for s in series if any(s.y)], label="Seconds of each phase by step", unit=" s")
+    return stacked_chart([s for s in series if any(s.y)], unit=" s")
 
 
 def _components(evaluations: list[Row]) -> list[Row]:
@@ -302,11 +314,11 @@ def _components(evaluations: list[Row]) -> list[Row]:
     rows = []
     for group, kind in (("heldout", "held out"), ("reward", "trained")):
         for name in _component_names(evaluations, group):
-            before, after = ((e.get("components") or {}).get(name) for e in (first, last))
-            if isinstance(before, dict) and isinstance(after, dict):
-                a, b = finite(before.get("mean")), finite(after.get("mean"))
-                change = None if a is None or b is None else b - a
-                rows.append({"name": name.removeprefix(group + "/"), "kind": kind, "before": before, "after": after, "change": change})
+            before, after = (_at(e, ("components", name)) for e in (first, last))
+            a, b = (finite(_estimate(e).get("mean")) for e in (before, after))
+            if a is not None and b is not None:
+                name = name.removeprefix(group + "/")
+                rows.append({"name": name, "kind": kind, "before": before, "after": after, "change": b - a})
     return rows
 
 
@@ -320,7 +332,8 @@ def _ledger(files: RunFiles, last: Row) -> Row:
     if k is None and trained and rollout is not None and whole is not None:
         k = (whole - rollout) / trained
     samples = sum(v for v in _column(files.metrics, "samples") if v is not None)
-    seconds = sum(v for v in (*_column(files.metrics, "time/rollout"), *_column(files.metrics, "time/train")) if v is not None)
     total = finite(last.get("feq_total"))
-    rate = total / seconds if total and seconds else None
-    return {**ledger, "rollout": rollout, "trained": trained, "whole": whole, "k": k, "samples": samples, "total": total, "rate": rate}
+    times = [v for phase in ("rollout", "train") for v in _column(files.metrics, f"time/{phase}") if v is not None]
+    rate = total / sum(times) if total and sum(times) else None
+    terms = {"rollout": rollout, "trained": trained, "whole": whole, "k": k}
+    return {**ledger, **terms, "samples": samples, "total": total, "rate": rate}

@@ -68,7 +68,7 @@ def outcome(summary: Row, evaluations: list[Row]) -> Outcome:
         _difference(before, after),
         _estimate(first.get("reward")),
         _estimate(last.get("reward")),
-        (finite(first.get("heldout_accuracy", first.get("accuracy"))), finite(last.get("heldout_accuracy", last.get("accuracy")))),
+        (_accuracy(first), _accuracy(last)),
         (finite(first.get("diversity")), finite(last.get("diversity"))),
         paired=False,
         step=step,
@@ -86,8 +86,9 @@ def judge(found: Outcome, warnings: list[Row], record: Row, cost: Row, *, has_he
     caveats = _caveats(found, has_heldout)
     status = record.get("status")
     if status != "complete":
-        how = {"running": "was still running, or died without a word", "stopped": "was stopped", "failed": "failed"}
-        caveats.append(f"The run {how.get(str(status), 'has no recorded end')} at step {done} of {planned or 'an unknown number'}.")
+        how = {"running": "was still running, or died without a word,", "stopped": "was stopped", "failed": "failed"}
+        end = how.get(str(status), "has no recorded end; it stood")
+        caveats.append(f"The run {end} at step {done} of {planned or 'an unknown number'}.")
     alarms = [w for w in warnings if w.get("level") == "alarm"]
     standing = [w for w in alarms if found.step is None or (finite(w.get("step")) or 0) >= found.step]
     if alarms and not standing:
@@ -133,13 +134,13 @@ def _caveats(found: Outcome, has_heldout: bool) -> list[str]:
     caveats = _losses(found)
     if not has_heldout:
         caveats.append(
-            "No held-out reward was configured: the figures are the trained reward on held-out prompts, which cannot show that "
-            "it is being gamed."
+            "No held-out reward was configured: the figures are the trained reward on held-out prompts, "
+            "which cannot show that it is being gamed."
         )
     if found.change is not None and not found.paired:
         caveats.append(
-            "There is no final evaluation yet: before and after are evaluations of different sizes, and the interval treats them "
-            "as independent, which is cautious."
+            "There is no final evaluation yet: before and after are evaluations of different sizes, "
+            "and the interval treats them as independent, which is cautious."
         )
     return caveats
 
@@ -150,7 +151,8 @@ def _sentence(found: Outcome) -> str:
         return "There are not two held-out evaluations to compare yet, so nothing can be said about improvement."
     low, high = found.gain.get("ci_low"), found.gain.get("ci_high")
     verb = "rose" if change > 0 else "fell" if change < 0 else "stayed"
-    text = f"Held-out reward {verb} from {number(found.before.get('mean'))} to {number(found.after.get('mean'))} ({signed(change)}"
+    before, after = number(found.before.get("mean")), number(found.after.get("mean"))
+    text = f"Held-out reward {verb} from {before} to {after} ({signed(change)}"
     if finite(low) is not None and finite(high) is not None:
         text += f", 95\u00a0% CI {signed(low)} to {signed(high)}"
     if found.paired and found.gain.get("n"):
@@ -160,7 +162,8 @@ def _sentence(found: Outcome) -> str:
     if a is not None and b is not None:
         text += f", held-out accuracy went from {percent(a)} to {percent(b)}"
     if c is not None and d is not None:
-        text += f", diversity from {number(c)} to {number(d)}" + (f" ({percent(d / c, 0)} of the base)" if c else "")
+        text += f", diversity {'went ' if a is None or b is None else ''}from {number(c)} to {number(d)}"
+        text += f" ({percent(d / c, 0)} of the base)" if c else ""
     return text + "."
 
 
@@ -170,6 +173,10 @@ def _cost(cost: Row) -> str:
     parts += [duration(cost["seconds"])] if cost.get("seconds") is not None else []
     parts += [f"{duration(cost['cpu_seconds'])} of processor"] if cost.get("cpu_seconds") is not None else []
     return f"Cost: {', '.join(parts)}." if parts else ""
+
+
+def _accuracy(evaluation: Row) -> float | None:
+    return finite(evaluation.get("heldout_accuracy", evaluation.get("accuracy")))
 
 
 def _mean(value: Any) -> float | None:

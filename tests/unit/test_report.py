@@ -74,17 +74,21 @@ def make_run(folder: Path, *, steps: int = 60, done: int | None = None, hacked: 
     rewards = [
         {"name": name, "weight": 1.0, "identity": f"{i:016x}", "definition": text, "range": "(-inf, 0]"}
         for i, (name, text) in enumerate(
-            [("digits/legibility", "log p(prompted digit | image)"), ("digits/ink_band", "-|ink - band| < .1")], start=171
+            [("digits/legibility", "log p(prompted digit | image)"), ("digits/ink_band", "-|ink - band| < .1")],
+            start=171,
         )
     ]
     log.write_run(
         {
-            "align_version": "0.1.0", "trainer": "dance_grpo", "name": "demo", "seed": 7, "started": "2026-11-24T10:00:00+00:00",
+            "align_version": "0.1.0", "trainer": "dance_grpo", "name": "demo", "seed": 7,
+            "started": "2026-11-24T10:00:00+00:00",
             "finished": None if done else "2026-11-24T10:04:12+00:00", "status": "running" if done else "complete",
             "steps_planned": steps, "rewards": rewards, "heldout_rewards": rewards,
-            "model": {"path": "digits", "family": "sd3", "train": "lora", "parameters": 812_000, "trained_parameters": 36_864},
+            "model": {"path": "digits", "family": "sd3", "train": "lora", "parameters": 812_000,
+            "trained_parameters": 36_864},
             "ledger": {
-                "feq_per_sample": 22, "rollout_forwards": 10, "train_forwards": 6, "updates_per_step": 2, "trained_steps": 6,
+                "feq_per_sample": 22, "rollout_forwards": 10, "train_forwards": 6, "updates_per_step": 2,
+                "trained_steps": 6,
                 "solver_steps": 10, "latent_dim": 64, "clip_nats": 0.0064, "clip_range": 1e-4, "k": 2, "c": 1,
             },
             "versions": {"python": "3.11.2", "torch": "2.13.0", "diffusers": "0.42.1"},
@@ -118,7 +122,13 @@ def make_run(folder: Path, *, steps: int = 60, done: int | None = None, hacked: 
     for step in range(1, last + 1):
         rise = 1 - math.exp(-step / 18)
         reward = -1.0 + 0.58 * rise + 0.03 * rng.standard_normal()
-        seconds = {"time/rollout": 0.72, "time/decode": 0.05, "time/reward": 0.09, "time/train": 1.1, "time/optimizer": 0.03}
+        seconds = {
+            "time/rollout": 0.72,
+            "time/decode": 0.05,
+            "time/reward": 0.09,
+            "time/train": 1.1,
+            "time/optimizer": 0.03,
+        }
         seconds = {name: value * (1 + 0.06 * rng.standard_normal()) for name, value in seconds.items()}
         seconds["time/log"] = 0.9 if step % 10 == 0 else 0.01
         log.metrics(
@@ -128,9 +138,12 @@ def make_run(folder: Path, *, steps: int = 60, done: int | None = None, hacked: 
                 "reward_ci_high": reward + 0.05, "reward/digits/legibility/mean": 0.8 * reward,
                 "reward/digits/ink_band/mean": 0.2 * reward, "reward/digits/legibility/std": 0.4, "valid_share": 1.0,
                 "zero_std_groups": 0, "invalid_members": 0, "dropped_groups": 0, "loss": -2e-6 * rng.standard_normal(),
-                "grad_norm": abs(0.4 + 0.05 * rng.standard_normal()), "lr": 1e-3, "first_ratio_error": 0.0 if step % 3 else 6e-8,
-                "ratio_mean": 1.0, "ratio_min": 0.9994, "ratio_max": 1.0007, "clip_share_low": 0.03 + 0.01 * rng.random(),
-                "clip_share_high": 0.02 + 0.01 * rng.random(), "approx_kl": 3e-8 * rng.random(), "updates": 2, "feq": 3520,
+                "grad_norm": abs(0.4 + 0.05 * rng.standard_normal()), "lr": 1e-3,
+                "first_ratio_error": 0.0 if step % 3 else 6e-8,
+                "ratio_mean": 1.0, "ratio_min": 0.9994, "ratio_max": 1.0007,
+                "clip_share_low": 0.03 + 0.01 * rng.random(),
+                "clip_share_high": 0.02 + 0.01 * rng.random(), "approx_kl": 3e-8 * rng.random(), "updates": 2,
+                "feq": 3520,
                 "feq_total": 3520 * step, "feq_per_sample": 22, "peak_memory_mb": 912.4, **seconds,
             }
         )  # fmt: skip
@@ -138,15 +151,22 @@ def make_run(folder: Path, *, steps: int = 60, done: int | None = None, hacked: 
             grid(step)
             evaluate(step, 2000 if step == steps else 256)
             if hacked and step >= 30:
-                log.warn(step, "alarm", "drift", "Reward hacking: the trained reward changed by +0.480 while the held-out reward fell")
+                log.warn(
+                    step,
+                    "alarm",
+                    "drift",
+                    "Reward hacking: the trained reward changed by +0.480 while the held-out reward fell",
+                )
     log.warn(1, "note", "batch", f"Tiles of 96 were chosen for {EVIL}")
     if done is None:
         summary = {
             "reward_before": interval(-0.98, 0.05, 2000), "reward_after": interval(-0.4, 0.05, 2000),
-            "heldout_before": interval(-1.042, 0.06, 2000), "heldout_after": interval(-1.042 + sign * 0.6213, 0.06, 2000),
+            "heldout_before": interval(-1.042, 0.06, 2000),
+            "heldout_after": interval(-1.042 + sign * 0.6213, 0.06, 2000),
             "heldout_gain": interval(sign * 0.6213, 0.041, 2000), "heldout_accuracy_before": 0.871,
             "heldout_accuracy_after": 0.871 + sign * 0.0931, "diversity_before": 0.241, "diversity_after": 0.2217,
-            "first_ratio_error_max": 6e-8, "feq_per_sample": 22, "cpu_seconds": 412.0, "seconds": 252.0, "peak_memory_mb": 912.4,
+            "first_ratio_error_max": 6e-8, "feq_per_sample": 22, "cpu_seconds": 412.0, "seconds": 252.0,
+            "peak_memory_mb": 912.4,
         }  # fmt: skip
         (folder / "summary.json").write_text(json.dumps(summary))
     return folder
@@ -194,8 +214,16 @@ def test_page_tells_the_outcome_in_numbers_of_the_files(complete: tuple[Path, st
     text = Page(complete[1]).text
     assert "Held-out reward rose from −1.042 to −0.421 (+0.621, 95 % CI +0.580 to +0.662, 2,000 paired samples)" in text
     assert "held-out accuracy went from 87.1 % to 96.4 %, diversity from 0.241 to 0.222 (92 % of the base)" in text
-    assert "22 F_eq a sample, 211,200 F_eq in all, 4 min 12 s, 6 min 52 s of processor" in text and "10 + 2 × 6 = 22 F_eq" in text
-    assert "9,600" in text and 'title="configs/digits/demo.yaml:12">demo.yaml:12<' in complete[1] and "00000000000000ab" in text and "2.13.0" in text
+    assert (
+        "22 F_eq a sample, 211,200 F_eq in all, 4 min 12 s, 6 min 52 s of processor" in text
+        and "10 + 2 × 6 = 22 F_eq" in text
+    )
+    assert (
+        "9,600" in text
+        and 'title="configs/digits/demo.yaml:12">demo.yaml:12<' in complete[1]
+        and "00000000000000ab" in text
+        and "2.13.0" in text
+    )
 
 
 def test_page_needs_nothing_from_elsewhere(complete: tuple[Path, str]):
@@ -239,7 +267,9 @@ def test_charts_hold_the_points_of_the_files(complete: tuple[Path, str]):
     metrics = read_run(complete[0]).metrics
     assert [(p[0], p[2]) for p in series["rollouts"]] == [(r["step"], r["reward"]) for r in metrics]
     assert [p[0] for p in series["held-out reward"]] == [0, 10, 20, 30, 40, 50, 60]
-    assert {"low", "high", "gradient norm", "approximate KL", "held-out accuracy", "rollout", "digits/ink_band"} <= set(series)
+    assert {"low", "high", "gradient norm", "approximate KL", "held-out accuracy", "rollout", "digits/ink_band"} <= set(
+        series
+    )
 
 
 def test_hacked_run_is_called_so(tmp_path: Path):
@@ -280,10 +310,29 @@ def test_broken_files_are_named_on_the_page(tmp_path: Path):
     (folder / "run.json").write_text("[1, 2")
     (folder / "config.yaml").write_text("a: [")
     (folder / "samples" / "step_000010.png").write_bytes(b"not a picture")
-    (folder / "metrics.jsonl").write_text('{"step": 1, "reward": null, "time/train": "soon"}\n{"step": 2, "reward": 1.5}\n')
+    (folder / "metrics.jsonl").write_text(
+        '{"step": 1, "reward": null, "time/train": "soon"}\n{"step": 2, "reward": 1.5}\n'
+    )
     text = Page(write_report(folder).read_text(encoding="utf-8")).text
-    for words in ("run.json is missing or cannot be read", "config.yaml is", "samples/step_000010.png is not a readable"):
+    for words in (
+        "run.json is missing or cannot be read",
+        "config.yaml is",
+        "samples/step_000010.png is not a readable",
+    ):
         assert words in text
+
+
+@pytest.mark.parametrize("value", [None, "x", [], {}, [1], True, -1, 1e300, [[1]], '"><script>'])
+def test_a_value_of_the_wrong_kind_never_costs_the_page(tmp_path: Path, value: object):
+    folder = make_run(tmp_path / "odd", done=2)
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(dict.fromkeys(record, value)))
+    for name in ("metrics", "evaluation", "warnings"):
+        row = json.loads((folder / f"{name}.jsonl").read_text().splitlines()[-1])
+        with (folder / f"{name}.jsonl").open("a") as file:
+            file.write(json.dumps({**dict.fromkeys(row, value), "step": 10}) + "\n")
+    page = Page(write_report(folder).read_text(encoding="utf-8"))
+    assert sum(tag == "script" for tag, _ in page.tags) == 1
 
 
 def test_not_a_run_folder(tmp_path: Path):
@@ -293,11 +342,15 @@ def test_not_a_run_folder(tmp_path: Path):
         write_report(tmp_path)
 
 
-def summary(low: float, high: float, *, reward: float = 1.0, accuracy: float = 0.9, diversity: float = 0.2) -> dict[str, object]:
+def summary(
+    low: float, high: float, *, reward: float = 1.0, accuracy: float = 0.9, diversity: float = 0.2
+) -> dict[str, object]:
     gain = {"mean": (low + high) / 2, "ci_low": low, "ci_high": high, "n": 100}
     return {
-        "heldout_before": interval(0, 0.1, 100), "heldout_after": interval(gain["mean"], 0.1, 100), "heldout_gain": gain,
-        "reward_before": interval(0, 0.1, 100), "reward_after": interval(reward, 0.1, 100), "heldout_accuracy_before": 0.9,
+        "heldout_before": interval(0, 0.1, 100), "heldout_after": interval(gain["mean"], 0.1, 100),
+        "heldout_gain": gain,
+        "reward_before": interval(0, 0.1, 100), "reward_after": interval(reward, 0.1, 100),
+        "heldout_accuracy_before": 0.9,
         "heldout_accuracy_after": accuracy, "diversity_before": 0.2, "diversity_after": diversity,
     }  # fmt: skip
 
@@ -321,7 +374,10 @@ def test_verdict(found: dict[str, object], warnings: list[dict[str, object]], ki
     result = outcome(found, [{"step": 0}, {"step": 60}])
     verdict = judge(result, warnings, {"status": "complete"}, {"step": 60}, has_heldout=True)
     assert verdict.kind == kind
-    assert bool(verdict.caveats) == (kind in ("mixed", "alarm") and (kind == "mixed" or bool(warnings)) or len(warnings) == 1 and warnings[0]["step"] == 50)
+    said = " ".join(verdict.caveats)
+    assert ("fell" in said) == (kind == "mixed")
+    assert ("m (step 60)" in said) == (kind == "alarm" and bool(warnings))
+    assert ("An alarm went off at step 50 and not again" in said) == (bool(warnings) and warnings[0]["step"] == 50)
 
 
 def test_a_run_without_a_heldout_reward_says_so():
@@ -330,14 +386,25 @@ def test_a_run_without_a_heldout_reward_says_so():
 
 
 def test_numbers_are_set_alike():
-    assert [number(v) for v in (0, -0.5, 1234.5, 6e-8, None, float("nan"), -3e9)] == ["0.000", "−0.500", "1,234.500", "6.0e−8", "–", "–", "−3.0e9"]
+    assert [number(v) for v in (0, -0.5, 1234.5, 6e-8, None, float("nan"), -3e9)] == [
+        "0.000",
+        "−0.500",
+        "1,234.500",
+        "6.0e−8",
+        "–",
+        "–",
+        "−3.0e9",
+    ]
     assert [brief(v) for v in (22, 0.0001, 0.9, 126.04, 1234567.0, 7.3067e-9, -0.00253)] == [
         "22", "0.0001", "0.9", "126", "1,234,567", "7.307e−9", "−0.00253",
     ]  # fmt: skip
     assert (signed(0.25), signed(-0.25), percent(0.0312), signed(None)) == ("+0.250", "−0.250", "3.1\u00a0%", "–")
     assert [duration(v).replace("\u00a0", " ") for v in (4.25, 192.7, 7500)] == ["4.2 s", "3 min 12 s", "2 h 05 min"]
     assert moment("2026-11-24T10:04:12+00:00") == "2026-11-24 10:04 UTC" and moment("yesterday") == "yesterday"
-    assert estimate({"mean": 1.0, "ci_low": 0.5, "ci_high": 1.5}, 1) == "1.0 [0.5, 1.5]" and estimate({"mean": 1.0}, 1) == "1.0"
+    assert (
+        estimate({"mean": 1.0, "ci_low": 0.5, "ci_high": 1.5}, 1) == "1.0 [0.5, 1.5]"
+        and estimate({"mean": 1.0}, 1) == "1.0"
+    )
 
 
 def path_points(svg: str, kind: str) -> list[list[tuple[float, float]]]:
@@ -347,7 +414,7 @@ def path_points(svg: str, kind: str) -> list[list[tuple[float, float]]]:
 
 
 def test_line_chart_maps_equal_steps_to_equal_pixels_and_breaks_at_gaps():
-    svg = line_chart([Series("a", [0, 1, 2, 3, 4], [0.0, 1.0, 2.0, None, 4.0])], label="x", from_zero=True)
+    svg = line_chart([Series("a", [0, 1, 2, 3, 4], [0.0, 1.0, 2.0, None, 4.0])], from_zero=True)
     (first, second, third), (last,) = path_points(svg, "line")
     assert second[0] - first[0] == pytest.approx(third[0] - second[0], abs=0.11)
     assert first[1] - second[1] == pytest.approx(second[1] - third[1], abs=0.11) and first[1] == 212
@@ -355,7 +422,7 @@ def test_line_chart_maps_equal_steps_to_equal_pixels_and_breaks_at_gaps():
 
 
 def test_log_chart_spaces_decades_evenly_and_sets_zero_on_its_foot():
-    svg = line_chart([Series("a", [0, 1, 2, 3], [1e-8, 1e-7, 1e-6, 0.0])], label="x", log=True)
+    svg = line_chart([Series("a", [0, 1, 2, 3], [1e-8, 1e-7, 1e-6, 0.0])], log=True)
     ((a, b, c, zero),) = path_points(svg, "line")
     assert a[1] - b[1] == pytest.approx(b[1] - c[1], abs=0.11) and a[1] - b[1] > 10 and zero[1] == 212
     assert ">0</text>" in svg
@@ -363,21 +430,23 @@ def test_log_chart_spaces_decades_evenly_and_sets_zero_on_its_foot():
 
 def test_charts_of_nothing_are_empty_and_of_one_point_or_constants_are_drawn():
     nothing = Series("a", [1, 2], [None, float("nan")])
-    assert line_chart([nothing], label="x") == "" and stacked_chart([nothing], label="x") == ""
+    assert line_chart([nothing]) == "" and stacked_chart([nothing]) == ""
     for y in ([3.0], [0.0], [-1e-30], [1e12]):
-        assert "<circle" in line_chart([Series("a", [5], y)], label="x") and "nan" not in line_chart([Series("a", [5], y)], label="x")
-    assert "<circle" in line_chart([Series("a", [5], [0.0])], label="x", log=True)
+        assert "<circle" in line_chart([Series("a", [5], y)]) and "nan" not in line_chart([Series("a", [5], y)])
+    assert "<circle" in line_chart([Series("a", [5], [0.0])], log=True)
 
 
 def test_stacked_chart_adds_up():
-    svg = stacked_chart([Series("a", [0, 1], [1.0, 1.0]), Series("b", [0, 1], [1.0, 3.0])], label="x")
+    svg = stacked_chart([Series("a", [0, 1], [1.0, 1.0]), Series("b", [0, 1], [1.0, 3.0])])
     a, b = (
-        [tuple(map(float, p.split(","))) for p in found.split()] for found in re.findall(r'<polygon class="area c\d" points="([^"]*)"', svg)
+        [tuple(map(float, p.split(","))) for p in found.split()]
+        for found in re.findall(r'<polygon class="area c\d" points="([^"]*)"', svg)
     )
     assert b[2:] == a[1::-1]  # the foot of b is the top of a, drawn back
     assert (212 - b[1][1]) == pytest.approx(4 * (212 - a[1][1]), abs=0.3)
 
 
 def test_chart_texts_are_escaped():
-    svg = line_chart([Series("<b>", [1, 2], [1.0, 2.0])], label='"><b>', reference=(1.5, "<i>"))
-    assert "<b>" not in svg and "<i>" not in svg
+    svg = line_chart([Series('"><b>', [1, 2], [1.0, 2.0]), Series("c", [1], [1.0])], reference=(1.5, "<u>"))
+    assert "<b>" not in svg and "<u>" not in svg
+    assert Page(svg).open == []

@@ -16,7 +16,8 @@ from align.errors import ConfigError, DataError
 from align.tracking import Progress, RunLog, progress_line, read_jsonl, save_grid, save_image, short_number, short_time
 
 ROW = {
-    "step": 12, "reward": -0.412, "reward_ci_low": -0.462, "reward_ci_high": -0.362, "valid_share": 1.0, "first_ratio_error": 0.0,
+    "step": 12, "reward": -0.412, "reward_ci_low": -0.462, "reward_ci_high": -0.362, "valid_share": 1.0,
+    "first_ratio_error": 0.0,
     "clip_share_low": 0.02, "clip_share_high": 0.011, "feq_total": 3912.0, "seconds": 2.1,
 }  # fmt: skip
 
@@ -27,12 +28,23 @@ def lines(path: Path) -> list[str]:
 
 def test_a_row_is_one_strict_json_line_and_what_is_not_finite_is_null(tmp_path: Path):
     log = RunLog(tmp_path / "new" / "run")
-    log.metrics({"step": 1, "a": float("nan"), "b": np.float64("inf"), "c": np.float32(0.5), "d": torch.tensor(3), "e": True})
+    log.metrics(
+        {"step": 1, "a": float("nan"), "b": np.float64("inf"), "c": np.float32(0.5), "d": torch.tensor(3), "e": True}
+    )
     (line,) = lines(tmp_path / "new" / "run" / "metrics.jsonl")
-    assert json.loads(line, parse_constant=pytest.fail) == {"step": 1, "a": None, "b": None, "c": 0.5, "d": 3, "e": True}
+    assert json.loads(line, parse_constant=pytest.fail) == {
+        "step": 1,
+        "a": None,
+        "b": None,
+        "c": 0.5,
+        "d": 3,
+        "e": True,
+    }
 
 
-@pytest.mark.parametrize("row", [{"a": 1}, {"step": 1.5}, {"step": 1, "a": {"b": 1}}, {"step": 1, "a": [1]}, {"step": 1, "a": object()}])
+@pytest.mark.parametrize(
+    "row", [{"a": 1}, {"step": 1.5}, {"step": 1, "a": {"b": 1}}, {"step": 1, "a": [1]}, {"step": 1, "a": object()}]
+)
 def test_bad_rows_are_refused_and_nothing_is_written(tmp_path: Path, row: dict[str, object]):
     with pytest.raises(DataError):
         RunLog(tmp_path).metrics(row)
@@ -43,7 +55,10 @@ def test_evaluations_nest_and_texts_with_line_separators_stay_one_line(tmp_path:
     log, text = RunLog(tmp_path), "a\nb\u2028c\x85d \ud800 é"
     log.evaluation({"step": 0, "heldout": {"mean": np.float64(1.5), "ci_low": float("nan"), "n": 4}})
     log.warn(0, "note", "n", text)
-    assert read_jsonl(tmp_path / "evaluation.jsonl") == ([{"step": 0, "heldout": {"mean": 1.5, "ci_low": None, "n": 4}}], 0)
+    assert read_jsonl(tmp_path / "evaluation.jsonl") == (
+        [{"step": 0, "heldout": {"mean": 1.5, "ci_low": None, "n": 4}}],
+        0,
+    )
     rows, bad = read_jsonl(tmp_path / "warnings.jsonl")
     assert (bad, rows[0]["message"]) == (0, text.replace("\ud800", "?"))
     assert rows[0].keys() == {"step", "level", "code", "message"}
@@ -159,7 +174,12 @@ def test_images_are_clipped_rounded_and_coloured(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("images", "labels"),
-    [(np.zeros((2, 4, 8, 8)), None), (np.zeros((3, 8, 8)), None), (np.zeros((0, 3, 8, 8)), None), (np.zeros((3, 1, 8, 8)), ["a"])],
+    [
+        (np.zeros((2, 4, 8, 8)), None),
+        (np.zeros((3, 8, 8)), None),
+        (np.zeros((0, 3, 8, 8)), None),
+        (np.zeros((3, 1, 8, 8)), ["a"]),
+    ],
 )
 def test_bad_grids_are_refused(tmp_path: Path, images: np.ndarray, labels: list[str] | None):
     with pytest.raises(DataError):
@@ -171,7 +191,10 @@ def test_progress_line_reads_as_documented():
     assert progress_line(ROW, 60, 2.125) == (
         "step 12/60  reward -0.412 ±0.050  valid 100%  ratio-1 0.0e+00  clip 3.1%  F_eq 3.9k  2.12 s/step  ETA 1m42s"
     )
-    assert progress_line({"step": 60, "reward": None, "valid_share": float("nan")}, 60, 2.0) == "step 60/60  2 s/step  ETA 0s"
+    assert (
+        progress_line({"step": 60, "reward": None, "valid_share": float("nan")}, 60, 2.0)
+        == "step 60/60  2 s/step  ETA 0s"
+    )
 
 
 class Terminal(io.StringIO):
@@ -203,4 +226,12 @@ def test_short_numbers_and_times():
     assert [short_number(v) for v in (0, 950, 999.7, 3912, 9960, 211_200, 999_800, 1_234_567, 2e9)] == [
         "0", "950", "1.0k", "3.9k", "10k", "211k", "1.0M", "1.2M", "2.0G",
     ]  # fmt: skip
-    assert [short_time(v) for v in (-3, 0.4, 59.6, 102, 3599.6, 7500, 277_300)] == ["0s", "0s", "1m00s", "1m42s", "1h00m", "2h05m", "3d05h"]
+    assert [short_time(v) for v in (-3, 0.4, 59.6, 102, 3599.6, 7500, 277_300)] == [
+        "0s",
+        "0s",
+        "1m00s",
+        "1m42s",
+        "1h00m",
+        "2h05m",
+        "3d05h",
+    ]
