@@ -61,7 +61,9 @@ def checkpoints(root: str | Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def save(root: str | Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int = 2) -> Path:
+def save(
+    root: str | Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int = 2
+) -> Path:
     """Write the checkpoint of `step` and remove all but the newest `keep`.
 
     Raises:
@@ -77,7 +79,9 @@ def save(root: str | Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]
             shutil.rmtree(leftover)
         temporary.mkdir()
         for group, named in tensors.items():
-            save_file({n: t.detach().to("cpu").contiguous() for n, t in named.items()}, temporary / f"{group}.safetensors")
+            save_file(
+                {n: t.detach().to("cpu").contiguous() for n, t in named.items()}, temporary / f"{group}.safetensors"
+            )
         (temporary / "state.json").write_text(json.dumps(dict(state), sort_keys=True), encoding="utf-8")
         files = {p.name: {"sha256": _sha256(p), "bytes": p.stat().st_size} for p in sorted(temporary.iterdir())}
         manifest = {"format": 1, "step": step, "files": files}
@@ -121,7 +125,9 @@ def verify(path: str | Path) -> dict[str, Any]:
         files: dict[str, dict[str, Any]] = manifest["files"]
         step = int(manifest["step"])
     except FileNotFoundError as error:
-        raise refuse("This is not a whole checkpoint", "manifest.json", "the manifest, which is written last, is missing") from error
+        raise refuse(
+            "This is not a whole checkpoint", "manifest.json", "the manifest, which is written last, is missing"
+        ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise refuse("A checkpoint's manifest cannot be read", "manifest.json", str(error)) from error
     if path.name != f"step_{step:06d}":

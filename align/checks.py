@@ -159,7 +159,7 @@ def _sampling(config: DanceGRPOConfig) -> list[Finding]:
         ))  # fmt: skip
     if sampler.guidance == "both_branches" and config.updates_per_step > 1:
         found.append(Finding(
-            "warning", "guidance_updates", f"With guidance, {config.updates_per_step} updates of one rollout are unstable",
+            "warning", "guidance_updates", f"With guidance, {config.updates_per_step} updates a rollout are unstable",
             "Set updates_per_step: 1", "updates_per_step",
         ))  # fmt: skip
     if sampler.kernel == "dance_sde" and sampler.eta > 0.3:
@@ -265,7 +265,7 @@ def _evaluation(config: DanceGRPOConfig) -> list[Finding]:
     if config.sampler.shift is not None:
         found.append(Finding(
             "warning", "shift_mismatch",
-            f"Rollouts and evaluation use shift {config.sampler.shift:g}, a plain call of the pipeline its own schedule",
+            f"Rollouts and evaluation use shift {config.sampler.shift:g}, a plain pipeline call its own schedule",
             "Set sampler.shift: null unless the two agree, or deploy at this shift", "sampler.shift",
         ))  # fmt: skip
     if config.evaluation.guidance_scale != config.sampler.guidance_scale:
@@ -278,7 +278,11 @@ def _evaluation(config: DanceGRPOConfig) -> list[Finding]:
 
 
 def _reward_names(config: DanceGRPOConfig, known: Collection[str]) -> list[Finding]:
-    listed = [(f"{part}.{i}.name", r.name) for part in ("rewards", "heldout_rewards") for i, r in enumerate(getattr(config, part))]
+    listed = [
+        (f"{part}.{i}.name", r.name)
+        for part in ("rewards", "heldout_rewards")
+        for i, r in enumerate(getattr(config, part))
+    ]
     return [
         Finding("error", "unknown_reward", f"Unknown reward {name!r}", suggest(name, known).removesuffix("."), key)
         for key, name in listed

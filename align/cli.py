@@ -84,7 +84,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
             raise ConfigError(f"`align {options.verb}` has no flag {item.partition('=')[0]!r}", do=suggest(item, flags))
         if not hasattr(options, "overrides"):
-            raise ConfigError(f"`align {options.verb}` has no use for {item!r}", do=f"See `align {options.verb} --help`")
+            raise ConfigError(
+                f"`align {options.verb}` has no use for {item!r}", do=f"See `align {options.verb} --help`"
+            )
         options.overrides = [*options.overrides, item]
     return options
 
@@ -132,7 +134,12 @@ def _finished(options: argparse.Namespace, result: Any) -> int:
     from align.reports.training import write_report
 
     report = write_report(result.directory)
-    found = {"directory": str(result.directory), "status": result.status, "report": str(report), "summary": result.summary}
+    found = {
+        "directory": str(result.directory),
+        "status": result.status,
+        "report": str(report),
+        "summary": result.summary,
+    }
     if result.status == "stopped":
         _give(options, found, f"stopped; `align resume {result.directory}` goes on\nreport: {report}")
         return INTERRUPTED
@@ -141,7 +148,9 @@ def _finished(options: argparse.Namespace, result: Any) -> int:
 
 def _sample(options: argparse.Namespace) -> int:
     if options.prompt and options.prompts:
-        raise ConfigError("Prompts come from one place", why="both --prompt and --prompts are given", do="Give one of them")
+        raise ConfigError(
+            "Prompts come from one place", why="both --prompt and --prompts are given", do="Give one of them"
+        )
     prompts = options.prompt or options.prompts
     call = {"count": options.count, "seed": options.seed, "solver_steps": options.solver_steps}
     call |= {"guidance_scale": options.guidance_scale, "out": str(options.out or "samples")}
@@ -297,7 +306,9 @@ def _flat_text(found: dict[str, Any]) -> str:
     rows = []
     for key, value in found.items():
         if key == "rewards":
-            rows += [(name, "{mean:.4f}  [{ci_low:.4f}, {ci_high:.4f}]  n {n}".format(**e)) for name, e in value.items()]
+            rows += [
+                (name, "{mean:.4f}  [{ci_low:.4f}, {ci_high:.4f}]  n {n}".format(**e)) for name, e in value.items()
+            ]
         else:
             rows.append((key, f"{value:.4g}" if isinstance(value, float) else _word(value)))
     return _table(rows)
@@ -313,7 +324,9 @@ def _prompts_text(found: dict[str, Any]) -> str:
 
 def _config_text(found: dict[str, Any]) -> str:
     ledger = found["ledger"]
-    clip = f"{found['clip_range']:g} nats " + ("per latent dimension" if found["logprob_reduction"] == "mean" else "in all")
+    clip = f"{found['clip_range']:g} nats " + (
+        "per latent dimension" if found["logprob_reduction"] == "mean" else "in all"
+    )
     if found["clip_nats"] is not None:
         clip += f"; {found['clip_nats']:.3g} nats over {found['latent_dim']} dimensions"
     rows = [
@@ -336,11 +349,18 @@ _Arguments = argparse.ArgumentParser
 
 
 def _add_json(parser: _Arguments, default: str | None = None) -> None:
-    parser.add_argument("--json", metavar="FILE", default=default, help="also write the result as JSON to FILE; - writes it to stdout instead")
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        default=default,
+        help="also write the result as JSON to FILE; - writes it to stdout instead",
+    )
 
 
 def _add_dry_run(parser: _Arguments) -> None:
-    parser.add_argument("--dry-run", action="store_true", help="read and check everything, say what would be done, do nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="read and check everything, say what would be done, do nothing"
+    )
 
 
 def _add_out(parser: _Arguments, what: str) -> None:
@@ -352,13 +372,23 @@ def _add_seed(parser: _Arguments) -> None:
 
 
 def _add_overrides(parser: _Arguments) -> None:
-    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="change a value, e.g. sampler.eta=0.2 rewards.0.weight=2")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a value, e.g. sampler.eta=0.2 rewards.0.weight=2",
+    )
 
 
 def _add_sampling(parser: _Arguments) -> None:
     parser.add_argument("source", metavar="SOURCE", help="a run folder, a checkpoint folder, a model folder, or digits")
-    parser.add_argument("--prompts", metavar="FILE", help="a txt, JSONL, CSV or Parquet file (default: the run's held-out prompts)")
-    parser.add_argument("--solver-steps", type=_positive, metavar="N", help="ODE solver steps (default: the run's, else 20)")
+    parser.add_argument(
+        "--prompts", metavar="FILE", help="a txt, JSONL, CSV or Parquet file (default: the run's held-out prompts)"
+    )
+    parser.add_argument(
+        "--solver-steps", type=_positive, metavar="N", help="ODE solver steps (default: the run's, else 20)"
+    )
     parser.add_argument("--guidance-scale", type=float, metavar="W", help="classifier-free guidance scale; 1 is none")
     _add_seed(parser)
 
@@ -403,7 +433,9 @@ def _sample_arguments(parser: _Arguments) -> None:
 def _evaluate_arguments(parser: _Arguments) -> None:
     _add_sampling(parser)
     parser.add_argument("--samples", type=_positive, default=256, metavar="N", help="images in all (default: 256)")
-    parser.add_argument("--reward", action="append", metavar="NAME", help="a reward; may be given again (default: the held-out ones)")
+    parser.add_argument(
+        "--reward", action="append", metavar="NAME", help="a reward; may be given again (default: the held-out ones)"
+    )
     _add_out(parser, "one JSON line a sample")
     _add_dry_run(parser)
     _add_json(parser)
@@ -412,7 +444,9 @@ def _evaluate_arguments(parser: _Arguments) -> None:
 def _check_arguments(parser: _Arguments) -> None:
     parser.add_argument("file", metavar="FILE", help="a config, a recipe's name, a run folder, or a prompt file")
     _add_overrides(parser)
-    parser.add_argument("--image-column", metavar="NAME", help="of a prompt file: the column of image paths, to be checked too")
+    parser.add_argument(
+        "--image-column", metavar="NAME", help="of a prompt file: the column of image paths, to be checked too"
+    )
     _add_json(parser)
 
 
@@ -509,7 +543,7 @@ class _Version(argparse.Action):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="align",
-        description="Take a generative model and what people think of its outputs; give back an aligned model with a receipt.",
+        description="From a generative model and what people think of its outputs to an aligned model with a receipt.",
         epilog="examples:\n  align configs\n  align train digits/dance_grpo\n  align check my.yaml",
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version")

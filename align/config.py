@@ -59,29 +59,38 @@ class ModelConfig(_Section):
 
     path: str = Field(min_length=1, description="A diffusers pipeline folder, or `digits` for the embedded model.")
     family: str | None = Field(
-        default=None, description="Pipeline class that overrides model_index.json, such as StableDiffusion3Pipeline; null reads it."
+        default=None,
+        description="Pipeline class that overrides model_index.json, such as StableDiffusion3Pipeline; null reads it.",
     )
-    train: Literal["lora", "full"] = Field(default="lora", description="Train LoRA adapters, or every weight of the denoiser.")
+    train: Literal["lora", "full"] = Field(
+        default="lora", description="Train LoRA adapters, or every weight of the denoiser."
+    )
     lora: LoraConfig = Field(default=LoraConfig(), description="The adapters, read when train is lora.")
     dtype: Literal["fp32", "bf16"] = Field(
         default="fp32", description="Precision of the denoiser's matrix products; weights and latents stay fp32."
     )
     gradient_checkpointing: Bool = Field(
-        default=False, description="Recompute activations in the backward pass: less memory, one more forward a trained step."
+        default=False,
+        description="Recompute activations in the backward pass: less memory, one more forward a trained step.",
     )
 
 
 class PromptsConfig(_Section):
     """What the model is asked for while training and at evaluation."""
 
-    path: str = Field(min_length=1, description="A txt, JSONL, CSV or Parquet file, or `digits` for the embedded prompts.")
+    path: str = Field(
+        min_length=1, description="A txt, JSONL, CSV or Parquet file, or `digits` for the embedded prompts."
+    )
     prompt_column: str = Field(default="prompt", min_length=1, description="Column of the prompt text in a table.")
-    image_column: str | None = Field(default=None, description="Column of an image path, relative to the file; null reads none.")
+    image_column: str | None = Field(
+        default=None, description="Column of an image path, relative to the file; null reads none."
+    )
     heldout_fraction: Float = Field(
         default=0.2, ge=0, lt=1, description="Share of the prompts kept for evaluation, chosen by a hash of the text."
     )
     heldout_path: str | None = Field(
-        default=None, description="A prompt file used for evaluation in place of heldout_fraction; null splits the file."
+        default=None,
+        description="A prompt file used for evaluation in place of heldout_fraction; null splits the file.",
     )
 
 
@@ -96,14 +105,19 @@ class SamplerConfig(_Section):
     shift: Float | None = Field(
         default=None, gt=0, description="Time shift of the sigma table; null uses the pipeline's own scheduler."
     )
-    guidance_scale: Float = Field(default=1.0, ge=0, description="Scale of classifier-free guidance in rollouts; 1 is none.")
+    guidance_scale: Float = Field(
+        default=1.0, ge=0, description="Scale of classifier-free guidance in rollouts; 1 is none."
+    )
     guidance: Annotated[Literal["off", "both_branches"], BeforeValidator(_word)] = Field(
         default="off", description="Sample without guidance, or with it and gradients through both branches."
     )
     initial_noise: Literal["group", "rank", "none"] = Field(
-        default="group", description="What shares one initial noise: the members of a group, all prompts of a rank, or nothing."
+        default="group",
+        description="What shares one initial noise: the members of a group, all prompts of a rank, or nothing.",
     )
-    height: Int | None = Field(default=None, ge=1, description="Image height in pixels; null is the model's native size.")
+    height: Int | None = Field(
+        default=None, ge=1, description="Image height in pixels; null is the model's native size."
+    )
     width: Int | None = Field(default=None, ge=1, description="Image width in pixels; null is the model's native size.")
 
 
@@ -112,7 +126,8 @@ class TrainedStepsConfig(_Section):
 
     fraction: Float = Field(default=0.6, ge=0, le=1, description="Share of the solver steps that is trained.")
     rule: Literal["paper", "repo"] = Field(
-        default="paper", description="Count of trained steps: ceil(fraction T) (paper) or floor(fraction (T - 1)) (repo)."
+        default="paper",
+        description="Count of trained steps: ceil(fraction T) (paper) or floor(fraction (T - 1)) (repo).",
     )
 
 
@@ -120,13 +135,19 @@ class ObjectiveConfig(_Section):
     """The clipped policy-gradient objective."""
 
     clip_range: Float = Field(
-        default=1e-4, gt=0, description="Ratios are clipped to 1 +- clip_range; in nats per latent dimension with a mean log-prob."
+        default=1e-4,
+        gt=0,
+        description="Ratios are clipped to 1 +- clip_range; in nats per latent dimension with a mean log-prob.",
     )
     logprob_reduction: Literal["mean", "sum"] = Field(
-        default="mean", description="Reduce the log-prob over latent dimensions by mean (DanceGRPO) or by sum (a true density)."
+        default="mean",
+        description="Reduce the log-prob over latent dimensions by mean (DanceGRPO) or by sum (a true density).",
     )
     min_valid_share: Float = Field(
-        default=0.5, ge=0, le=1, description="The run stops when a smaller share of a rollout than this could be scored."
+        default=0.5,
+        ge=0,
+        le=1,
+        description="The run stops when a smaller share of a rollout than this could be scored.",
     )
 
 
@@ -136,9 +157,12 @@ class AdvantageConfig(_Section):
     ddof: Int = Field(default=1, ge=0, le=1, description="Delta degrees of freedom of the standard deviation.")
     eps: Float = Field(default=1e-8, ge=0, description="Added to the standard deviation, in reward units.")
     scope: Literal["group", "global_std", "global"] = Field(
-        default="group", description="Centre and scale per group, centre per group and scale over all, or both over all."
+        default="group",
+        description="Centre and scale per group, centre per group and scale over all, or both over all.",
     )
-    clip: Float | None = Field(default=5.0, gt=0, description="Largest absolute advantage, in standard deviations; null is none.")
+    clip: Float | None = Field(
+        default=5.0, gt=0, description="Largest absolute advantage, in standard deviations; null is none."
+    )
 
 
 class RewardConfig(_Section):
@@ -155,9 +179,13 @@ class OptimizerConfig(_Section):
     name: Literal["adamw"] = Field(default="adamw", description="Optimizer.")
     lr: Float = Field(default=3e-4, gt=0, description="Learning rate, constant over the run.")
     betas: tuple[Float, Float] = Field(default=(0.9, 0.999), description="Decay rates of AdamW's two moment estimates.")
-    weight_decay: Float = Field(default=1e-4, ge=0, description="Decoupled weight decay of each update, multiplied by lr.")
+    weight_decay: Float = Field(
+        default=1e-4, ge=0, description="Decoupled weight decay of each update, multiplied by lr."
+    )
     eps: Float = Field(default=1e-8, gt=0, description="Added to AdamW's denominator.")
-    max_grad_norm: Float | None = Field(default=1.0, gt=0, description="Largest gradient norm of an update; null does not clip.")
+    max_grad_norm: Float | None = Field(
+        default=1.0, gt=0, description="Largest gradient norm of an update; null does not clip."
+    )
 
 
 class EvaluationConfig(_Section):
@@ -166,7 +194,9 @@ class EvaluationConfig(_Section):
     every: Int = Field(default=10, ge=0, description="Steps between evaluations; 0 evaluates only before and after.")
     samples: Int = Field(default=256, ge=1, description="Samples of each evaluation while training.")
     solver_steps: Int = Field(default=20, ge=1, description="ODE solver steps of a sample.")
-    guidance_scale: Float = Field(default=1.0, ge=0, description="Scale of classifier-free guidance at evaluation; 1 is none.")
+    guidance_scale: Float = Field(
+        default=1.0, ge=0, description="Scale of classifier-free guidance at evaluation; 1 is none."
+    )
     final_samples: Int = Field(default=2000, ge=1, description="Samples of the evaluations before and after training.")
 
 
@@ -174,7 +204,9 @@ class BatchConfig(_Section):
     """How work is cut up. Results do not depend on it; null is derived from the memory at hand."""
 
     rollout: Int | None = Field(default=None, ge=1, description="Samples sampled at once; null is derived.")
-    tile: Int | None = Field(default=None, ge=1, description="(Sample, solver step) pairs replayed at once; null is derived.")
+    tile: Int | None = Field(
+        default=None, ge=1, description="(Sample, solver step) pairs replayed at once; null is derived."
+    )
 
 
 class CheckpointConfig(_Section):
@@ -187,7 +219,9 @@ class CheckpointConfig(_Section):
 class TrackingConfig(_Section):
     """What is logged besides metrics.jsonl."""
 
-    samples_every: Int = Field(default=10, ge=0, description="Steps between sample grids; 0 draws only the first and the last.")
+    samples_every: Int = Field(
+        default=10, ge=0, description="Steps between sample grids; 0 draws only the first and the last."
+    )
     tensorboard: Bool = Field(default=False, description="Mirror the metrics to TensorBoard files in the run folder.")
 
 
@@ -197,13 +231,17 @@ class DanceGRPOConfig(_Section):
     about: str = Field(default="", description="One line on what the recipe is for, shown by `align configs list`.")
     trainer: Literal["dance_grpo"] = Field(default="dance_grpo", description="The training loop.")
     name: str = Field(
-        default="dance_grpo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its folder in runs/."
+        default="dance_grpo",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="Name of the run and of its folder in runs/.",
     )
     seed: Int = Field(default=0, ge=0, lt=2**63, description="Seed from which every random draw of the run is derived.")
     steps: Int = Field(default=300, ge=1, description="Training steps: a rollout, its rewards and its updates.")
     prompts_per_step: Int = Field(default=32, ge=1, description="Prompts of a rollout, over all processes.")
     group_size: Int = Field(default=12, ge=1, description="Samples of each prompt, compared with one another.")
-    updates_per_step: Int = Field(default=2, ge=1, description="Optimizer updates of a rollout, on disjoint parts of it.")
+    updates_per_step: Int = Field(
+        default=2, ge=1, description="Optimizer updates of a rollout, on disjoint parts of it."
+    )
     model: ModelConfig = Field(description="The model to align.")
     prompts: PromptsConfig = Field(description="The prompts.")
     sampler: SamplerConfig = Field(default=SamplerConfig(), description="The rollout sampler.")
@@ -285,9 +323,7 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[Document, str]:
     if isinstance(source, str) and source in names and not path.is_file():
         return parse_yaml(read_recipe(source), f"configs/{source}.yaml"), f"configs/{source}.yaml"
     if path.suffix not in (".yaml", ".yml") and not path.exists():
-        raise ConfigError(
-            f"There is no config file and no recipe {str(source)!r}", do=suggest(str(source), names)
-        )
+        raise ConfigError(f"There is no config file and no recipe {str(source)!r}", do=suggest(str(source), names))
     return parse_yaml(read_text(path), str(source)), str(source)
 
 
@@ -368,8 +404,6 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield from _leaves(part, f"{key}.{name}" if key else name)
 
 
-
-
 def _render(value: Any, key: str, depth: int, origins: Mapping[str, str], rows: list[str]) -> None:
     for name, part in value.items():
         dotted, pad = f"{key}.{name}" if key else name, "  " * depth
@@ -425,7 +459,8 @@ def _explain(error: ValidationError, origins: Mapping[str, str], where: str) -> 
     first = problems[0]
     key = ".".join(map(str, first["loc"]))
     more = f" ({len(problems) - 1} more like it follow{'s' if len(problems) == 2 else ''})" if len(problems) > 1 else ""
-    place = origins.get(key) or where or "config"
+    inside = (origin for name, origin in origins.items() if name.startswith(f"{key}."))
+    place = origins.get(key) or next(inside, "") or where or "config"
     if first["type"] == "extra_forbidden":
         return ConfigError(f"Unknown key {key!r}", where=place, do=_closest(first["loc"]) + more)
     if first["type"] == "missing" and isinstance(first["loc"][-1], int):
@@ -439,8 +474,7 @@ def _explain(error: ValidationError, origins: Mapping[str, str], where: str) -> 
     return ConfigError(
         f"The value of {key!r} is wrong",
         where=place,
-        why=f"found {_found(first['input'])}, expected "
-        + _expected(first["type"], first.get("ctx", {}), first["msg"]),
+        why=f"found {_found(first['input'])}, expected " + _expected(first["type"], first.get("ctx", {}), first["msg"]),
         do=_described(first["loc"]) + more,
     )
 
@@ -463,7 +497,9 @@ def _generic(loc: Sequence[int | str]) -> list[str]:
 
 def _described(loc: Sequence[int | str]) -> str:
     text = dict(_keys(DanceGRPOConfig)).get(".".join(_generic(loc)), "")
-    return f"Meaning: {text[0].lower() if text[1:2].islower() else text[:1]}{text[1:].removesuffix('.')}" if text else ""
+    return (
+        f"Meaning: {text[0].lower() if text[1:2].islower() else text[:1]}{text[1:].removesuffix('.')}" if text else ""
+    )
 
 
 def _closest(loc: Sequence[int | str]) -> str:

@@ -20,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 HOOK = "align_torchvision_hook"
-_HOOK_SOURCE = '''"""Written by `align doctor --fix`: lets a CUDA build of torchvision import beside a CPU build of torch."""
+_HOOK_SOURCE = '''"""Written by `align doctor --fix`: a CUDA torchvision imports beside a CPU torch."""
 
 import importlib.abc
 import sys
@@ -72,7 +72,12 @@ def _checks() -> Iterator[Check]:
     yield Check("torch", bool(torch), torch or "not installed", "pip install 'align[diffusion]'")
     if torch:
         yield _torchvision(torch)
-    for package, extra in (("diffusers", "diffusion"), ("transformers", "diffusion"), ("peft", "diffusion"), ("scikit-learn", "diffusion")):
+    for package, extra in (
+        ("diffusers", "diffusion"),
+        ("transformers", "diffusion"),
+        ("peft", "diffusion"),
+        ("scikit-learn", "diffusion"),
+    ):
         found = _installed(package)
         yield Check(package, bool(found), found or "not installed", f"pip install 'align[{extra}]'")
     yield _cache()
@@ -97,7 +102,9 @@ def _cache() -> Check:
     folder = Path(os.environ.get("ALIGN_CACHE") or Path.home() / ".cache" / "align").expanduser()
     place = next(p for p in (folder, *folder.parents) if p.exists())
     writable = os.access(place, os.W_OK)
-    return Check("cache", writable, f"{folder}{'' if writable else ' cannot be written'}", "Set ALIGN_CACHE to a folder of yours")
+    return Check(
+        "cache", writable, f"{folder}{'' if writable else ' cannot be written'}", "Set ALIGN_CACHE to a folder of yours"
+    )
 
 
 def _site() -> Path:

@@ -67,8 +67,8 @@ def require_first_ratio(
             "The first ratio is not 1",
             where=where,
             why=f"before any update |log ratio| reaches {worst:.2e}, and at most {tolerance:.0e} is rounding",
-            do="Rollout and replay differ: look for dropout, another autocast, a guidance order, a noise level off by one, "
-            "or latents stored below float32",
+            do="Rollout and replay differ: look for dropout, another autocast, a guidance order, a noise level off by "
+            "one, or latents stored below float32",
         )
     return float(error.expm1().abs().max())
 
@@ -83,7 +83,7 @@ def require_valid_share(valid: int, total: int, least: float, where: str, exampl
         raise GuardError(
             "Too many rewards failed",
             where=where,
-            why=f"{valid} of {total} samples have one, {least:.0%} are required; for example: {example or 'no message'}",
+            why=f"{valid} of {total} samples have one, {least:.0%} are required; one says: {example or 'nothing'}",
             do="Nothing was trained on this step. Mend the reward and resume",
         )
 
@@ -103,7 +103,7 @@ def drift(reward_gain: float, heldout_gain: Estimate) -> Drift:
     """
     hacked = reward_gain > 0 and heldout_gain.n > 0 and heldout_gain.ci_high < 0
     message = (
-        f"the trained reward changed by {reward_gain:+.3f} while the held-out reward changed by {heldout_gain.mean:+.3f} "
+        f"the trained reward changed by {reward_gain:+.3f} and the held-out reward by {heldout_gain.mean:+.3f} "
         f"(95 % CI {heldout_gain.ci_low:+.3f} to {heldout_gain.ci_high:+.3f})"
     )
     return Drift(hacked, ("Reward hacking: " + message) if hacked else message)

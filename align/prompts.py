@@ -67,7 +67,9 @@ class PromptSet:
         """
         size = len(self.prompts)
         if step < 0 or count < 1:
-            raise DataError("A step needs a number from 0 and at least one prompt", why=f"got step {step}, {count} prompts")
+            raise DataError(
+                "A step needs a number from 0 and at least one prompt", why=f"got step {step}, {count} prompts"
+            )
         if count > size:
             rounds = [permutation(size, "prompts", seed, step, i) for i in range(-(-count // size))]
             return [row for order in rounds for row in order][:count]
@@ -105,7 +107,7 @@ def load_prompts(
             )  # fmt: skip
         if reader is None:
             raise DataError(
-                "There is no such prompt file" if not path.is_dir() else "A prompt file is needed, and this is a folder",
+                "A prompt file is needed, and this is a folder" if path.is_dir() else "There is no such prompt file",
                 where=str(path), do="Give a txt, JSONL, CSV or Parquet file",
             )  # fmt: skip
         rows, name, base = reader(path, prompt_column), str(path), path.parent
@@ -222,14 +224,18 @@ def _image(value: Any, base: Path, where: str) -> Path | None:
         raise DataError("An image is not given as a path", where=where, why=f"found {_short(value)}")
     path = base / value
     if not path.is_file():
-        raise DataError("There is no such image", where=where, why=str(path), do="Paths are relative to the prompt file")
+        raise DataError(
+            "There is no such image", where=where, why=str(path), do="Paths are relative to the prompt file"
+        )
     from PIL import Image
 
     try:
         with Image.open(path) as image:
             image.verify()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError("An image cannot be read", where=where, why=f"{path}: {error}", do="Replace the file") from error
+        raise DataError(
+            "An image cannot be read", where=where, why=f"{path}: {error}", do="Replace the file"
+        ) from error
     return path
 
 
@@ -238,7 +244,9 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
     for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1) if text else ():
         line = line.removesuffix("\r")
         if not line.strip():
-            raise DataError("A line is empty", where=f"{path}, line {number}", do="Write a prompt there, or remove the line")
+            raise DataError(
+                "A line is empty", where=f"{path}, line {number}", do="Write a prompt there, or remove the line"
+            )
         yield f"line {number}", line
 
 
@@ -297,4 +305,10 @@ def _read_parquet(path: Path, column: str) -> Iterator[tuple[str, Mapping[str, A
         yield f"row {i}", row
 
 
-_READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+_READERS = {
+    ".txt": _read_txt,
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}

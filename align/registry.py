@@ -86,7 +86,9 @@ class Registry(Generic[T]):
                 raise
             except (ImportError, AttributeError) as error:
                 raise ConfigError(
-                    f"The {self.kind} {name!r} cannot be loaded", where=entry, why=str(error),
+                    f"The {self.kind} {name!r} cannot be loaded",
+                    where=entry,
+                    why=str(error),
                     do="Install what it needs; `align doctor` lists what is missing",
                 ) from error
             self._entries[name] = entry = loaded

@@ -1,11 +1,11 @@
 """A run: a directory, the step it stands at, and the few lines every training loop shares.
 
-    with Run(config, directory, parameters) as run:
-        for step in run.steps():            # resumes by itself
-            ...
-            run.backward(loss, weight=share)
-            run.update(stats)               # guards, clip, optimizer
-            run.commit(step, metrics)       # log, checkpoint, stop flag
+with Run(config, directory, parameters) as run:
+    for step in run.steps():            # resumes by itself
+        ...
+        run.backward(loss, weight=share)
+        run.update(stats)               # guards, clip, optimizer
+        run.commit(step, metrics)       # log, checkpoint, stop flag
 """
 
 from __future__ import annotations
@@ -68,34 +68,42 @@ def describe_machine() -> dict[str, dict[str, str]]:
         except PackageNotFoundError:
             versions[package] = "absent"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    machine = {"platform": platform.platform(), "device": device, "cpus": str(os.cpu_count()), "threads": str(torch.get_num_threads())}
+    machine = {
+        "platform": platform.platform(),
+        "device": device,
+        "cpus": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+    }
     return {"versions": versions, "machine": machine}
 
 
-def prepare_directory(directory: Path, config: DanceGRPOConfig, *, overwrite: bool = False) -> None:
-    """Make `directory` this run's own: new, or an earlier run of the same configuration.
+def require_directory(directory: Path, config: DanceGRPOConfig, *, overwrite: bool = False) -> None:
+    """Refuse a folder that cannot become this run's own; write nothing.
 
     Raises:
         ConfigError: a non-empty folder that is not a run, or a run of another configuration.
     """
-    if directory.exists() and overwrite:
-        if any(directory.iterdir()) and not (directory / "run.json").is_file():
-            raise ConfigError(
-                "Will not overwrite a folder that is not a run", where=str(directory), do="Choose another --out"
-            )
+    if not directory.is_dir() or not any(directory.iterdir()):
+        return
+    if not (directory / "config.yaml").is_file():
+        raise ConfigError("The folder is not empty and is not a run", where=str(directory), do="Choose another --out")
+    if overwrite:
+        return
+    changed = diff_configs(load_config(directory / "config.yaml"), config)
+    if changed:
+        raise ConfigError(
+            "This folder holds a run of another configuration",
+            where=str(directory),
+            why="; ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in changed[:6]),
+            do="Use the same configuration to resume it, another --out, or --overwrite to start again",
+        )
+
+
+def claim_directory(directory: Path, config: DanceGRPOConfig, *, overwrite: bool = False) -> None:
+    """Make `directory` this run's own, replacing an earlier run with `overwrite`, and keep the configuration there."""
+    require_directory(directory, config, overwrite=overwrite)
+    if overwrite and directory.is_dir():
         shutil.rmtree(directory)
-    if (directory / "config.yaml").is_file():
-        earlier = load_config(directory / "config.yaml")
-        if changed := diff_configs(earlier, config):
-            what = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in changed[:6])
-            raise ConfigError(
-                "This folder holds a run of another configuration",
-                where=str(directory),
-                why=what,
-                do="Use the same configuration to resume it, another --out, or --overwrite to start again",
-            )
-    elif directory.exists() and any(directory.iterdir()):
-        raise ConfigError("The run folder is not empty and holds no run", where=str(directory), do="Choose another --out")
     directory.mkdir(parents=True, exist_ok=True)
     if not (directory / "config.yaml").is_file():
         save_config(config, directory / "config.yaml")
@@ -106,7 +114,7 @@ class Run:
 
     Args:
         config: the resolved configuration.
-        directory: prepared by `prepare_directory`.
+        directory: claimed by `claim_directory`.
         parameters: the trained weights by name; saved in every checkpoint and restored from the last.
         record: what `run.json` says besides: rewards, ledger, model.
     """
@@ -155,7 +163,9 @@ class Run:
                 break
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if kind is not None:
@@ -177,7 +187,11 @@ class Run:
         self.step, self.counters = found.step, dict(found.state["counters"])
         missing = set(self.parameters) ^ set(found.tensors["model"])
         if missing:
-            raise ConfigError("A checkpoint belongs to another model", where=str(self.directory), why=f"weights differ: {sorted(missing)[0]}")
+            raise ConfigError(
+                "A checkpoint belongs to another model",
+                where=str(self.directory),
+                why=f"weights differ: {sorted(missing)[0]}",
+            )
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(found.tensors["model"][name])
@@ -273,4 +287,4 @@ class Run:
 
 
 def _now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -143,6 +143,6 @@ def score_safely(reward: Reward, samples: Samples) -> Scores:
     if len(scores) != len(samples) or scores.names != reward.names:
         raise RewardError(
             f"The reward {reward.card.name!r} returned other scores than it announced",
-            why=f"{len(scores)} scores of {', '.join(scores.names)} for {len(samples)} samples of {', '.join(reward.names)}",
+            why=f"{len(scores)} scores of {scores.names} for {len(samples)} samples of {reward.names}",
         )
     return scores

@@ -31,14 +31,16 @@ def _gray(samples: Samples) -> tuple[Tensor, list[str]]:
     for image in gray:
         if not bool(image.isfinite().all()):
             wrong.append("the image has pixels that are not numbers")
-        elif not (-1e-4 <= float(image.min()) and float(image.max()) <= 1 + 1e-4):
+        elif not (float(image.min()) >= -1e-4 and float(image.max()) <= 1 + 1e-4):
             wrong.append(f"pixels run from {float(image.min()):.2f} to {float(image.max()):.2f}, not within 0 to 1")
         else:
             wrong.append("")
     return gray, wrong
 
 
-def _score(samples: Samples, name: str, values: Callable[[Tensor, list[int], list[str]], tuple[Tensor, dict[str, Tensor]]]) -> Scores:
+def _score(
+    samples: Samples, name: str, values: Callable[[Tensor, list[int], list[str]], tuple[Tensor, dict[str, Tensor]]]
+) -> Scores:
     """Score what can be scored: `values(images, digits, weights)` on those rows, missing elsewhere."""
     gray, wrong = _gray(samples)
     digits, weights = [0] * len(samples), ["plain"] * len(samples)

@@ -71,8 +71,9 @@ class Bench:
         """Our rollout with log-probs, trajectories and decoded images."""
         c = self.config
         return sample(
-            self.policy, self.prompts, group_size=c.group_size, table=self.table, latent_shape=self.trainer.latent_shape,
-            key=(c.seed, 1), noise_scope=c.sampler.initial_noise, batch=c.batch.rollout, reduction=c.objective.logprob_reduction,
+            self.policy, self.prompts, group_size=c.group_size, table=self.table,
+            latent_shape=self.trainer.latent_shape, key=(c.seed, 1), noise_scope=c.sampler.initial_noise,
+            batch=c.batch.rollout, reduction=c.objective.logprob_reduction,
         )  # fmt: skip
 
     def ours(self) -> None:
@@ -81,7 +82,9 @@ class Bench:
             rollout = self.rollout()
         with self.part("reward"):
             scores = self.trainer.rewards.score(rollout.samples)
-            advantages = group_advantages(scores, self.config.group_size, self.trainer.rewards.weights, **self.config.advantage.model_dump())
+            advantages = group_advantages(
+                scores, self.config.group_size, self.trainer.rewards.weights, **self.config.advantage.model_dump()
+            )
         with self.part("train"):
             stats = self.trainer.learn(self.run, rollout, advantages, 1)
         with self.part("log"):
@@ -138,17 +141,28 @@ class Bench:
         c = self.config
         self.sigmas = torch.cat([self.table.sigma, torch.zeros(1, dtype=torch.float64)]).float().to(self.policy.device)
         self.timesteps = self.table.timestep.float().to(self.policy.device)
-        noise = initial_noise(self.trainer.latent_shape, len(self.prompts), c.group_size, c.sampler.initial_noise, 0, 1).to(self.policy.device)
+        noise = initial_noise(
+            self.trainer.latent_shape, len(self.prompts), c.group_size, c.sampler.initial_noise, 0, 1
+        ).to(self.policy.device)
         size = chunk or len(self.flat)
-        parts = [self._plain_rollout(self.flat[i : i + size], noise[i : i + size]) for i in range(0, len(self.flat), size)]
+        parts = [
+            self._plain_rollout(self.flat[i : i + size], noise[i : i + size]) for i in range(0, len(self.flat), size)
+        ]
         path = torch.stack([torch.cat([p[0][s] for p in parts]) for s in range(len(self.table) + 1)], 1)
         logps = torch.stack([torch.cat([p[1][s] for p in parts]) for s in range(len(self.table))], 1)
         from align.diffusion.rollout import decode
         from align.types import Samples
 
         scores = self.trainer.rewards.score(Samples(prompts=self.flat, images=decode(self.policy, path[:, -1])))
-        rewards = torch.tensor(scores.values @ np.asarray(self.trainer.rewards.weights)).float().reshape(-1, c.group_size)
-        adv = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-8)).reshape(-1).clamp(-5, 5).to(path.device)
+        rewards = (
+            torch.tensor(scores.values @ np.asarray(self.trainer.rewards.weights)).float().reshape(-1, c.group_size)
+        )
+        adv = (
+            ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-8))
+            .reshape(-1)
+            .clamp(-5, 5)
+            .to(path.device)
+        )
         order = permutation(len(self.flat), 0, 1, "plain")
         for rows in np.array_split(order, c.updates_per_step):
             steps = torch.tensor([trained_subset(self.table.stochastic_steps, self.count, 0, int(r)) for r in rows])
@@ -173,8 +187,9 @@ class Bench:
         none = self.policy.encodings.stack([""] * len(self.flat))
         pipe(
             prompt_embeds=cond["encoder_hidden_states"], pooled_prompt_embeds=cond["pooled_projections"],
-            negative_prompt_embeds=none["encoder_hidden_states"], negative_pooled_prompt_embeds=none["pooled_projections"],
-            num_inference_steps=len(self.table), guidance_scale=self.policy.guidance_scale if self.policy.branches == 2 else 1.0,
+            negative_prompt_embeds=none["encoder_hidden_states"],
+            negative_pooled_prompt_embeds=none["pooled_projections"], num_inference_steps=len(self.table),
+            guidance_scale=self.policy.guidance_scale if self.policy.branches == 2 else 1.0,
             output_type="pt",
         )  # fmt: skip
 
@@ -185,7 +200,9 @@ def main() -> None:
     parser.add_argument("--json", required=True, help="file to write the figures to")
     parser.add_argument("--recipe", default="digits/dance_grpo", help="recipe name or config file")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of alternating arms; medians are reported")
-    parser.add_argument("--official-share", type=int, default=8, help="the step-by-step loop runs on 1/N of the batch, times N")
+    parser.add_argument(
+        "--official-share", type=int, default=8, help="the step-by-step loop runs on 1/N of the batch, times N"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args.recipe, folder + "/run")

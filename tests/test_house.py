@@ -89,7 +89,10 @@ def climbs(name: str, text: str) -> list[str]:
 
 def cycles(sources: dict[str, str]) -> list[list[str]]:
     """Cycles of module-level imports."""
-    graph = {module_of(n): {t for t in imports(text, lazy=False) if t in MODULES} - {module_of(n)} for n, text in sources.items()}
+    graph = {
+        module_of(n): {t for t in imports(text, lazy=False) if t in MODULES} - {module_of(n)}
+        for n, text in sources.items()
+    }
     state: dict[str, int] = {}
     found: list[list[str]] = []
 
@@ -115,7 +118,11 @@ def forbidden(name: str, text: str) -> list[str]:
         where = f"{name}:{getattr(node, 'lineno', 0)}"
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [a.name for a in node.names] + [getattr(node, "module", "") or ""]
-            wrong += [f"{where} imports {n}" for n in names if n.split(".")[0] in ("pickle", "cPickle", "dill", "marshal", "shelve", "joblib")]
+            wrong += [
+                f"{where} imports {n}"
+                for n in names
+                if n.split(".")[0] in ("pickle", "cPickle", "dill", "marshal", "shelve", "joblib")
+            ]
         elif isinstance(node, ast.Call):
             call = ast.unparse(node.func)
             if call in ("torch.load", "np.load", "numpy.load", "pandas.read_pickle") and name != "align/weights.py":
@@ -124,7 +131,9 @@ def forbidden(name: str, text: str) -> list[str]:
                 wrong.append(f"{where} calls {call}")
         elif isinstance(node, ast.Assert):
             wrong.append(f"{where} asserts")
-        elif isinstance(node, ast.ExceptHandler) and (node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")):
+        elif isinstance(node, ast.ExceptHandler) and (
+            node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")
+        ):
             wrong.append(f"{where} catches everything")
     return wrong
 
@@ -172,7 +181,11 @@ def attributes_read(text: str) -> set[str]:
 
 def heavy(name: str, text: str) -> list[str]:
     """Imports of heavy packages at module level in row 0."""
-    return [f"{name} imports {t}" for t in imports(text, lazy=False) if t.split(".")[0] in ("torch", "diffusers", "transformers", "pandas")]
+    return [
+        f"{name} imports {t}"
+        for t in imports(text, lazy=False)
+        if t.split(".")[0] in ("torch", "diffusers", "transformers", "pandas")
+    ]
 
 
 def test_imports_never_climb():
@@ -210,13 +223,17 @@ def test_row_0_imports_nothing_heavy():
 
 
 def test_no_file_names_a_machine():
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split("\n")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split(
+        "\n"
+    )
     pattern = re.compile(r"/(?:home|root|Users)/\w")
     wrong = []
     for name in filter(None, tracked):
         path = ROOT / name
         if path.suffix in (".py", ".md", ".yaml", ".cfg", ".toml", ".sh", ".json", ".txt", "") and path.is_file():
-            wrong += [f"{name}: {m.group()}" for m in pattern.finditer(path.read_text(encoding="utf-8", errors="replace"))]
+            wrong += [
+                f"{name}: {m.group()}" for m in pattern.finditer(path.read_text(encoding="utf-8", errors="replace"))
+            ]
     assert wrong == []
 
 
@@ -265,5 +282,7 @@ def median_seconds(*code: str, runs: int = 7) -> float:
 def test_start_up_is_quick_and_loads_no_torch(code):
     """Measured over bare Python in the same minute; 0.3 s is several times what it takes."""
     assert min(median_seconds(*code) - median_seconds("-c", "pass") for _ in range(2)) < 0.3
-    listing = subprocess.run([sys.executable, "-X", "importtime", *code], check=True, capture_output=True, text=True, cwd=ROOT).stderr
+    listing = subprocess.run(
+        [sys.executable, "-X", "importtime", *code], check=True, capture_output=True, text=True, cwd=ROOT
+    ).stderr
     assert not re.search(r"\|\s+(torch|pydantic|numpy|diffusers)$", listing, re.M)

@@ -24,7 +24,12 @@ def clip_tokenizer(folder: Path, length: int = 8):
 
 def sd3(folder: Path, *, seed: int = 0, layers: int = 2) -> Path:
     """Save a StableDiffusion3Pipeline of about 40 k weights that makes 8x8 latents and 16x16 images."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     torch.manual_seed(seed)

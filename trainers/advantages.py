@@ -39,11 +39,17 @@ def normalise(
         raise ConfigError(f"Unknown advantage scope {scope!r}", do="Choose group, global_std or global")
     kept = valid & (valid.sum(1, keepdims=True) >= 2)
     mean = masked_mean(values, kept) if scope == "global" else masked_mean(values, kept, axis=1)[:, None]
-    std = masked_std(values, kept, axis=1, ddof=ddof)[:, None] if scope == "group" else masked_std(values, kept, ddof=ddof)
+    std = (
+        masked_std(values, kept, axis=1, ddof=ddof)[:, None]
+        if scope == "group"
+        else masked_std(values, kept, ddof=ddof)
+    )
     centred = np.where(kept, values - mean, 0.0)
     # Equal values can leave a rounding residue in their mean; it must not be blown up to full scale.
     flat = np.abs(centred) <= 1e-12 * np.maximum(1.0, np.abs(np.nan_to_num(values)))
-    scaled = np.divide(centred, std + eps, out=np.zeros_like(centred), where=np.broadcast_to(std + eps > 0, centred.shape) & ~flat)
+    scaled = np.divide(
+        centred, std + eps, out=np.zeros_like(centred), where=np.broadcast_to(std + eps > 0, centred.shape) & ~flat
+    )
     return scaled, kept
 
 
@@ -77,7 +83,9 @@ def group_advantages(
             "Group advantages need whole groups of at least two", why=f"{len(scores)} scores, group_size {group_size}"
         )
     if len(weights) != len(scores.names):
-        raise ConfigError("Every reward component needs a weight", why=f"{len(scores.names)} components, {len(weights)} weights")
+        raise ConfigError(
+            "Every reward component needs a weight", why=f"{len(scores.names)} components, {len(weights)} weights"
+        )
     shape = (len(scores) // group_size, group_size)
     total, kept, flat = np.zeros(shape), np.zeros(shape, bool), np.ones(shape[0], bool)
     raw_std = {}

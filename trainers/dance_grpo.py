@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from align.diffusion.rollout import Rollout, replay, sample, tiles
 from align.diffusion.schedules import trained_subset
 from align.errors import ConfigError
 from align.groupstats import bootstrap_mean
-from align.run import Run, prepare_directory
+from align.run import Run, claim_directory, require_directory
 from align.seeding import permutation
 from align.types import Advantages, Scores, StepStats
 from rewards.panel import Panel
@@ -72,10 +72,10 @@ class DanceGRPO:
         self.config = config if isinstance(config, DanceGRPOConfig) else load_config(config)
         require_valid(self.config)
         self.directory = Path(out or Path("runs") / self.config.name)
-        prepare_directory(self.directory, self.config, overwrite=overwrite)
+        require_directory(self.directory, self.config, overwrite=overwrite)
+        self.prompts, self.heldout_prompts = resolve_prompts(self.config)
         self.rewards = rewards or Panel.build(self.config.rewards)
         self.heldout = Panel.build(self.config.heldout_rewards)
-        self.prompts, self.heldout_prompts = resolve_prompts(self.config)
         self.policy = load_policy(self.config)
         sampler = self.config.sampler
         self.latent_shape = self.policy.family.latent_shape(sampler.height, sampler.width)
@@ -84,6 +84,7 @@ class DanceGRPO:
             sampler.eta,
             *self.policy.family.schedule(sampler.solver_steps, sampler.shift, self.latent_shape),
         )
+        claim_directory(self.directory, self.config, overwrite=overwrite)
 
     @classmethod
     def resume(cls, directory: str | Path) -> DanceGRPO:
@@ -122,19 +123,31 @@ class DanceGRPO:
                 clock.lap("time/rollout")
                 scores = rewards.score(rollout.samples)
                 valid = scores.valid.any(1)
-                guards.require_valid_share(int(valid.sum()), len(valid), config.objective.min_valid_share, f"step {step}", next(filter(None, scores.errors), ""))
-                advantages = group_advantages(scores, config.group_size, rewards.weights, **config.advantage.model_dump())
+                guards.require_valid_share(
+                    int(valid.sum()),
+                    len(valid),
+                    config.objective.min_valid_share,
+                    f"step {step}",
+                    next(filter(None, scores.errors), ""),
+                )
+                advantages = group_advantages(
+                    scores, config.group_size, rewards.weights, **config.advantage.model_dump()
+                )
                 clock.lap("time/reward")
                 stats = self.learn(run, rollout, advantages, step)
                 clock.lap("time/train")
-                run.commit(step, {**self._metrics(scores, advantages, run), **receipt.during(step), **clock.laps}, stats)
+                run.commit(
+                    step, {**self._metrics(scores, advantages, run), **receipt.during(step), **clock.laps}, stats
+                )
             return self._finish(run, receipt)
 
     def learn(self, run: Run, rollout: Rollout, advantages: Advantages, step: int) -> StepStats:
         """Take the updates of one rollout: disjoint minibatches of samples, each replayed in tiles."""
         config, stats = self.config, StepStats()
         reduction = config.objective.logprob_reduction
-        count = trained_step_count(config.sampler.solver_steps, config.trained_steps.fraction, config.trained_steps.rule)
+        count = trained_step_count(
+            config.sampler.solver_steps, config.trained_steps.fraction, config.trained_steps.rule
+        )
         steps = self.table.stochastic_steps
         values = torch.as_tensor(advantages.values.reshape(-1))
         kept = np.flatnonzero(advantages.kept.reshape(-1))
@@ -153,13 +166,20 @@ class DanceGRPO:
                     )
                     stats.first_ratio_error = max(stats.first_ratio_error, error)
                 terms = grpo_clip(
-                    logp, tile.logp, tile.advantage, clip_low=config.objective.clip_range, clip_high=config.objective.clip_range
+                    logp,
+                    tile.logp,
+                    tile.advantage,
+                    clip_low=config.objective.clip_range,
+                    clip_high=config.objective.clip_range,
                 )
                 run.backward(terms.loss.mean(), weight=tile.share)
                 ratio = terms.stats["ratio"]
                 stats.add(
                     len(ratio),
-                    sums={"loss": float(terms.loss.detach().sum()), **{n: float(v.sum()) for n, v in terms.stats.items()}},
+                    sums={
+                        "loss": float(terms.loss.detach().sum()),
+                        **{n: float(v.sum()) for n, v in terms.stats.items()},
+                    },
                     extremes={"ratio": (float(ratio.min()), float(ratio.max()))},
                 )
             run.update()

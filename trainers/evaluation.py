@@ -102,7 +102,9 @@ class Measurement:
         ]
 
 
-def measure(policy: Policy, prompts: Sequence[str], members: int, panels: Mapping[str, Panel], **sampler: Any) -> Measurement:
+def measure(
+    policy: Policy, prompts: Sequence[str], members: int, panels: Mapping[str, Panel], **sampler: Any
+) -> Measurement:
     """Generate `members` images a prompt and score them with every panel.
 
     Values are named "<panel>" for the panel's weighted sum and "<panel>/<component>"; extras, such as
@@ -116,7 +118,11 @@ def measure(policy: Policy, prompts: Sequence[str], members: int, panels: Mappin
         values[panel_name] = panel.total(scores)
         values.update({f"{panel_name}/{name}": scores.column(name) for name in scores.names})
         extras.update(
-            {f"{panel_name}/{n}": np.asarray(v, dtype=float) for n, v in scores.extras.items() if np.shape(v) == (len(samples),)}
+            {
+                f"{panel_name}/{n}": np.asarray(v, dtype=float)
+                for n, v in scores.extras.items()
+                if np.shape(v) == (len(samples),)
+            }
         )
     return Measurement(
         prompts=list(samples.prompts),
@@ -240,7 +246,9 @@ def evaluate(
     if not chosen:
         raise ConfigError("Which reward", where=opened.name, do="Name one with rewards=; `align rewards` lists them")
     sampler = _sampler(opened, seed, solver_steps)
-    measured = measure(opened.policy, names, members_for(samples, len(names)), {"reward": Panel.build(chosen)}, **sampler)
+    measured = measure(
+        opened.policy, names, members_for(samples, len(names)), {"reward": Panel.build(chosen)}, **sampler
+    )
     if out is not None:
         write_rows(Path(out), measured)
     return {

@@ -39,7 +39,10 @@ def grpo_clip(logp: Tensor, logp_old: Tensor, advantage: Tensor, *, clip_low: fl
     Source: DanceGRPO (arXiv 2505.07818), eq. 6 without its KL term.
     """
     if not logp.shape == logp_old.shape == advantage.shape:
-        raise ConfigError("An objective needs one log-prob, old log-prob and advantage a term", why=f"{tuple(logp.shape)}, {tuple(logp_old.shape)}, {tuple(advantage.shape)}")
+        raise ConfigError(
+            "An objective needs one log-prob, old log-prob and advantage a term",
+            why=f"{tuple(logp.shape)}, {tuple(logp_old.shape)}, {tuple(advantage.shape)}",
+        )
     log_ratio = logp - logp_old
     ratio = log_ratio.exp()
     loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_low, 1 + clip_high))

@@ -45,7 +45,9 @@ def _all_digits() -> tuple[Tensor, Tensor]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ConfigError("The digits need scikit-learn", why=str(error), do="pip install 'align[diffusion]'") from error
+        raise ConfigError(
+            "The digits need scikit-learn", why=str(error), do="pip install 'align[diffusion]'"
+        ) from error
     data = load_digits()
     small = torch.tensor(data.images / 16.0, dtype=torch.float32)[:, None]
     return F.interpolate(small, size=SIZE, mode="bicubic", align_corners=False).clamp(0, 1), torch.tensor(data.target)
@@ -81,8 +83,14 @@ def ink_bands(name: str) -> dict[tuple[int, str], tuple[float, float]]:
     split = load_split(name)
     bands = {}
     for digit in range(10):
-        low, third, two_thirds, high = np.quantile(split.ink[split.labels == digit], [0.03, 1 / 3, 2 / 3, 0.97]).tolist()
-        bands[digit, "thin"], bands[digit, "bold"], bands[digit, "plain"] = (low, third), (two_thirds, high), (low, high)
+        low, third, two_thirds, high = np.quantile(
+            split.ink[split.labels == digit], [0.03, 1 / 3, 2 / 3, 0.97]
+        ).tolist()
+        bands[digit, "thin"], bands[digit, "bold"], bands[digit, "plain"] = (
+            (low, third),
+            (two_thirds, high),
+            (low, high),
+        )
     return bands
 
 

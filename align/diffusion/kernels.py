@@ -106,7 +106,9 @@ def coefficients(kind: str, sigma: float, sigma_next: float, eta: float) -> tupl
         raise KernelError(f"Unknown kernel {kind!r}", do=suggest(kind, KERNELS))
     if not 0 <= sigma_next < sigma <= 1:
         raise KernelError(
-            "Noise levels must descend", where=f"sigma {sigma:g} to {sigma_next:g}", why="a step needs 1 >= sigma > sigma_next >= 0"
+            "Noise levels must descend",
+            where=f"sigma {sigma:g} to {sigma_next:g}",
+            why="a step needs 1 >= sigma > sigma_next >= 0",
         )
     if eta < 0:
         raise KernelError("A kernel's eta cannot be negative", where=f"eta {eta:g}")
@@ -159,7 +161,9 @@ def step_table(kind: str, eta: float, sigmas: Tensor, timesteps: Tensor) -> Step
     if len(levels) < 2 or levels[-1] != 0.0:
         raise KernelError("A schedule must end at sigma = 0", why=f"it ends at {levels[-1] if levels else 'nothing'}")
     if len(timesteps) != len(levels) - 1:
-        raise KernelError("A schedule needs one timestep a step", why=f"got {len(timesteps)} for {len(levels) - 1} steps")
+        raise KernelError(
+            "A schedule needs one timestep a step", why=f"got {len(timesteps)} for {len(levels) - 1} steps"
+        )
     rows = [coefficients(kind, a, b, eta) if b > 0 else (0.0, 0.0) for a, b in zip(levels, levels[1:], strict=False)]
     levels_64 = torch.tensor(levels, dtype=torch.float64)
     return StepTable(
@@ -240,9 +244,17 @@ def transition(
             a log-probability asked for at a deterministic step.
     """
     if x.dtype not in (torch.float32, torch.float64):
-        raise KernelError("Trajectories are kept in float32", why=f"got {x.dtype}", do="Cast the latents, not the kernel")
-    index = torch.as_tensor(step, device="cpu").expand(x.shape[0]) if not torch.is_tensor(step) or step.ndim == 0 else step.cpu()
-    row = {name: getattr(table, name)[index].to(x.device, x.dtype) for name in ("sigma", "sigma_next", "correction", "std")}
+        raise KernelError(
+            "Trajectories are kept in float32", why=f"got {x.dtype}", do="Cast the latents, not the kernel"
+        )
+    index = (
+        torch.as_tensor(step, device="cpu").expand(x.shape[0])
+        if not torch.is_tensor(step) or step.ndim == 0
+        else step.cpu()
+    )
+    row = {
+        name: getattr(table, name)[index].to(x.device, x.dtype) for name in ("sigma", "sigma_next", "correction", "std")
+    }
     sigma, std = _column(row["sigma"], x), row["std"]
     velocity = velocity.to(x.dtype)
 

@@ -57,9 +57,13 @@ def load_family(path: str | Path, family: str | None = None, device: str | torch
     absent = {part: None for part, home in listed.items() if isinstance(home, list) and home[0] is None}
     try:
         with quiet_loading():
-            pipeline: DiffusionPipeline = getattr(diffusers, name).from_pretrained(folder, dtype=torch.float32, **absent)
+            pipeline: DiffusionPipeline = getattr(diffusers, name).from_pretrained(
+                folder, dtype=torch.float32, **absent
+            )
     except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
-        raise ModelError(f"The {name} folder cannot be loaded", where=str(folder), why=str(error).splitlines()[0]) from error
+        raise ModelError(
+            f"The {name} folder cannot be loaded", where=str(folder), why=str(error).splitlines()[0]
+        ) from error
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     for component in pipeline.components.values():
@@ -202,7 +206,11 @@ class Policy:
         The unconditional rows stand first in the doubled batch, as in diffusers' pipelines.
         """
         if self.branches == 2:
-            x, timestep, prompts = torch.cat([x, x]), torch.cat([timestep, timestep]), [""] * len(prompts) + list(prompts)
+            x, timestep, prompts = (
+                torch.cat([x, x]),
+                torch.cat([timestep, timestep]),
+                [""] * len(prompts) + list(prompts),
+            )
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bf16"):
             predicted = self.family.predict(x, timestep, self.encodings.stack(prompts)).float()
         if self.branches == 1:

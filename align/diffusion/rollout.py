@@ -106,7 +106,12 @@ def solve(
             random = s in stochastic
             noise = step_noise(x.shape[1:], rows, group_size, s, *key).to(state.device) if random else None
             moved = transition(
-                state, policy.velocity(state, timestep, names), table, s, noise=noise, reduction=reduction if random else None
+                state,
+                policy.velocity(state, timestep, names),
+                table,
+                s,
+                noise=noise,
+                reduction=reduction if random else None,
             )
             state = moved.x_next
             if reduction is not None:
@@ -116,7 +121,11 @@ def solve(
         if reduction is not None:
             paths.append(torch.stack(path, 1))
             logps.append(torch.stack(logp, 1))
-    return torch.cat(finals), torch.cat(paths) if paths else torch.empty(0), torch.cat(logps) if logps else torch.empty(0)
+    return (
+        torch.cat(finals),
+        torch.cat(paths) if paths else torch.empty(0),
+        torch.cat(logps) if logps else torch.empty(0),
+    )
 
 
 @torch.no_grad()
@@ -150,13 +159,12 @@ def sample(
     """
     if not table.stochastic_steps:
         raise KernelError(
-            "A deterministic sampler cannot be trained by policy gradients", why=f"kernel {table.kind!r} with eta {table.eta:g} has std 0"
+            "A deterministic sampler cannot be trained by policy gradients",
+            why=f"kernel {table.kind!r} with eta {table.eta:g} has std 0",
         )
     flat = [p for p in prompts for _ in range(group_size)]
     noise = initial_noise(latent_shape, len(prompts), group_size, noise_scope, *key)
-    x0, path, logp = solve(
-        policy, noise, flat, table, group_size=group_size, key=key, batch=batch, reduction=reduction
-    )
+    x0, path, logp = solve(policy, noise, flat, table, group_size=group_size, key=key, batch=batch, reduction=reduction)
     return Rollout(
         prompts=tuple(flat),
         group_size=group_size,

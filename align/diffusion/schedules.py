@@ -20,7 +20,9 @@ def shifted_sigmas(solver_steps: int, shift: float) -> Tensor:
     Source: DanceGRPO's released code; SD3 (arXiv 2403.03206, eq. 23).
     """
     if solver_steps < 1 or shift <= 0:
-        raise KernelError("A schedule needs at least one step and a positive shift", where=f"{solver_steps} steps, shift {shift:g}")
+        raise KernelError(
+            "A schedule needs at least one step and a positive shift", where=f"{solver_steps} steps, shift {shift:g}"
+        )
     u = torch.linspace(1, 0, solver_steps + 1, dtype=torch.float64)
     return shift * u / (1 + (shift - 1) * u)
 
@@ -43,7 +45,11 @@ def trained_subset(candidates: list[int], count: int, *key: int | str) -> list[i
 
 
 def flow_match_schedule(
-    scheduler: FlowMatchEulerDiscreteScheduler, solver_steps: int, *, shift: float | None = None, mu: float | None = None
+    scheduler: FlowMatchEulerDiscreteScheduler,
+    solver_steps: int,
+    *,
+    shift: float | None = None,
+    mu: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return `(sigmas [S + 1], timesteps [S])` as a diffusers flow-matching pipeline would use them.
 

@@ -59,6 +59,7 @@ GLOSSARY: dict[str, str] = {
     "first_ratio_error": (
         "Largest |ratio − 1| before the first update: 0 means that replay reproduces the rollout exactly."
     ),
+    "ratio": "Mean probability ratio new / old over the trained terms.",
     "ratio_mean": "Mean probability ratio new / old over the trained terms.",
     "ratio_min": "Smallest probability ratio of the step.",
     "ratio_max": "Largest probability ratio of the step.",

@@ -96,7 +96,7 @@ def judge(found: Outcome, warnings: list[Row], record: Row, cost: Row, *, has_he
         caveats.append(f"An alarm went off at step {steps} and not again later; see the warnings below.")
     kind, title = _verdict(found, standing, caveats)
     if kind == "alarm":
-        caveats += [f"{w.get('message', '')} (step {w.get('step')})" for w in standing[-2:]]
+        caveats[:0] = [f"{w.get('message', '')} (step {w.get('step')})" for w in standing[-2:]]
     return Verdict(kind, title, _sentence(found), _cost(cost), tuple(caveats))
 
 

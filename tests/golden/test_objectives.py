@@ -13,7 +13,13 @@ from trainers.objectives import grpo_clip
 
 def loss_at(ratio: float, advantage: float, clip: float = 1e-4):
     logp = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
-    terms = grpo_clip(logp, torch.zeros(1, dtype=torch.float64), torch.tensor([advantage], dtype=torch.float64), clip_low=clip, clip_high=clip)
+    terms = grpo_clip(
+        logp,
+        torch.zeros(1, dtype=torch.float64),
+        torch.tensor([advantage], dtype=torch.float64),
+        clip_low=clip,
+        clip_high=clip,
+    )
     terms.loss.sum().backward()
     return terms.loss.item(), logp.grad.item(), {k: v.item() for k, v in terms.stats.items()}
 

@@ -35,7 +35,16 @@ def table_for(policy, kind="dance_sde", eta=0.3, steps=6, shift=None):
 
 
 def roll(policy, table, batch=None, **options):
-    return sample(policy, PROMPTS, group_size=3, table=table, latent_shape=policy.family.latent_shape(None, None), key=(0, 1), batch=batch, **options)
+    return sample(
+        policy,
+        PROMPTS,
+        group_size=3,
+        table=table,
+        latent_shape=policy.family.latent_shape(None, None),
+        key=(0, 1),
+        batch=batch,
+        **options,
+    )
 
 
 def errors(policy, rollout, size, reduction="mean"):
@@ -51,7 +60,9 @@ def test_ode_rollout_equals_the_pipeline(folder, scale):
     policy = load(folder).with_guidance(scale)
     shape, prompts = policy.family.latent_shape(None, None), ["a red cat", "two dogs", "bold seven"]
     noise = initial_noise(shape, 3, 1, "none", 5)
-    theirs = policy.family.pipeline(prompts, num_inference_steps=7, guidance_scale=scale, latents=noise, output_type="pt").images
+    theirs = policy.family.pipeline(
+        prompts, num_inference_steps=7, guidance_scale=scale, latents=noise, output_type="pt"
+    ).images
     x0, _, _ = solve(policy, noise, prompts, table_for(policy, "ode", 0.0, steps=7))
     torch.testing.assert_close(decode(policy, x0), theirs, atol=1e-5, rtol=0)
     assert theirs.std() > 0.05
@@ -100,7 +111,10 @@ def test_rollouts_do_not_depend_on_the_batch(folder):
 
 def with_dropout(policy, rollout):
     hook = policy.family.denoiser.register_forward_pre_hook(
-        lambda module, args, kwargs: (args, {**kwargs, "hidden_states": torch.nn.functional.dropout(kwargs["hidden_states"], 0.1)}),
+        lambda module, args, kwargs: (
+            args,
+            {**kwargs, "hidden_states": torch.nn.functional.dropout(kwargs["hidden_states"], 0.1)},
+        ),
         with_kwargs=True,
     )
     return rollout, policy, hook.remove
@@ -144,7 +158,9 @@ def test_t7_mutations_trip_the_guard(folder, mutate):
         with pytest.raises(GuardError, match="first ratio is not 1"):
             for tile in tiles(rollout, range(len(rollout)), trained, torch.zeros(len(rollout)), 6):
                 logp = replay(policy, tile, rollout.table)
-                guards.require_first_ratio(logp, tile.logp, rollout.table.std[tile.step], guards.FIRST_RATIO_TOLERANCE["fp32"], "test")
+                guards.require_first_ratio(
+                    logp, tile.logp, rollout.table.std[tile.step], guards.FIRST_RATIO_TOLERANCE["fp32"], "test"
+                )
     finally:
         undo()
 

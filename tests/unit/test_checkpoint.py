@@ -13,14 +13,22 @@ from align.errors import CheckpointError
 
 
 def write(root, step, value=1.0, keep=9):
-    return checkpoint.save(root, step, {"model": {"w": torch.full((3, 2), value)}, "rng": {"torch": torch.get_rng_state()}}, {"n": step}, keep)
+    return checkpoint.save(
+        root,
+        step,
+        {"model": {"w": torch.full((3, 2), value)}, "rng": {"torch": torch.get_rng_state()}},
+        {"n": step},
+        keep,
+    )
 
 
 def test_round_trip_and_choice_by_step_number(tmp_path):
     for step in (2, 10, 9):
         write(tmp_path, step, float(step))
     got = checkpoint.load_latest(tmp_path)
-    assert got.step == 10 and got.state == {"n": 10} and torch.equal(got.tensors["model"]["w"], torch.full((3, 2), 10.0))
+    assert (
+        got.step == 10 and got.state == {"n": 10} and torch.equal(got.tensors["model"]["w"], torch.full((3, 2), 10.0))
+    )
     assert checkpoint.load_latest(tmp_path / "absent") is None
 
 
@@ -50,7 +58,10 @@ def test_leftovers_of_a_kill_are_never_read_and_are_removed(tmp_path):
         (lambda p: (p / "model.safetensors").unlink(), "lost a file"),
         (lambda p: (p / "extra.bin").write_bytes(b"x"), "foreign file"),
         (lambda p: (p / "model.safetensors").write_bytes((p / "model.safetensors").read_bytes()[:-1]), "wrong size"),
-        (lambda p: (p / "model.safetensors").write_bytes((p / "model.safetensors").read_bytes()[:-1] + b"\x01"), "corrupt"),
+        (
+            lambda p: (p / "model.safetensors").write_bytes((p / "model.safetensors").read_bytes()[:-1] + b"\x01"),
+            "corrupt",
+        ),
         (lambda p: (p / "manifest.json").write_text(json.dumps({"step": 7, "files": {}})), "renamed"),
     ],
 )
@@ -60,7 +71,11 @@ def test_damage_is_refused_by_name_with_the_previous_one_offered(tmp_path, damag
     damage(path)
     with pytest.raises(CheckpointError, match=words) as refused:
         checkpoint.load_latest(tmp_path)
-    assert "step_000002" in str(refused.value) and "Resume from" in str(refused.value) and "step_000001" in refused.value.do
+    assert (
+        "step_000002" in str(refused.value)
+        and "Resume from" in str(refused.value)
+        and "step_000001" in refused.value.do
+    )
 
 
 def test_optimizer_state_round_trips_bit_for_bit(tmp_path):

@@ -30,7 +30,12 @@ def process(*arguments: str, path: Path | None = None, **options) -> subprocess.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, filter(None, (path, ROOT))))}
     environment.pop("PYTHONUNBUFFERED", None)  # output that is still in a buffer is part of what is tested
     return subprocess.Popen(
-        [sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        [sys.executable, *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
     )
 
 
@@ -105,7 +110,9 @@ def test_bad_prompt_files_are_refused_by_check(capsys, tmp_path: Path):
 
 
 def test_check_says_cost_updates_and_findings(capsys):
-    code, out, _ = run(capsys, "check", "digits/dance_grpo", "rewards=[{name: digits/legibility}]", "heldout_rewards=[]")
+    code, out, _ = run(
+        capsys, "check", "digits/dance_grpo", "rewards=[{name: digits/legibility}]", "heldout_rewards=[]"
+    )
     assert code == 0
     assert "22 F_eq a sample = 10 + 6 x 2" in out and "updates  2 of each rollout" in out and "will be exploited" in out
     code, out, _ = run(capsys, "check", "digits/dance_grpo", "group_size=1", "rewards.0.name=digits/legible")
@@ -176,7 +183,9 @@ def test_help_is_fast_and_light():
 
     assert seconds("-m", "align.cli", "--help") - seconds("-c", "pass") < 0.3
     heavy = "import sys, align.cli; align.cli.main(['--help']); align.cli.main(['configs']); "
-    child = process("-c", heavy + "print(sorted({'torch', 'pydantic', 'numpy', 'diffusers', 'pandas'} & set(sys.modules)))")
+    child = process(
+        "-c", heavy + "print(sorted({'torch', 'pydantic', 'numpy', 'diffusers', 'pandas'} & set(sys.modules)))"
+    )
     assert child.communicate(timeout=30)[0].splitlines()[-1] == "[]"
 
 

@@ -160,7 +160,13 @@ def test_an_override_that_is_none(override: str):
 def test_overrides_reach_lists_sections_and_arguments():
     config = load_config(
         BASE,
-        ["rewards.1.weight=2", "rewards.0.args.split=evaluator", "optimizer={lr: 1e-2}", "about=a = b", "optimizer.eps=1e-6"],
+        [
+            "rewards.1.weight=2",
+            "rewards.0.args.split=evaluator",
+            "optimizer={lr: 1e-2}",
+            "about=a = b",
+            "optimizer.eps=1e-6",
+        ],
     )
     assert (config.rewards[1].weight, config.rewards[0].args) == (2.0, {"split": "evaluator"})
     assert (config.optimizer.lr, config.optimizer.eps, config.about) == (1e-2, 1e-6, "a = b")
@@ -182,7 +188,9 @@ def test_every_leaf_knows_where_it_came_from(tmp_path: Path):
     path = tmp_path / "x.yaml"
     path.write_text(read_recipe("digits/dance_grpo"))
     lines = path.read_text().splitlines()
-    origins = config_origins(load_config(path, ["sampler.shift=3", "heldout_rewards.0.weight=2", "optimizer={lr: 1e-2}"]))
+    origins = config_origins(
+        load_config(path, ["sampler.shift=3", "heldout_rewards.0.weight=2", "optimizer={lr: 1e-2}"])
+    )
     eta = next(i for i, line in enumerate(lines, 1) if "eta:" in line)
     assert origins["sampler.eta"] == f"{path}:{eta}"
     assert origins["sampler.shift"] == origins["heldout_rewards.0.weight"] == origins["optimizer.lr"] == "command line"
@@ -228,7 +236,11 @@ _plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) 
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.recursive(_plain, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=6))
+@given(
+    st.recursive(
+        _plain, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=6
+    )
+)
 def test_what_is_dumped_is_read_back(value):
     assert parse_yaml(f"x: {dump_value(value)}  # note", "here").value == {"x": value}
 
@@ -262,7 +274,10 @@ def test_every_field_is_described_in_one_sentence():
 # --- counts, cost and findings ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("steps", "paper", "repo"), [(16, 10, 9), (20, 12, 11), (12, 8, 6), (25, 15, 14), (50, 30, 29), (5, 3, 2), (1, 0, 0)])
+@pytest.mark.parametrize(
+    ("steps", "paper", "repo"),
+    [(16, 10, 9), (20, 12, 11), (12, 8, 6), (25, 15, 14), (50, 30, 29), (5, 3, 2), (1, 0, 0)],
+)
 def test_trained_step_counts_of_the_paper_and_of_its_code(steps: int, paper: int, repo: int):
     assert trained_step_count(steps, 0.6, "paper") == paper
     assert trained_step_count(steps, 0.6, "repo") == repo
@@ -289,7 +304,10 @@ def test_the_ledger_gives_the_published_costs(overrides: list[str], feq: int):
 
 
 def test_clip_in_nats_of_flux_at_720(tmp_path: Path):
-    for part, text in (("vae", '{"_class_name": "AutoencoderKL", "latent_channels": 16, "block_out_channels": [1, 2, 3, 4]}'), ("transformer", "{}")):
+    for part, text in (
+        ("vae", '{"_class_name": "AutoencoderKL", "latent_channels": 16, "block_out_channels": [1, 2, 3, 4]}'),
+        ("transformer", "{}"),
+    ):
         (tmp_path / part).mkdir()
         (tmp_path / part / "config.json").write_text(text)
     config = load_config(BASE, [f"model.path={tmp_path}", "sampler.height=720", "sampler.width=720"])
@@ -344,7 +362,9 @@ def test_unknown_rewards_and_missing_files_are_findings(tmp_path: Path):
     prompts = tmp_path / "p.txt"
     prompts.write_text("a cat\nA  cat\n\n")
     config = load_config(BASE, [f"prompts.path={prompts}", "model.path=nowhere"])
-    found = {f.code: f for f in check_config(config, reward_names=["digits/legibility", "digits/ink_bands"], files=True)}
+    found = {
+        f.code: f for f in check_config(config, reward_names=["digits/legibility", "digits/ink_bands"], files=True)
+    }
     assert found["unknown_reward"].key == "rewards.1.name" and "digits/ink_bands" in found["unknown_reward"].do
     assert "line 3" in found["prompts"].message and found["model"].level == "error"
     prompts.write_text("a cat\nA  cat\n")

@@ -122,7 +122,11 @@ def test_t19_stop_and_resume_equal_one_go_bit_for_bit(folder, tmp_path):
     assert result.status == "stopped"
     stopped_at = checkpoint.load_latest(tmp_path / "b" / "run" / "checkpoints").step
     assert 1 <= stopped_at < 6
-    second = DanceGRPO(load_config(tmp_path / "b" / "run" / "config.yaml"), out=tmp_path / "b" / "run", rewards=Panel([Redness()], [1.0]))
+    second = DanceGRPO(
+        load_config(tmp_path / "b" / "run" / "config.yaml"),
+        out=tmp_path / "b" / "run",
+        rewards=Panel([Redness()], [1.0]),
+    )
     assert second.train().status == "complete"
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(second)[name]), name
@@ -203,7 +207,7 @@ def test_missing_runs_are_named(tmp_path):
         DanceGRPO.resume(tmp_path)
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "file").write_text("mine")
-    with pytest.raises(ConfigError, match="not a run"):
+    with pytest.raises(ConfigError, match="is not a run"):
         trainer(tmp_path, tmp_path / "x", overwrite=True)
     assert (tmp_path / "x" / "file").read_text() == "mine"
     with pytest.raises(ConfigError, match="Which reward"):

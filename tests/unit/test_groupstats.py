@@ -11,7 +11,9 @@ def test_masked_statistics_equal_numpy_on_what_is_valid():
     rng = np.random.default_rng(0)
     values, valid = rng.normal(size=(4, 9)), rng.random((4, 9)) > 0.3
     values = np.where(valid, values, np.nan)
-    for row, mask, mean, std in zip(values, valid, masked_mean(values, valid, 1), masked_std(values, valid, 1), strict=True):
+    for row, mask, mean, std in zip(
+        values, valid, masked_mean(values, valid, 1), masked_std(values, valid, 1), strict=True
+    ):
         assert mean == pytest.approx(row[mask].mean()) and std == pytest.approx(row[mask].std(ddof=1))
     assert masked_mean(values, valid) == pytest.approx(np.nanmean(values))
     assert np.isnan(masked_mean(values, np.zeros_like(valid), 1)).all()

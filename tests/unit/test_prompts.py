@@ -101,7 +101,11 @@ def test_iterables_are_prompts_too():
         ("p.jsonl", b'{"prompt": null}\n', "A prompt is empty (FILE, line 1, field 'prompt')"),
         ("p.jsonl", b'{"prompt": "a"}\n\n{"prompt": "b"}\n', "A line is empty (FILE, line 2)"),
         ("p.csv", b"caption\na cat\n", "has no field 'prompt' (FILE, line 2). Choose one of: caption"),
-        ("p.csv", b"prompt,style\na cat, asleep,oil\n", "does not fit the header (FILE, line 2): 3 cells for 2 columns"),
+        (
+            "p.csv",
+            b"prompt,style\na cat, asleep,oil\n",
+            "does not fit the header (FILE, line 2): 3 cells for 2 columns",
+        ),
         ("p.csv", b"prompt,prompt\na,b\n", "names two columns alike (FILE, line 1)"),
         ("p.csv", b"prompt,x\na,b\n\n", "A line is empty (FILE, line 3)"),
         ("p.csv", b'prompt\n"a cat\n', "A file is not CSV (FILE, line 2)"),
@@ -118,7 +122,9 @@ def test_bad_files_are_refused_in_one_sentence(tmp_path: Path, name: str, conten
 
 def test_bad_images_are_refused(folder: Path):
     path = folder / "q.jsonl"
-    assert "no such image (FILE, line 1, field 'image')" in refused(path, b'{"prompt": "a", "image": "two.png"}', image_column="image")
+    assert "no such image (FILE, line 1, field 'image')" in refused(
+        path, b'{"prompt": "a", "image": "two.png"}', image_column="image"
+    )
     (folder / "two.png").write_bytes((folder / "one.png").read_bytes()[:-20])
     assert "An image cannot be read" in refused(path, b'{"prompt": "a", "image": "two.png"}', image_column="image")
     (folder / "two.png").write_text("no image")
@@ -205,7 +211,11 @@ def test_steps_are_full_distinct_and_reproducible(size: int, count: int, seed: i
 def test_an_epoch_visits_no_prompt_twice(size: int, count: int, seed: int, epoch: int):
     prompts = PromptSet(tuple(f"p{i}" for i in range(size)))
     per_epoch = max(1, size // count)
-    seen = [p for step in range(epoch * per_epoch, (epoch + 1) * per_epoch) for p in prompts.at(step, min(count, size), seed)]
+    seen = [
+        p
+        for step in range(epoch * per_epoch, (epoch + 1) * per_epoch)
+        for p in prompts.at(step, min(count, size), seed)
+    ]
     assert len(seen) == len(set(seen))
 
 

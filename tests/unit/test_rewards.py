@@ -108,7 +108,9 @@ def test_what_cannot_be_scored_is_missing_with_the_reason():
     images = torch.full((4, 3, 16, 16), 0.5)
     images[1] += 1
     images[2, 0, 0, 0] = float("nan")
-    samples = Samples(prompts=["a handwritten two", "a handwritten two", "a handwritten two", "a red cat"], images=images)
+    samples = Samples(
+        prompts=["a handwritten two", "a handwritten two", "a handwritten two", "a red cat"], images=images
+    )
     scores = get_reward("digits/legibility").score(samples)
     assert scores.valid[:, 0].tolist() == [True, False, False, False]
     assert "1.50" in scores.errors[1] and "not numbers" in scores.errors[2] and "a red cat" in scores.errors[3]
