@@ -200,6 +200,7 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """Yield the steps still to do, counted from 1, until done or asked to stop."""
+        self._mark = (time.perf_counter(), time.process_time())
         with Progress(self.config.steps, initial=self.step) as self._progress:
             while self.step < self.config.steps and not self.stopping:
                 yield self.step + 1
@@ -249,6 +250,8 @@ class Run:
             **{f"{name}_max": value for name, value in stats.maxima.items()},
             **metrics,
         }
+        if "time/train" in row:
+            row["time/train"] -= self._optimizer_seconds
         self._grad_norms, self._optimizer_seconds = [], 0.0
         self._mark = (now, cpu)
         self.counters["seconds"], self.counters["cpu_seconds"] = row["seconds_total"], row["cpu_seconds_total"]

@@ -120,7 +120,7 @@ class DanceGRPO:
                     batch=config.batch.rollout,
                     reduction=config.objective.logprob_reduction,
                 )
-                clock.lap("time/rollout")
+                clock.lap("time/rollout", less=("time/decode", rollout.decode_seconds))
                 scores = rewards.score(rollout.samples)
                 valid = scores.valid.any(1)
                 guards.require_valid_share(
@@ -178,7 +178,8 @@ class DanceGRPO:
                     len(ratio),
                     sums={
                         "loss": float(terms.loss.detach().sum()),
-                        **{n: float(v.sum()) for n, v in terms.stats.items()},
+                        "ratio_mean": float(ratio.sum()),
+                        **{n: float(v.sum()) for n, v in terms.stats.items() if n != "ratio"},
                     },
                     extremes={"ratio": (float(ratio.min()), float(ratio.max()))},
                 )
@@ -246,6 +247,10 @@ class _Clock:
         self.laps: dict[str, float] = {}
         self._last = time.perf_counter()
 
-    def lap(self, name: str) -> None:
+    def lap(self, name: str, less: tuple[str, float] | None = None) -> None:
+        """End the lap `name`; a part of it that has a name of its own is counted there."""
         now = time.perf_counter()
-        self.laps[name], self._last = now - self._last, now
+        part, seconds = less or ("", 0.0)
+        self.laps[name], self._last = now - self._last - seconds, now
+        if part:
+            self.laps[part] = seconds

@@ -13,7 +13,7 @@ import numpy as np
 from align import guards
 from align.diffusion.policy import Policy
 from align.run import Run, peak_memory_mb
-from align.tracking import save_grid
+from align.tracking import read_jsonl, save_grid
 from rewards.panel import Panel
 from trainers.evaluation import Measurement, generate, measure, members_for, read_rows, write_rows
 
@@ -76,7 +76,7 @@ class Receipt:
         write_rows(self.run.directory / "evaluations" / f"step_{self.config.steps:06d}.jsonl", final)
         self._watch(self.config.steps, final)
         rows = self.run.log.read_metrics()
-        first = json.loads((self.run.directory / "evaluation.jsonl").read_text(encoding="utf-8").splitlines()[0])
+        first = [row for row in read_jsonl(self.run.directory / "evaluation.jsonl")[0] if row["step"] == 0][-1]
         summary = {
             "name": self.config.name,
             "steps": self.config.steps,

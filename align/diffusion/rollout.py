@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ class Rollout:
         x: float32 latents before each step and after the last, `[B, S + 1, ...]`.
         logp: log-density of each stochastic step as it was taken, `[B, S]`, NaN elsewhere.
         samples: the decoded media.
+        decode_seconds: how long decoding took.
     """
 
     prompts: tuple[str, ...]
@@ -35,6 +37,7 @@ class Rollout:
     x: Tensor
     logp: Tensor
     samples: Samples
+    decode_seconds: float
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -165,6 +168,8 @@ def sample(
     flat = [p for p in prompts for _ in range(group_size)]
     noise = initial_noise(latent_shape, len(prompts), group_size, noise_scope, *key)
     x0, path, logp = solve(policy, noise, flat, table, group_size=group_size, key=key, batch=batch, reduction=reduction)
+    began = time.perf_counter()
+    images = decode(policy, x0)
     return Rollout(
         prompts=tuple(flat),
         group_size=group_size,
@@ -173,9 +178,10 @@ def sample(
         logp=logp,
         samples=Samples(
             prompts=flat,
-            images=decode(policy, x0),
+            images=images,
             metadata=[row for row in metadata for _ in range(group_size)],
         ),
+        decode_seconds=time.perf_counter() - began,
     )
 
 
