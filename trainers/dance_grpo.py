@@ -82,7 +82,7 @@ class DanceGRPO:
         self.table: StepTable = step_table(
             sampler.kernel,
             sampler.eta,
-            *self.policy.family.schedule(sampler.solver_steps, sampler.shift, self.latent_shape),
+            self.policy.family.schedule(sampler.solver_steps, sampler.shift, self.latent_shape),
         )
         claim_directory(self.directory, self.config, overwrite=overwrite)
 

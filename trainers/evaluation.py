@@ -30,7 +30,7 @@ from rewards.panel import Panel
 
 def ode_table(policy: Policy, solver_steps: int, shift: float | None, latent_shape: Sequence[int]) -> StepTable:
     """Tabulate the deterministic sampler of `solver_steps` steps."""
-    return step_table("ode", 0.0, *policy.family.schedule(solver_steps, shift, tuple(latent_shape)))
+    return step_table("ode", 0.0, policy.family.schedule(solver_steps, shift, tuple(latent_shape)))
 
 
 def generate(

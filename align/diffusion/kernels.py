@@ -1,36 +1,43 @@
-"""The transition kernel of a rectified flow: sampling and replay are one function.
+"""The transition kernel: sampling and replay are one function, for rectified flows and for diffusion.
 
-Notation: latent `x` at noise level `sigma`, next level `sigma_next`, `delta = sigma - sigma_next > 0`.
-The model predicts the velocity `v` of `x = (1 - sigma) x0 + sigma noise`, hence
+Notation: a latent `x = alpha x0 + sigma noise` at one level of the schedule, `(alpha_next, sigma_next)` at the
+next, `delta = sigma - sigma_next > 0`. A rectified flow has `alpha = 1 - sigma`, variance-preserving (VP)
+diffusion `alpha^2 + sigma^2 = 1`. The model's output `v` estimates both ends:
 
-    x0_hat = x - sigma v        noise_hat = x + (1 - sigma) v
+| prediction      | x0_hat                  | noise_hat             |
+|-----------------|-------------------------|-----------------------|
+| `velocity`      | x - sigma v             | x + (1 - sigma) v     |
+| `epsilon`       | (x - sigma v) / alpha   | v                     |
+| `v_prediction`  | alpha x - sigma v       | sigma x + alpha v     |
 
 Every kernel moves along the same two estimates and differs in two numbers per step only, how much of
 the estimated noise it keeps and how much fresh noise it adds:
 
-    mean   = (1 - sigma_next) x0_hat + noise_coef noise_hat
-           = x - delta v + (noise_coef - sigma_next) noise_hat          (the form computed here)
+    mean   = alpha_next x0_hat + noise_coef noise_hat  =  mean_x x + mean_v v
     x_next = mean + std n,   n ~ N(0, I)
     logp   = reduce over latent entries of  -(x_next - mean)^2 / (2 std^2) - log std - log(2 pi) / 2
 
-The second form is Euler's step plus a correction that vanishes for `ode`, which therefore equals
-`FlowMatchEulerDiscreteScheduler` bit for bit.
+`mean_x` and `mean_v` are worked out once per step in double precision. For `ode` on a flow they are 1 and
+-delta, so that it equals `FlowMatchEulerDiscreteScheduler` bit for bit; `mean_v` is also d mean / d v.
 
-| kind            | noise_coef                            | std                        | eta            |
-|-----------------|---------------------------------------|----------------------------|----------------|
-| `ode`           | sigma_next                            | 0                          | unused         |
-| `dance_sde`     | sigma_next - eta^2 delta / (2 sigma)  | eta sqrt(delta)            | .3             |
-| `flow_sde`      | sigma_next - g^2 delta / (2 sigma)    | g sqrt(delta)              | .7             |
-| `cps`           | sigma_next cos(eta pi / 2)            | sigma_next sin(eta pi / 2) | .8             |
-| `precise`       | sigma_next c                          | sigma_next sqrt(1 - c^2)   | 1.5            |
-| `dance_precise` | sigma_next c                          | sigma_next sqrt(1 - c^2)   | .3             |
+| kind            | path | noise_coef                            | std                        | eta    |
+|-----------------|------|---------------------------------------|----------------------------|--------|
+| `ode`           | both | sigma_next                            | 0                          | unused |
+| `dance_sde`     | flow | sigma_next - eta^2 delta / (2 sigma)  | eta sqrt(delta)            | .3     |
+| `flow_sde`      | flow | sigma_next - g^2 delta / (2 sigma)    | g sqrt(delta)              | .7     |
+| `cps`           | flow | sigma_next cos(eta pi / 2)            | sigma_next sin(eta pi / 2) | .8     |
+| `precise`       | flow | sigma_next c                          | sigma_next sqrt(1 - c^2)   | 1.5    |
+| `dance_precise` | flow | sigma_next c                          | sigma_next sqrt(1 - c^2)   | .3     |
+| `ddim`          | VP   | sqrt(sigma_next^2 - std^2)            | see below                  | 1      |
 
 `flow_sde`: `g = eta sqrt(sigma / (1 - sigma))`, with `1 - sigma_next` under the root at sigma = 1.
 `precise`: `c = [sigma_next (1 - sigma) / (sigma (1 - sigma_next))]^(eta^2 / 2)`, 0 at sigma = 1.
 `dance_precise`: `c = exp(-(eta^2 / 2)(1 / sigma_next - 1 / sigma))`, 0 at sigma_next = 0.
+`ddim`: `std = eta (sigma_next / sigma) sqrt(1 - alpha^2 / alpha_next^2)`; with eta 1, the DDPM posterior.
 `precise` and `dance_precise` solve Flow-SDE and Dance-SDE exactly for a frozen x0_hat.
 
-Sources: DanceGRPO (arXiv 2505.07818, eq. 8), Flow-GRPO (2505.05470), CPS (2509.05952), Precise (2605.23522).
+Sources: DanceGRPO (arXiv 2505.07818, eq. 7-8), Flow-GRPO (2505.05470), CPS (2509.05952), Precise
+(2605.23522), DDIM (2010.02502, eq. 12, 16).
 """
 
 from __future__ import annotations
@@ -42,6 +49,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from align.diffusion.schedules import Schedule
 from align.errors import KernelError
 from align.registry import suggest
 
@@ -86,6 +94,12 @@ def _dance_precise(sigma: float, sigma_next: float, eta: float) -> tuple[float, 
     return _retain(math.exp(-(eta * eta / 2) * (1 / sigma_next - 1 / sigma)), sigma_next)
 
 
+def _ddim(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
+    shrink = max(0.0, 1 - (1 - sigma * sigma) / (1 - sigma_next * sigma_next))
+    std = eta * sigma_next / sigma * math.sqrt(shrink)
+    return math.sqrt(max(0.0, sigma_next * sigma_next - std * std)), std
+
+
 KERNELS: dict[str, Callable[[float, float, float], tuple[float, float]]] = {
     "ode": _ode,
     "dance_sde": _dance_sde,
@@ -93,6 +107,7 @@ KERNELS: dict[str, Callable[[float, float, float], tuple[float, float]]] = {
     "cps": _cps,
     "precise": _precise,
     "dance_precise": _dance_precise,
+    "ddim": _ddim,
 }
 
 
@@ -100,7 +115,7 @@ def coefficients(kind: str, sigma: float, sigma_next: float, eta: float) -> tupl
     """Return `(noise_coef, std)` of one step of kernel `kind`, in double precision.
 
     Raises:
-        KernelError: an unknown kind, levels that do not descend within (0, 1], or a negative eta.
+        KernelError: an unknown kind, levels that do not descend within (0, 1], or an eta out of range.
     """
     if kind not in KERNELS:
         raise KernelError(f"Unknown kernel {kind!r}", do=suggest(kind, KERNELS))
@@ -110,9 +125,28 @@ def coefficients(kind: str, sigma: float, sigma_next: float, eta: float) -> tupl
             where=f"sigma {sigma:g} to {sigma_next:g}",
             why="a step needs 1 >= sigma > sigma_next >= 0",
         )
-    if eta < 0:
-        raise KernelError("A kernel's eta cannot be negative", where=f"eta {eta:g}")
+    if eta < 0 or (kind == "ddim" and eta > 1):
+        limit = "from 0 to 1" if kind == "ddim" else "0 or more"
+        raise KernelError("A kernel's eta is out of range", where=f"{kind}, eta {eta:g}", do=f"Set it to {limit}")
     return KERNELS[kind](sigma, sigma_next, eta)
+
+
+def estimates(prediction: str, alpha: float, sigma: float) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return `x0_hat` and `noise_hat` as weights of `(x, v)`, for a model that predicts `prediction`.
+
+    Raises:
+        KernelError: an unknown prediction, or an epsilon prediction where no signal is left.
+    """
+    if prediction == "velocity":
+        return (1.0, -sigma), (1.0, 1 - sigma)
+    if prediction == "v_prediction":
+        return (alpha, -sigma), (sigma, alpha)
+    if prediction != "epsilon":
+        known = ("velocity", "epsilon", "v_prediction")
+        raise KernelError(f"Unknown prediction type {prediction!r}", do=suggest(prediction, known))
+    if alpha == 0:
+        raise KernelError("An epsilon prediction says nothing of x0 where alpha is 0", do="Use a v_prediction model")
+    return (1 / alpha, -sigma / alpha), (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -122,7 +156,8 @@ class StepTable:
     Args:
         kind, eta: the kernel of the stochastic steps.
         sigma, sigma_next: noise levels before and after the step.
-        correction: `noise_coef - sigma_next`.
+        mean_x, mean_v: the mean is `mean_x x + mean_v v`.
+        x0_x, x0_v: x0_hat is `x0_x x + x0_v v`.
         std: the true standard deviation of the step; 0 marks a deterministic step.
         timestep: what the model is told, exactly as the pipeline tells it.
     """
@@ -131,7 +166,10 @@ class StepTable:
     eta: float
     sigma: Tensor
     sigma_next: Tensor
-    correction: Tensor
+    mean_x: Tensor
+    mean_v: Tensor
+    x0_x: Tensor
+    x0_v: Tensor
     std: Tensor
     timestep: Tensor
 
@@ -143,38 +181,36 @@ class StepTable:
         """Indices of the steps that have a density, hence can be trained."""
         return [i for i, std in enumerate(self.std.tolist()) if std > 0]
 
-    def jacobian(self) -> Tensor:
-        """Return `d mean / d v` of every step, `[S]`: `-delta + (noise_coef - sigma_next)(1 - sigma)`."""
-        return -(self.sigma - self.sigma_next) + self.correction * (1 - self.sigma)
 
+def step_table(kind: str, eta: float, schedule: Schedule) -> StepTable:
+    """Tabulate kernel `kind` on the levels of `schedule`.
 
-def step_table(kind: str, eta: float, sigmas: Tensor, timesteps: Tensor) -> StepTable:
-    """Tabulate kernel `kind` on the levels `sigmas` `[S + 1]`, descending to 0.
-
-    The last step, which ends at sigma = 0, is always deterministic: its mean is x0_hat, that is what
-    gets decoded, and no noise drawn there could touch the reward. It is never trained.
+    The last step is always deterministic: on a flow its mean is x0_hat, that is what gets decoded, and
+    no noise drawn there could touch the reward. It is never trained.
 
     Raises:
-        KernelError: levels that do not descend to 0, or timesteps that are not one a step.
+        KernelError: a kernel made for the other path, or levels that do not descend.
     """
-    levels = [float(s) for s in sigmas]
-    if len(levels) < 2 or levels[-1] != 0.0:
-        raise KernelError("A schedule must end at sigma = 0", why=f"it ends at {levels[-1] if levels else 'nothing'}")
-    if len(timesteps) != len(levels) - 1:
+    flow = schedule.prediction == "velocity"
+    if kind in KERNELS and kind != "ode" and flow == (kind == "ddim"):
+        made_for, use = ("diffusion", "a flow kernel such as dance_sde") if flow else ("rectified flows", "ddim")
         raise KernelError(
-            "A schedule needs one timestep a step", why=f"got {len(timesteps)} for {len(levels) - 1} steps"
+            f"The kernel {kind!r} does not run on this model",
+            why=f"it is made for {made_for}, and the model predicts {schedule.prediction}",
+            do=f"Set sampler.kernel to {use}",
         )
-    rows = [coefficients(kind, a, b, eta) if b > 0 else (0.0, 0.0) for a, b in zip(levels, levels[1:], strict=False)]
-    levels_64 = torch.tensor(levels, dtype=torch.float64)
-    return StepTable(
-        kind=kind,
-        eta=eta,
-        sigma=levels_64[:-1],
-        sigma_next=levels_64[1:],
-        correction=torch.tensor([coef for coef, _ in rows], dtype=torch.float64) - levels_64[1:],
-        std=torch.tensor([std for _, std in rows], dtype=torch.float64),
-        timestep=timesteps.detach().to("cpu", torch.float64),
-    )
+    levels = list(zip(schedule.alpha.tolist(), schedule.sigma.tolist(), strict=True))
+    rows = []
+    for s, ((alpha, sigma), (alpha_next, sigma_next)) in enumerate(zip(levels, levels[1:], strict=False)):
+        noise_coef, std = coefficients("ode" if s == len(levels) - 2 else kind, sigma, sigma_next, eta)
+        (x0_x, x0_v), (noise_x, noise_v) = estimates(schedule.prediction, alpha, sigma)
+        if flow:  # alpha_next x0_hat + sigma_next noise_hat is x - delta v exactly; add what is kept beyond it
+            extra = noise_coef - sigma_next
+            mean = (1 + extra, -(sigma - sigma_next) + extra * (1 - sigma))
+        else:
+            mean = (alpha_next * x0_x + noise_coef * noise_x, alpha_next * x0_v + noise_coef * noise_v)
+        rows.append((sigma, sigma_next, *mean, x0_x, x0_v, std))
+    return StepTable(kind, eta, *torch.tensor(rows, dtype=torch.float64).T, timestep=schedule.timestep.double())
 
 
 @dataclass(frozen=True)
@@ -232,7 +268,7 @@ def transition(
 
     Args:
         x: latents `[B, ...]`, float32 or float64: a half-precision trajectory cannot be replayed exactly.
-        velocity: the model's prediction at `x`.
+        velocity: the model's output at `x`, whatever the schedule says it predicts.
         table: the schedule's numbers.
         step: the step index, or one per sample `[B]`; samples of one call may stand at different steps.
         noise: `n`, standard normal like x; needed at stochastic steps when sampling.
@@ -247,20 +283,15 @@ def transition(
         raise KernelError(
             "Trajectories are kept in float32", why=f"got {x.dtype}", do="Cast the latents, not the kernel"
         )
-    index = (
-        torch.as_tensor(step, device="cpu").expand(x.shape[0])
-        if not torch.is_tensor(step) or step.ndim == 0
-        else step.cpu()
-    )
-    row = {
-        name: getattr(table, name)[index].to(x.device, x.dtype) for name in ("sigma", "sigma_next", "correction", "std")
-    }
-    sigma, std = _column(row["sigma"], x), row["std"]
-    velocity = velocity.to(x.dtype)
+    if not torch.is_tensor(step) or step.ndim == 0:
+        step = torch.as_tensor(step).expand(x.shape[0])
+    index, velocity = step.cpu(), velocity.to(x.dtype)
 
-    delta = sigma - _column(row["sigma_next"], x)
-    noise_hat = x + (1 - sigma) * velocity
-    mean = x - delta * velocity + _column(row["correction"], x) * noise_hat
+    def row(name: str) -> Tensor:
+        return _column(getattr(table, name)[index].to(x.device, x.dtype), x)
+
+    std = table.std[index].to(x.device, x.dtype)
+    mean = row("mean_x") * x + row("mean_v") * velocity
     if x_next is None:
         if noise is None and bool((std > 0).any()):
             raise KernelError("A stochastic step needs its noise", do="Pass noise= to sample or x_next= to score")
@@ -273,6 +304,6 @@ def transition(
         x_next=x_next,
         mean=mean,
         std=std,
-        x0_hat=x - sigma * velocity,
+        x0_hat=row("x0_x") * x + row("x0_v") * velocity,
         logp=None if reduction is None else gaussian_logp(x_next, mean, std, reduction),
     )

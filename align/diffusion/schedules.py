@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,41 @@ from align.errors import KernelError
 from align.seeding import permutation
 
 if TYPE_CHECKING:
-    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """S + 1 levels a sampler visits, noisiest first, and what the model is told at the first S.
+
+    Args:
+        alpha, sigma: float64 `[S + 1]`, in `x = alpha x0 + sigma noise`.
+        timestep: float32 `[S]`, exactly as the pipeline passes it.
+        prediction: what the model's output is: "velocity" (rectified flow), "epsilon" or "v_prediction".
+    """
+
+    alpha: Tensor
+    sigma: Tensor
+    timestep: Tensor
+    prediction: str
+
+    def __post_init__(self) -> None:
+        if len(self.sigma) < 2 or len(self.alpha) != len(self.sigma) or len(self.timestep) != len(self.sigma) - 1:
+            raise KernelError(
+                "A schedule needs one timestep a step and one level more",
+                why=f"got {len(self.timestep)} timesteps, {len(self.alpha)} alphas and {len(self.sigma)} sigmas",
+            )
+        if self.prediction == "velocity" and float(self.sigma[-1]) != 0.0:
+            raise KernelError("A flow's schedule must end at sigma = 0", why=f"it ends at {float(self.sigma[-1]):g}")
+
+    def __len__(self) -> int:
+        return len(self.timestep)
+
+
+def flow_schedule(sigmas: Tensor, timesteps: Tensor) -> Schedule:
+    """Return the schedule of a rectified flow: `alpha = 1 - sigma`, the model predicts `noise - x0`."""
+    levels = sigmas.detach().to("cpu", torch.float64)
+    return Schedule(1 - levels, levels, timesteps.detach().to("cpu", torch.float32), "velocity")
 
 
 def shifted_sigmas(solver_steps: int, shift: float) -> Tensor:
@@ -50,8 +85,8 @@ def flow_match_schedule(
     *,
     shift: float | None = None,
     mu: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return `(sigmas [S + 1], timesteps [S])` as a diffusers flow-matching pipeline would use them.
+) -> Schedule:
+    """Return the schedule of S solver steps as a diffusers flow-matching pipeline would use it.
 
     With `shift` None the pipeline's own scheduler decides (`mu` for resolution-dependent shifting), so
     that the `ode` kernel visits exactly the levels of a plain pipeline call. With a number, the levels
@@ -60,7 +95,39 @@ def flow_match_schedule(
     """
     if shift is not None:
         sigmas = shifted_sigmas(solver_steps, shift).to(torch.float32)
-        return sigmas, sigmas[:-1] * scheduler.config.num_train_timesteps
+        return flow_schedule(sigmas, sigmas[:-1] * scheduler.config.num_train_timesteps)
     extra = {} if mu is None else {"mu": mu}
     scheduler.set_timesteps(solver_steps, device="cpu", **extra)
-    return scheduler.sigmas.to("cpu", torch.float32), scheduler.timesteps.to("cpu", torch.float32)
+    return flow_schedule(scheduler.sigmas, scheduler.timesteps)
+
+
+def ddim_schedule(scheduler: DDIMScheduler, solver_steps: int) -> Schedule:
+    """Return the schedule of S solver steps as diffusers' DDIM would visit it, whatever the model predicts.
+
+    `alpha = sqrt(alpha_bar)`, `sigma = sqrt(1 - alpha_bar)` at the scheduler's timesteps; the last level is
+    its `final_alpha_cumprod`.
+
+    Raises:
+        KernelError: a scheduler that clips or rescales what the model predicts, which has no Gaussian density.
+    """
+    config = scheduler.config
+    for name in ("clip_sample", "thresholding", "rescale_betas_zero_snr"):
+        if config.get(name):
+            raise KernelError(
+                f"A sampler with {name} has no exact log-probability",
+                where="scheduler/scheduler_config.json",
+                do=f"Set {name} to false",
+            )
+    scheduler.set_timesteps(solver_steps)
+    timesteps = scheduler.timesteps.to("cpu")
+    previous = timesteps - config.num_train_timesteps // solver_steps  # where DDIM's step says it lands
+    if not torch.equal(previous[:-1], timesteps[1:]):
+        raise KernelError(
+            "The sampler's steps do not follow one another",
+            where=f"{solver_steps} steps, timestep_spacing {config.timestep_spacing}",
+            why="each lands between two of the timesteps the model is asked at",
+            do=f"Use a number of steps that divides {config.num_train_timesteps}, or timestep_spacing: leading",
+        )
+    end = scheduler.alphas_cumprod[previous[-1]] if previous[-1] >= 0 else scheduler.final_alpha_cumprod
+    alpha_bar = torch.cat([scheduler.alphas_cumprod[timesteps], torch.as_tensor(end).reshape(1)]).double()
+    return Schedule(alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), timesteps.float(), config.prediction_type)

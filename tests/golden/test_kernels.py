@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from align.diffusion.kernels import KERNELS, coefficients, gaussian_logp, step_table, transition
-from align.diffusion.schedules import shifted_sigmas
+from align.diffusion.schedules import Schedule, flow_schedule, shifted_sigmas
 from align.errors import KernelError
 
-STOCHASTIC = [kind for kind in KERNELS if kind != "ode"]
+FLOW = [kind for kind in KERNELS if kind != "ddim"]
+STOCHASTIC = [kind for kind in FLOW if kind != "ode"]
 ETA = {"ode": 0.0, "dance_sde": 0.3, "flow_sde": 0.7, "cps": 0.8, "precise": 1.5, "dance_precise": 0.3}
 
 # x = .5, v = -.3, sigma .75 -> .6, x_next = .4: noise_coef, std, mean, logp, d mean / d v
@@ -25,7 +26,7 @@ ORACLE = {
 
 
 def table_of(kind: str, sigmas: torch.Tensor, eta: float | None = None):
-    return step_table(kind, ETA[kind] if eta is None else eta, sigmas, sigmas[:-1] * 1000)
+    return step_table(kind, ETA[kind] if eta is None else eta, flow_schedule(sigmas, sigmas[:-1] * 1000))
 
 
 def scalar_step(kind: str, dtype: torch.dtype = torch.float64):
@@ -46,7 +47,7 @@ def test_scalar_oracle(kind):
     assert moved.logp.item() == pytest.approx(logp, abs=1e-6)
     moved.mean.sum().backward()
     assert v.grad.item() == pytest.approx(jacobian, abs=1e-6)
-    assert table.jacobian()[0].item() == pytest.approx(jacobian, abs=1e-6)
+    assert table.mean_v[0].item() == pytest.approx(jacobian, abs=1e-6)
 
 
 def test_ode_has_no_density():
@@ -96,7 +97,7 @@ def test_std_along_the_schedule(kind):
 @pytest.mark.parametrize("kind", TOTAL_NOISE)
 def test_total_noise_along_the_schedule(kind):
     table = table_of(kind, shifted_sigmas(10, 3.0))
-    kept = table.correction + table.sigma_next
+    kept = table.mean_x - 1 + table.sigma_next
     total = ((kept**2 + table.std**2).sqrt() / table.sigma_next)[:-1].tolist()
     for measured, expected in zip(total, TOTAL_NOISE[kind], strict=True):
         assert expected is None or measured == pytest.approx(expected, abs=5.1e-4)
@@ -137,13 +138,13 @@ def test_t1_euler_maruyama_closed_forms(kind):
         torch.testing.assert_close(moved.mean, closed, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KERNELS)
+@pytest.mark.parametrize("kind", FLOW)
 def test_t2_eta_zero_is_euler_bit_for_bit(kind):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(10)
-    table = step_table(kind, 0.0, scheduler.sigmas, scheduler.timesteps)
+    table = step_table(kind, 0.0, flow_schedule(scheduler.sigmas, scheduler.timesteps))
     x = theirs = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(1))
     for s, t in enumerate(scheduler.timesteps):
         v = torch.randn(x.shape, generator=torch.Generator().manual_seed(s))
@@ -166,7 +167,7 @@ def marginal_std(kind: str, eta: float, steps: int = 400, flip: bool = False) ->
         total = (1 - s) ** 2 * s0**2 + s**2
         # v(x) = E[noise - x0 | x] is linear in x: v = slope (x - (1 - s) m) - m
         slope = (s - (1 - s) * s0**2) / total
-        correction = float(table.correction[i]) * (-1 if flip else 1)
+        correction = float(table.mean_x[i] - 1) * (-1 if flip else 1)
         delta = s - float(sigmas[i + 1])
         a = 1 - delta * slope + correction * (1 + (1 - s) * slope)
         b = (-delta + correction * (1 - s)) * (-slope * (1 - s) * m - m)
@@ -204,11 +205,11 @@ def test_t5_log_prob_and_its_gradient(kind, reduction):
     reference = torch.distributions.Normal(moved.mean, std.expand_as(moved.mean)).log_prob(x_next).flatten(1)
     torch.testing.assert_close(moved.logp, reference.mean(1) if reduction == "mean" else reference.sum(1))
     moved.logp.sum().backward()
-    expected = (x_next - moved.mean) / std**2 * table.jacobian()[step].reshape(-1, 1, 1)
+    expected = (x_next - moved.mean) / std**2 * table.mean_v[step].reshape(-1, 1, 1)
     torch.testing.assert_close(v.grad, (expected / (8 if reduction == "mean" else 1)).detach())
 
 
-@pytest.mark.parametrize("kind", KERNELS)
+@pytest.mark.parametrize("kind", FLOW)
 def test_t6_the_last_step_decodes_x0_and_ignores_noise(kind):
     table = table_of(kind, shifted_sigmas(8, 3.0))
     x, v = torch.randn(2, 3), torch.randn(2, 3)
@@ -237,10 +238,10 @@ def test_bad_input_is_named():
         coefficients("dance_sd", 0.5, 0.4, 0.3)
     with pytest.raises(KernelError, match="must descend"):
         coefficients("dance_sde", 0.4, 0.5, 0.3)
-    with pytest.raises(KernelError, match="negative"):
+    with pytest.raises(KernelError, match="out of range"):
         coefficients("dance_sde", 0.5, 0.4, -0.3)
     with pytest.raises(KernelError, match="end at sigma = 0"):
-        step_table("ode", 0.0, sigmas[:-1], sigmas[:-2])
+        flow_schedule(sigmas[:-1], sigmas[:-2])
     with pytest.raises(KernelError, match="float32"):
         transition(x.bfloat16(), x.bfloat16(), table, 0, noise=x)
     with pytest.raises(KernelError, match="lost precision"):
@@ -251,3 +252,104 @@ def test_bad_input_is_named():
         transition(x, x, table, 0, noise=x, x_next=x)
     with pytest.raises(KernelError, match="reduction"):
         gaussian_logp(x, x, torch.ones(1), "max")
+
+
+def vp_schedule(prediction: str, steps: int = 8):
+    alpha_bar = torch.linspace(0.02, 0.999, steps + 1, dtype=torch.float64)
+    return Schedule(alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), torch.arange(steps, 0, -1).float(), prediction)
+
+
+def test_t4_ddim_oracle_is_the_ddpm_posterior():
+    """alpha-bar .5 -> .6, eta 1, x .5, predicted noise .2, worked against the posterior of the forward process."""
+    alpha_bar = torch.tensor([0.5, 0.6, 1.0], dtype=torch.float64)
+    schedule = Schedule(alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), torch.tensor([2.0, 1.0]), "epsilon")
+    table = step_table("ddim", 1.0, schedule)
+    moved = transition(
+        torch.full((1, 1), 0.5, dtype=torch.float64),
+        torch.full((1, 1), 0.2, dtype=torch.float64),
+        table,
+        0,
+        noise=torch.zeros(1, 1),
+    )
+    assert (moved.std.item(), moved.x0_hat.item(), moved.mean.item()) == pytest.approx(
+        (0.3651484, 0.5071068, 0.4960828), abs=1e-6
+    )
+    a, a2 = 0.5, 0.6
+    beta = 1 - a / a2
+    posterior = (a2**0.5 * beta * moved.x0_hat.item() + (a / a2) ** 0.5 * (1 - a2) * 0.5) / (1 - a)
+    assert moved.mean.item() == pytest.approx(posterior, abs=1e-9)
+    assert moved.std.item() ** 2 == pytest.approx((1 - a2) / (1 - a) * beta, abs=1e-12)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_t4_ddim_equals_diffusers(eta, prediction):
+    from diffusers import DDIMScheduler
+
+    from align.diffusion.schedules import ddim_schedule
+
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction,
+    )
+    scheduler.set_timesteps(10)
+    table = step_table("ddim", eta, ddim_schedule(scheduler, 10))
+    assert table.timestep.tolist() == scheduler.timesteps.tolist()
+    x = theirs = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(1))
+    for s, t in enumerate(scheduler.timesteps):
+        v, noise = (torch.randn(x.shape, generator=torch.Generator().manual_seed(10 * s + k)) for k in (0, 1))
+        last = s == 9
+        x = transition(theirs, v, table, s, noise=noise).x_next
+        theirs = scheduler.step(
+            v, t, theirs, eta=0.0 if last else eta, variance_noise=None if last else noise, return_dict=False
+        )[0]
+        torch.testing.assert_close(x, theirs, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_t4_the_prediction_types_describe_one_transition(prediction):
+    """A v-prediction model that says the same of x0 and noise as an epsilon model takes the same step."""
+    schedule = vp_schedule(prediction)
+    table = step_table("ddim", 0.7, schedule)
+    x0, noise = torch.randn(8, 3, dtype=torch.float64), torch.randn(8, 3, dtype=torch.float64)
+    alpha, sigma = schedule.alpha[:8, None], schedule.sigma[:8, None]
+    x = alpha * x0 + sigma * noise
+    output = noise if prediction == "epsilon" else alpha * noise - sigma * x0
+    moved = transition(x, output, table, torch.arange(8), noise=torch.zeros_like(x))
+    torch.testing.assert_close(moved.x0_hat, x0)
+    kept = (schedule.sigma[1:, None] ** 2 - moved.std[:, None] ** 2).clamp(min=0).sqrt()
+    torch.testing.assert_close(moved.mean, schedule.alpha[1:, None] * x0 + kept * noise)
+
+
+def test_t4_ddim_keeps_the_marginal_and_its_gradient_is_mean_v():
+    table = step_table("ddim", 1.0, vp_schedule("epsilon"))
+    x, x_next = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    v = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    step = torch.tensor([0, 3, 6])
+    moved = transition(x, v, table, step, x_next=x_next, reduction="mean")
+    moved.logp.sum().backward()
+    torch.testing.assert_close(
+        v.grad, ((x_next - moved.mean) / table.std[step, None] ** 2 * table.mean_v[step, None] / 5).detach()
+    )
+    assert table.std[-1] == 0 and 7 not in table.stochastic_steps
+
+
+def test_kernels_know_their_path():
+    with pytest.raises(KernelError, match="Set sampler.kernel to ddim"):
+        step_table("dance_sde", 0.3, vp_schedule("epsilon"))
+    sigmas = shifted_sigmas(4, 1.0)
+    with pytest.raises(KernelError, match="flow kernel"):
+        step_table("ddim", 1.0, flow_schedule(sigmas, sigmas[:-1]))
+    with pytest.raises(KernelError, match="eta is out of range"):
+        coefficients("ddim", 0.5, 0.4, 1.5)
+    with pytest.raises(KernelError, match="v_prediction"):
+        step_table(
+            "ddim",
+            1.0,
+            Schedule(torch.tensor([0.0, 0.5, 1.0]), torch.tensor([1.0, 0.5, 0.0]), torch.tensor([1.0, 0.0]), "epsilon"),
+        )

@@ -31,7 +31,7 @@ def load(folder, **options):
 
 
 def table_for(policy, kind="dance_sde", eta=0.3, steps=6, shift=None):
-    return step_table(kind, eta, *policy.family.schedule(steps, shift, policy.family.latent_shape(None, None)))
+    return step_table(kind, eta, policy.family.schedule(steps, shift, policy.family.latent_shape(None, None)))
 
 
 def roll(policy, table, batch=None, **options):
@@ -136,7 +136,7 @@ def with_swapped_guidance(policy, rollout):
 
 def with_sigma_off_by_one(policy, rollout):
     table = rollout.table
-    moved = {n: getattr(table, n).roll(1) for n in ("sigma", "sigma_next", "correction", "std")}
+    moved = {n: getattr(table, n).roll(1) for n in ("mean_x", "mean_v", "x0_x", "x0_v", "std")}
     return dataclasses.replace(rollout, table=dataclasses.replace(table, **moved)), policy, lambda: None
 
 

@@ -14,6 +14,8 @@ from align.registry import Registry
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from align.diffusion.schedules import Schedule
+
 Conditioning = dict[str, "Tensor"]
 """What the denoiser is conditioned on, by name, batch first."""
 
@@ -38,8 +40,8 @@ class Family(Protocol):
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, ...]:
         """Return the shape of one latent, the pipeline's default size where None."""
 
-    def schedule(self, solver_steps: int, shift: float | None, latent_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Return `(sigmas [S + 1], timesteps [S])`."""
+    def schedule(self, solver_steps: int, shift: float | None, latent_shape: tuple[int, ...]) -> Schedule:
+        """Return the levels and timesteps of S solver steps."""
 
     def predict(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the velocity at latents `x` `[B, ...]` and timesteps `[B]`."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from align.diffusion.families import Conditioning
-from align.diffusion.schedules import flow_match_schedule
+from align.diffusion.schedules import Schedule, flow_match_schedule
 from align.errors import ModelError
 
 if TYPE_CHECKING:
@@ -69,8 +69,8 @@ class SD3:
             )
         return (self.denoiser.config.in_channels, height // factor, width // factor)
 
-    def schedule(self, solver_steps: int, shift: float | None, latent_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Return the pipeline's `(sigmas, timesteps)`, or DanceGRPO's at an explicit shift."""
+    def schedule(self, solver_steps: int, shift: float | None, latent_shape: tuple[int, ...]) -> Schedule:
+        """Return the pipeline's schedule, or DanceGRPO's at an explicit shift."""
         scheduler, mu = self.pipeline.scheduler, None
         if shift is None and scheduler.config.get("use_dynamic_shifting"):
             from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
