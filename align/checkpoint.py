@@ -157,19 +157,3 @@ def load_latest(root: str | Path) -> Checkpoint | None:
     """Read the checkpoint with the highest step number, None where there is none."""
     found = checkpoints(root)
     return load(found[max(found)]) if found else None
-
-
-def pack_optimizer(optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split `torch.optim.Optimizer` state into named tensors and JSON."""
-    state = optimizer.state_dict()
-    tensors = {f"{i}.{key}": value for i, slots in state["state"].items() for key, value in slots.items()}
-    return tensors, {"param_groups": state["param_groups"]}
-
-
-def unpack_optimizer(optimizer: Any, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Load what `pack_optimizer` returned."""
-    slots: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        index, _, key = name.partition(".")
-        slots.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": slots, "param_groups": state["param_groups"]})

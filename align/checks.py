@@ -61,23 +61,29 @@ def trained_step_count(solver_steps: int, fraction: float, rule: str) -> int:
 def feq_ledger(config: DanceGRPOConfig, k: float | None = None) -> dict[str, float | int]:
     """Return the cost of one training sample in denoiser forwards without guidance (F_eq).
 
-    `F_eq = c T_rollout + c W k`, with W trained steps; c = 2 with guidance on both branches, else 1;
-    k, the cost of one trained step, is 3 for full fine-tuning, 2 for LoRA, and 1 more with gradient
-    checkpointing.
+    `F_eq = c T + s W (b k + n)`, with T solver steps, W trained steps, and s the share of the samples that best-of-N
+    trains on; c = 2 with guidance, else 1. A trained step has b branches with gradient (2 for both_branches), each
+    worth k = 3 for full fine-tuning, 2 for LoRA, and 1 more with gradient checkpointing; and n forwards
+    without gradient: one of a detached branch, and c of the reference with kl_weight.
 
     Returns:
         feq_per_sample, rollout_forwards, train_forwards (forward evaluations of the denoiser in each
-        phase, per sample), trained_steps, solver_steps, updates_per_step, samples_per_step, k, c.
+        phase, per sample; the second with gradient), free_forwards (without), trained_steps, solver_steps,
+        updates_per_step, samples_per_step, k, c.
     """
-    c = 2 if config.sampler.guidance == "both_branches" else 1
+    guidance = config.sampler.guidance
+    c, branches = (1 if guidance == "off" else 2), (2 if guidance == "both_branches" else 1)
+    share = min(config.advantage.best_of or config.group_size, config.group_size) / config.group_size
     steps = config.sampler.solver_steps
     trained = trained_step_count(steps, config.trained_steps.fraction, config.trained_steps.rule)
     if k is None:
         k = (3 if config.model.train == "full" else 2) + int(config.model.gradient_checkpointing)
+    without = (c - branches) + (c if config.objective.kl_weight else 0)
     return {
-        "feq_per_sample": c * steps + c * trained * k,
+        "feq_per_sample": c * steps + share * trained * (branches * k + without),
         "rollout_forwards": c * steps,
-        "train_forwards": c * trained,
+        "train_forwards": share * trained * branches,
+        "free_forwards": share * trained * without,
         "trained_steps": trained,
         "solver_steps": steps,
         "updates_per_step": config.updates_per_step,
@@ -88,8 +94,10 @@ def feq_ledger(config: DanceGRPOConfig, k: float | None = None) -> dict[str, flo
 
 
 def clip_nats(config: DanceGRPOConfig, latent_dim: int) -> float:
-    """Return `objective.clip_range` in nats of the whole latent: times `latent_dim` for a mean log-prob."""
-    return config.objective.clip_range * (latent_dim if config.objective.logprob_reduction == "mean" else 1)
+    """Return `objective.clip_range` in nats of the whole latent: times `latent_dim` for a ratio of mean log-probs."""
+    objective = config.objective
+    of_mean = objective.logprob_reduction == "mean" and objective.clip_unit == "ratio"
+    return objective.clip_range * (latent_dim if of_mean else 1)
 
 
 def check_config(
@@ -190,7 +198,7 @@ def _training(config: DanceGRPOConfig) -> list[Finding]:
             f"into {config.updates_per_step} equal updates",
             f"Set updates_per_step: {divisors[0]}, or change prompts_per_step or group_size", "updates_per_step",
         ))  # fmt: skip
-    if config.prompts_per_step < 16 and config.model.path not in BUILTIN:
+    if config.prompts_per_step < 16 and not _builtin(config.model.path):
         found.append(Finding(
             "warning", "few_prompts", f"{config.prompts_per_step} prompts a step make noisy updates of a large model",
             "Use 32 prompts or more; 16 is the least that worked", "prompts_per_step",
@@ -277,6 +285,10 @@ def _evaluation(config: DanceGRPOConfig) -> list[Finding]:
     return found
 
 
+def _builtin(model: str) -> bool:
+    return model.partition("/")[0] in BUILTIN
+
+
 def _reward_names(config: DanceGRPOConfig, known: Collection[str]) -> list[Finding]:
     listed = [
         (f"{part}.{i}.name", r.name)
@@ -308,7 +320,7 @@ def _files(config: DanceGRPOConfig) -> list[Finding]:
                 "Remove them, unless their images or metadata differ", key,
             ))  # fmt: skip
     model = config.model.path
-    if model not in BUILTIN and not (Path(model) / "model_index.json").is_file():
+    if not _builtin(model) and not (Path(model) / "model_index.json").is_file():
         found.append(Finding(
             "error", "model", f"{model!r} is no diffusers pipeline folder: it has no model_index.json",
             "Give a folder written by save_pretrained, or 'digits' for the embedded model", "model.path",

@@ -112,12 +112,57 @@ def _train(options: argparse.Namespace) -> int:
     if options.dry_run:
         described = {**describe_config(config, findings), "out": str(out)}
         return _give(options, described, f"{_config_text(described)}\nwould train into {out}")
-    for finding in findings:
+    if options.launch:
+        switches = [name for name in ("overwrite", "fork") if getattr(options, name)]
+        again = ["train", options.config, *options.overrides, *seed, "--out", str(out), *(f"--{s}" for s in switches)]
+        return _launch(options, again, out)
+    for finding in findings if _leads() else ():
         if finding.level == "warning":
             sys.stderr.write(f"align: Warning: {finding.message}. {finding.do}.\n")
     from trainers import DanceGRPO
 
-    return _finished(options, DanceGRPO(config, out=out, overwrite=options.overwrite).train())
+    trainer = DanceGRPO(config, out=out, overwrite=options.overwrite, fork=options.fork, deepspeed=options.deepspeed)
+    return _finished(options, trainer.train())
+
+
+def _launch(options: argparse.Namespace, arguments: list[str], out: Path) -> int:
+    """Run `align <arguments>` in several processes, and say what happened to them."""
+    import subprocess
+
+    from align.checkpoint import checkpoints
+    from align.launch import launch_command, shown
+
+    if options.launch == "deepspeed":
+        arguments = [*arguments, "--deepspeed", options.deepspeed or "zero2"]
+    elif options.deepspeed:
+        raise ConfigError("ZeRO needs DeepSpeed's launcher", where="--deepspeed", do="Add --launch deepspeed")
+    if options.json is not None:
+        arguments = [*arguments, "--json", options.json]
+    command, environment = launch_command(options.launch, options.nproc, arguments)
+    sys.stderr.write(f"align: {shown(command, environment)}\n")
+    code = subprocess.run(command, env={**os.environ, **environment}, check=False).returncode
+    if code == 0:
+        return 0
+    saved = max(checkpoints(out / "checkpoints"), default=None)
+    status = _status(out)
+    if status == "stopped":
+        return INTERRUPTED
+    raise AlignError(
+        "A process of the run ended early", where=f"{options.launch}, exit code {code}",
+        why="what it said stands above",
+        do="Nothing was saved yet; start again" if saved is None
+        else f"The checkpoint of step {saved} is whole; the same command resumes from it",
+    )  # fmt: skip
+
+
+def _status(out: Path) -> str:
+    record = out / "run.json"
+    return str(json.loads(record.read_text(encoding="utf-8")).get("status")) if record.is_file() else ""
+
+
+def _leads() -> bool:
+    """Whether this process speaks for all that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _resume(options: argparse.Namespace) -> int:
@@ -125,14 +170,20 @@ def _resume(options: argparse.Namespace) -> int:
     if options.dry_run:
         plan = {"directory": str(options.run_folder), "steps": config.steps}
         return _give(options, plan, f"would resume {options.run_folder} up to step {config.steps}")
+    if options.launch:
+        return _launch(options, ["resume", str(options.run_folder)], options.run_folder)
     from trainers import DanceGRPO
 
-    return _finished(options, DanceGRPO.resume(options.run_folder).train())
+    return _finished(options, DanceGRPO.resume(options.run_folder, deepspeed=options.deepspeed).train())
 
 
 def _finished(options: argparse.Namespace, result: Any) -> int:
+    from align.launch import leave_world
     from align.reports.training import write_report
 
+    leave_world()
+    if not _leads():
+        return INTERRUPTED if result.status == "stopped" else 0
     report = write_report(result.directory)
     found = {
         "directory": str(result.directory),
@@ -329,10 +380,11 @@ def _config_text(found: dict[str, Any]) -> str:
     )
     if found["clip_nats"] is not None:
         clip += f"; {found['clip_nats']:.3g} nats over {found['latent_dim']} dimensions"
+    cost = "{feq_per_sample:g} F_eq a sample = {rollout_forwards} + {train_forwards:g} x {k:g}".format(**ledger)
     rows = [
         ("run", f"{found['name']}: {found['steps']} steps of {ledger['samples_per_step']} samples"),
         ("updates", f"{ledger['updates_per_step']} of each rollout"),
-        ("cost", "{feq_per_sample:g} F_eq a sample = {rollout_forwards} + {train_forwards} x {k:g}".format(**ledger)),
+        ("cost", cost + (f" + {ledger['free_forwards']:g}" if ledger["free_forwards"] else "")),
         ("trains", f"{ledger['trained_steps']} of {ledger['solver_steps']} solver steps"),
         ("clip", clip),
     ]  # fmt: skip
@@ -369,6 +421,16 @@ def _add_out(parser: _Arguments, what: str) -> None:
 
 def _add_seed(parser: _Arguments) -> None:
     parser.add_argument("--seed", type=_whole, metavar="N", help="seed of every random draw (default: the config's)")
+
+
+def _add_launch(parser: _Arguments) -> None:
+    parser.add_argument(
+        "--launch", metavar="LAUNCHER", help="start several processes with deepspeed or torchrun; prints the command"
+    )
+    parser.add_argument("--nproc", type=_positive, default=2, metavar="N", help="how many processes (default: 2)")
+    parser.add_argument(
+        "--deepspeed", metavar="NAME", help="under the deepspeed launcher: zero1, zero2 or a JSON file (default: zero2)"
+    )
 
 
 def _add_overrides(parser: _Arguments) -> None:
@@ -409,6 +471,10 @@ def _train_arguments(parser: _Arguments) -> None:
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, or a recipe that `align configs list` shows")
     _add_overrides(parser)
     parser.add_argument("--overwrite", action="store_true", help="start again, replacing the run in the folder")
+    parser.add_argument(
+        "--fork", action="store_true", help="go on with the run in the folder under this, changed, configuration"
+    )
+    _add_launch(parser)
     _add_out(parser, "the run folder (default: runs/NAME); an unfinished run there is resumed")
     _add_seed(parser)
     _add_dry_run(parser)
@@ -416,6 +482,11 @@ def _train_arguments(parser: _Arguments) -> None:
 
 
 def _resume_arguments(parser: _Arguments) -> None:
+    _add_launch(parser)
+    _report_arguments(parser)
+
+
+def _report_arguments(parser: _Arguments) -> None:
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="a run folder")
     _add_dry_run(parser)
     _add_json(parser)
@@ -489,7 +560,7 @@ _VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int], Callable[[_Arg
     "train": (
         "align a model, as a config says", _train, _train_arguments,
         ("align train digits/dance_grpo", "align train my.yaml steps=100 optimizer.lr=5e-4 --out runs/slow",
-         "align train digits/smoke --dry-run"),
+         "align train my.yaml --launch deepspeed --nproc 2", "align train digits/smoke --dry-run"),
     ),
     "resume": (
         "go on with an unfinished run", _resume, _resume_arguments, ("align resume runs/digits",),
@@ -510,7 +581,7 @@ _VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int], Callable[[_Arg
     ),
     "report": (
         "write a run's report.html again", _report,
-        _resume_arguments, ("align report runs/digits",),
+        _report_arguments, ("align report runs/digits",),
     ),
     "configs": (
         "list, show and copy the recipes", _configs, _configs_arguments,

@@ -97,8 +97,8 @@ class PromptsConfig(_Section):
 class SamplerConfig(_Section):
     """How rollouts are sampled: replay uses the same kernel on the same trajectory."""
 
-    kernel: Literal["ode", "dance_sde", "flow_sde", "cps", "precise", "dance_precise"] = Field(
-        default="dance_sde", description="Transition kernel of a solver step."
+    kernel: Literal["ode", "dance_sde", "flow_sde", "cps", "precise", "dance_precise", "ddim"] = Field(
+        default="dance_sde", description="Transition kernel of a solver step: ddim for diffusion, the others for flows."
     )
     eta: Float = Field(default=0.3, ge=0, description="Amount of noise the kernel injects, without unit; 0 is the ODE.")
     solver_steps: Int = Field(default=16, ge=1, description="Solver steps of a rollout.")
@@ -108,8 +108,9 @@ class SamplerConfig(_Section):
     guidance_scale: Float = Field(
         default=1.0, ge=0, description="Scale of classifier-free guidance in rollouts; 1 is none."
     )
-    guidance: Annotated[Literal["off", "both_branches"], BeforeValidator(_word)] = Field(
-        default="off", description="Sample without guidance, or with it and gradients through both branches."
+    guidance: Annotated[Literal["off", "both_branches", "uncond_detached"], BeforeValidator(_word)] = Field(
+        default="off",
+        description="Sample without guidance, or with it and gradients through both branches or the prompted one only.",
     )
     initial_noise: Literal["group", "rank", "none"] = Field(
         default="group",
@@ -139,6 +140,24 @@ class ObjectiveConfig(_Section):
         gt=0,
         description="Ratios are clipped to 1 +- clip_range; in nats per latent dimension with a mean log-prob.",
     )
+    clip_range_high: Float | None = Field(
+        default=None, gt=0, description="How far ratios may rise, when that differs from how far they may fall."
+    )
+    clip_unit: Literal["ratio", "nats"] = Field(
+        default="ratio",
+        description="Clip ranges bound the ratio as it is, or the log-prob of the whole latent in nats at any size.",
+    )
+    clip_share_target: Float | None = Field(
+        default=None, gt=0, lt=1,
+        description="Adapt the clip ranges from step to step until this share of terms is clipped; null keeps them.",
+    )  # fmt: skip
+    kl_weight: Float = Field(
+        default=0.0, ge=0, description="Weight of the distance to the model before training; 0 is none."
+    )
+    kl_form: Literal["velocity", "gaussian"] = Field(
+        default="velocity",
+        description="Distance: mean square of the change of the model's output, or the KL of the sampling step.",
+    )
     logprob_reduction: Literal["mean", "sum"] = Field(
         default="mean",
         description="Reduce the log-prob over latent dimensions by mean (DanceGRPO) or by sum (a true density).",
@@ -163,6 +182,12 @@ class AdvantageConfig(_Section):
     clip: Float | None = Field(
         default=5.0, gt=0, description="Largest absolute advantage, in standard deviations; null is none."
     )
+    best_of: Int | None = Field(
+        default=None, ge=2, description="Train on this many of each group, its best and worst halves; null is all."
+    )
+    recentre: Bool = Field(
+        default=False, description="Subtract the mean advantage of what best_of keeps, so that a group adds up to 0."
+    )
 
 
 class RewardConfig(_Section):
@@ -186,6 +211,10 @@ class OptimizerConfig(_Section):
     max_grad_norm: Float | None = Field(
         default=1.0, gt=0, description="Largest gradient norm of an update; null does not clip."
     )
+    ema_decay: Float | None = Field(
+        default=None, gt=0, lt=1,
+        description="Deliver a running average of the weights with this decay a training step; null the last weights.",
+    )  # fmt: skip
 
 
 class EvaluationConfig(_Section):

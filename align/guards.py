@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,45 +32,48 @@ def require_finite(value: torch.Tensor, what: str, where: str) -> None:
         )
 
 
-def gradient_norm(parameters: Iterable[torch.nn.Parameter], where: str) -> torch.Tensor:
-    """Return the global gradient L2 norm.
+def require_gradient(norm: torch.Tensor, loss_check: torch.Tensor, where: str, *, expected: bool = True) -> None:
+    """Refuse an update whose losses or gradient are not finite, or that has no gradient although one is expected.
+
+    Args:
+        norm: global gradient L2 norm.
+        loss_check: 0 times every loss, summed over tiles and processes: not a number when one was not finite.
+        expected: False where all terms may have been clipped, which leaves a gradient of 0.
 
     Raises:
-        GuardError: a gradient that is not finite, or no gradient at all.
+        GuardError: on every process alike, before the optimizer.
     """
-    import torch
-
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if not gradients:
-        raise GuardError("No trained weight received a gradient", where=where, why="the loss does not depend on them")
-    norm = torch.nn.utils.get_total_norm(gradients)
+    require_finite(loss_check, "The loss", where)
     require_finite(norm, "The gradient norm", where)
-    return norm
+    if expected and float(norm) == 0:
+        raise GuardError("No trained weight received a gradient", where=where, why="the loss does not depend on them")
 
 
-def require_first_ratio(
-    logp: torch.Tensor, logp_old: torch.Tensor, std: torch.Tensor, tolerance: float, where: str
-) -> float:
-    """Check that replay reproduces the rollout before any update; return max |ratio - 1|.
+def first_ratio_errors(logp: torch.Tensor, logp_old: torch.Tensor, std: torch.Tensor) -> tuple[float, float]:
+    """Return how far the first ratios are from 1: `(scaled |log ratio|, |ratio - 1|)`, the largest of each.
 
     Replaying in other batch shapes moves float32 latents by a rounding step, which a step of tiny std
-    magnifies: below a std of .05 the tolerance grows as .05 / std.
-
-    Raises:
-        GuardError: |log ratio| beyond the tolerance anywhere, or not a number.
+    magnifies: below a std of .05 the scaled error shrinks as std / .05.
     """
     error = (logp - logp_old).detach().double()
     scaled = error.abs() * (std.to(error) / 0.05).clamp(max=1.0)
-    worst = float(error.abs().max())
-    if not float(scaled.max()) <= tolerance:
+    return float(scaled.max()), float(error.expm1().abs().max())
+
+
+def require_first_ratio(scaled: float, worst: float, tolerance: float, where: str) -> None:
+    """Check that replay reproduced the rollout before any update; see `first_ratio_errors`.
+
+    Raises:
+        GuardError: beyond the tolerance anywhere, or not a number.
+    """
+    if not scaled <= tolerance or not math.isfinite(worst):
         raise GuardError(
             "The first ratio is not 1",
             where=where,
-            why=f"before any update |log ratio| reaches {worst:.2e}, and at most {tolerance:.0e} is rounding",
+            why=f"before any update |ratio - 1| reaches {worst:.2e}, and at most {tolerance:.0e} is rounding",
             do="Rollout and replay differ: look for dropout, another autocast, a guidance order, a noise level off by "
             "one, or latents stored below float32",
         )
-    return float(error.expm1().abs().max())
 
 
 def require_valid_share(valid: int, total: int, least: float, where: str, example: str) -> None:

@@ -44,6 +44,16 @@ def read_recipe(name: str) -> str:
     return recipes[name].read_text(encoding="utf-8")
 
 
+def list_engines() -> list[str]:
+    """Return the names of the DeepSpeed settings that ship."""
+    return sorted(file.name.removesuffix(".json") for file in (files("configs") / "deepspeed").iterdir())
+
+
+def read_engine(name: str) -> str:
+    """Return the JSON text of the DeepSpeed settings `name`."""
+    return (files("configs") / "deepspeed" / f"{name}.json").read_text(encoding="utf-8")
+
+
 def copy_recipe(name: str, destination: str | Path, *, overwrite: bool = False) -> Path:
     """Copy the recipe `name` to `destination` (a folder keeps the recipe's file name) and return the file.
 

@@ -4,12 +4,16 @@ with Run(config, directory, parameters) as run:
     for step in run.steps():            # resumes by itself
         ...
         run.backward(loss, weight=share)
-        run.update(stats)               # guards, clip, optimizer
+        run.update()                    # exchange, guards, clip, optimizer
+        run.update_average()
         run.commit(step, metrics)       # log, checkpoint, stop flag
+
+Every process of a run does the same; the one of rank 0 writes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -18,32 +22,22 @@ import resource
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from align import checkpoint, guards
-from align.config import DanceGRPOConfig, OptimizerConfig, diff_configs, load_config, save_config
-from align.errors import ConfigError
+from align.averaging import Average
+from align.config import DanceGRPOConfig, diff_configs, load_config, save_config
+from align.engine import Engine, ReplicaEngine
+from align.errors import CheckpointError, ConfigError
+from align.launch import World
 from align.tracking import Progress, RunLog
 from align.types import StepStats
 
 if TYPE_CHECKING:
     import torch
-
-
-def build_optimizer(parameters: Mapping[str, torch.nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Build AdamW over the trained parameters."""
-    import torch
-
-    return torch.optim.AdamW(
-        list(parameters.values()),
-        lr=config.lr,
-        betas=tuple(config.betas),
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-    )
 
 
 def peak_memory_mb() -> float:
@@ -77,36 +71,56 @@ def describe_machine() -> dict[str, dict[str, str]]:
     return {"versions": versions, "machine": machine}
 
 
-def require_directory(directory: Path, config: DanceGRPOConfig, *, overwrite: bool = False) -> None:
+def require_directory(
+    directory: Path, config: DanceGRPOConfig, *, overwrite: bool = False, fork: bool = False
+) -> list[tuple[str, Any, Any]]:
     """Refuse a folder that cannot become this run's own; write nothing.
+
+    Returns:
+        With `fork`, what differs from the configuration of the run that is there: (key, old, new).
 
     Raises:
         ConfigError: a non-empty folder that is not a run, or a run of another configuration.
     """
     if not directory.is_dir() or not any(directory.iterdir()):
-        return
+        return []
     if not (directory / "config.yaml").is_file():
         raise ConfigError("The folder is not empty and is not a run", where=str(directory), do="Choose another --out")
     if overwrite:
-        return
+        return []
     changed = diff_configs(load_config(directory / "config.yaml"), config)
-    if changed:
+    if changed and not fork:
         raise ConfigError(
             "This folder holds a run of another configuration",
             where=str(directory),
             why="; ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in changed[:6]),
-            do="Use the same configuration to resume it, another --out, or --overwrite to start again",
+            do="Use the same configuration to resume it, --fork to go on with this one from its last checkpoint, "
+            "another --out, or --overwrite to start again",
         )
+    return changed
 
 
-def claim_directory(directory: Path, config: DanceGRPOConfig, *, overwrite: bool = False) -> None:
-    """Make `directory` this run's own, replacing an earlier run with `overwrite`, and keep the configuration there."""
-    require_directory(directory, config, overwrite=overwrite)
+def claim_directory(
+    directory: Path, config: DanceGRPOConfig, *, overwrite: bool = False, fork: bool = False
+) -> list[tuple[str, Any, Any]]:
+    """Make `directory` this run's own and keep the configuration there.
+
+    An earlier run is replaced with `overwrite`. With `fork` it goes on under the new configuration; the one it
+    had is kept as `config.until_<step>.yaml`, and what differs is returned.
+    """
+    changed = require_directory(directory, config, overwrite=overwrite, fork=fork)
     if overwrite and directory.is_dir():
         shutil.rmtree(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    if not (directory / "config.yaml").is_file():
-        save_config(config, directory / "config.yaml")
+    path = directory / "config.yaml"
+    if changed:
+        last = max(checkpoint.checkpoints(directory / "checkpoints"), default=0)
+        path.replace(directory / f"config.until_{last:06d}.yaml")
+    if not path.is_file():
+        fresh = path.with_suffix(".writing")
+        save_config(config, fresh)
+        fresh.replace(path)
+    return changed
 
 
 class Run:
@@ -117,6 +131,9 @@ class Run:
         directory: claimed by `claim_directory`.
         parameters: the trained weights by name; saved in every checkpoint and restored from the last.
         record: what `run.json` says besides: rewards, ledger, model.
+        world: the processes of the run.
+        engine: carries the updates out; one that replicates the weights when None.
+        changed: what a fork changed, to be noted in the log.
     """
 
     def __init__(
@@ -125,18 +142,28 @@ class Run:
         directory: str | Path,
         parameters: Mapping[str, torch.nn.Parameter],
         record: Mapping[str, Any] | None = None,
+        *,
+        world: World = World(),
+        engine: Engine | None = None,
+        changed: Sequence[tuple[str, Any, Any]] = (),
     ) -> None:
-        self.config, self.directory = config, Path(directory)
+        self.config, self.directory, self.world = config, Path(directory), world
         self.parameters = dict(parameters)
-        self.optimizer = build_optimizer(self.parameters, config.optimizer)
-        self.log = RunLog(self.directory, tensorboard=config.tracking.tensorboard)
+        self.engine = engine or ReplicaEngine(self.parameters, config.optimizer, world)
+        decay = config.optimizer.ema_decay
+        self.average = None if decay is None else Average(self.parameters, decay)
+        self.log = RunLog(self.directory, tensorboard=config.tracking.tensorboard, silent=not world.leads)
         self.stopping = ""
+        self._signal = ""
+        self._loss_check: torch.Tensor | None = None
         self.counters: dict[str, float] = {}
         self.step = 0
         self._grad_norms: list[float] = []
         self._optimizer_seconds = 0.0
         self._handlers: dict[int, Any] = {}
         self._restore()
+        for key, old, new in changed:
+            self.log.warn(self.step, "note", "fork", f"from here on {key} is {new!r}; it was {old!r}")
         self._started = time.perf_counter()
         self._elapsed = (self.counters.get("seconds", 0.0), self.counters.get("cpu_seconds", 0.0))
         self._mark = (self._started, time.process_time())
@@ -150,6 +177,8 @@ class Run:
             "finished": None,
             "status": "running",
             "steps_planned": config.steps,
+            "engine": self.engine.name,
+            "processes": world.size,
             **(record or {}),
             **describe_machine(),
         }
@@ -173,9 +202,14 @@ class Run:
         self.log.close()
 
     def _request_stop(self, number: int, frame: FrameType | None) -> None:
-        if self.stopping:
+        if self._signal:
             raise KeyboardInterrupt
-        self.stopping = signal.Signals(number).name
+        self._signal = signal.Signals(number).name
+
+    def _agree_to_stop(self) -> str:
+        """Stop on all processes when one was asked to."""
+        self.stopping = self.world.first([self._signal])
+        return self.stopping
 
     def _restore(self) -> None:
         import torch
@@ -185,45 +219,67 @@ class Run:
         if found is None:
             return
         self.step, self.counters = found.step, dict(found.state["counters"])
-        missing = set(self.parameters) ^ set(found.tensors["model"])
-        if missing:
-            raise ConfigError(
+        model = found.tensors["model"]
+        alien = sorted(set(self.parameters) ^ set(model)) or [
+            name for name, p in self.parameters.items() if p.shape != model[name].shape
+        ]
+        if alien:
+            raise CheckpointError(
                 "A checkpoint belongs to another model",
                 where=str(self.directory),
-                why=f"weights differ: {sorted(missing)[0]}",
+                why=f"their weights differ, the first of them {alien[0]}",
+                do="Give the configuration it was trained with, or another --out",
             )
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(found.tensors["model"][name])
-        checkpoint.unpack_optimizer(self.optimizer, found.tensors.get("optimizer", {}), found.state["optimizer"])
+                parameter.copy_(model[name])
+        if self.average is not None:  # a fork may turn averaging on: it then starts from the weights as they are
+            values = found.tensors.get("average") or model
+            for name, value in self.average.values.items():
+                value.copy_(values[name])
+        self.engine.load_optimizer_state(found.tensors.get("optimizer", {}))
         torch.set_rng_state(found.tensors["rng"]["torch"])
 
     def steps(self) -> Iterator[int]:
         """Yield the steps still to do, counted from 1, until done or asked to stop."""
         self._mark = (time.perf_counter(), time.process_time())
-        with Progress(self.config.steps, initial=self.step) as self._progress:
-            while self.step < self.config.steps and not self.stopping:
+        with Progress(self.config.steps, initial=self.step, silent=not self.world.leads) as self._progress:
+            while self.step < self.config.steps and not self._agree_to_stop():
                 yield self.step + 1
 
     def backward(self, loss: torch.Tensor, *, weight: float) -> None:
-        """Accumulate the gradient of `weight * loss`; the weights of one update add up to 1."""
-        guards.require_finite(loss, "The loss", f"step {self.step + 1}")
-        (loss * weight).backward()
+        """Accumulate the gradient of `weight * loss`; the weights of one update add up to 1 over all processes."""
+        check = loss.detach() * 0.0
+        self._loss_check = check if self._loss_check is None else self._loss_check + check
+        self.engine.backward(loss * weight)
 
-    def update(self) -> float:
-        """Check and clip the accumulated gradient, take the optimizer step, and return the gradient norm."""
+    def update(self, *, expect_gradient: bool = True) -> float:
+        """Add up the gradient over processes, check and clip it, take the optimizer step, return its norm.
+
+        Every process must call it, also one without a loss of its own.
+        """
         import torch
 
         began = time.perf_counter()
-        parameters = list(self.parameters.values())
-        norm = guards.gradient_norm(parameters, f"step {self.step + 1}")
-        if self.config.optimizer.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optimizer.max_grad_norm, norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        norm = self.engine.reduce()
+        check = torch.zeros_like(norm) if self._loss_check is None else self._loss_check.to(norm)
+        self._loss_check = None
+        guards.require_gradient(norm, self.world.add(check), f"step {self.step + 1}", expected=expect_gradient)
+        self.engine.step(norm)
         self._grad_norms.append(float(norm))
         self._optimizer_seconds += time.perf_counter() - began
         return float(norm)
+
+    def update_average(self) -> None:
+        """Take the weights into their running average, where there is one: once a step, after its updates."""
+        if self.average is not None:
+            self.average.update()
+
+    @contextlib.contextmanager
+    def delivered(self) -> Iterator[None]:
+        """Have the weights that are delivered in the model within the block: the average, where there is one."""
+        with self.average.applied() if self.average is not None else contextlib.nullcontext():
+            yield
 
     def count(self, **amounts: float) -> None:
         """Add to the run's cumulative counters, which survive a resume."""
@@ -231,7 +287,7 @@ class Run:
             self.counters[name] = self.counters.get(name, 0.0) + amount
 
     def commit(self, step: int, metrics: Mapping[str, float], stats: StepStats) -> None:
-        """Log the step, and checkpoint when it is due, last, or a stop was asked for."""
+        """Log the step, and checkpoint when it is due, last, or a stop was asked for. Every process must call it."""
         now, cpu = time.perf_counter(), time.process_time()
         row = {
             "step": step,
@@ -239,7 +295,7 @@ class Run:
             "cpu_seconds": cpu - self._mark[1],
             "seconds_total": self.seconds(),
             "cpu_seconds_total": self.cpu_seconds(),
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self.config.optimizer.lr,
             "grad_norm": sum(self._grad_norms) / max(1, len(self._grad_norms)),
             "updates": len(self._grad_norms),
             "first_ratio_error": stats.first_ratio_error,
@@ -259,21 +315,29 @@ class Run:
         self.log.metrics(row)
         self._progress.update(row)
         every = self.config.checkpoint.every
-        if self.stopping or step == self.config.steps or (every and step % every == 0):
+        if self._agree_to_stop() or step == self.config.steps or (every and step % every == 0):
             self.save()
 
-    def save(self) -> Path:
-        """Write the checkpoint of the current step."""
+    def save(self) -> None:
+        """Write the checkpoint of the current step. Every process must call it; it is the same for any number."""
         import torch
 
-        slots, optimizer = checkpoint.pack_optimizer(self.optimizer)
-        return checkpoint.save(
-            self.directory / "checkpoints",
-            self.step,
-            {"model": self.parameters, "optimizer": slots, "rng": {"torch": torch.get_rng_state()}},
-            {"optimizer": optimizer, "counters": self.counters, "config": self.config.model_dump(mode="json")},
-            keep=self.config.checkpoint.keep,
-        )
+        tensors = {
+            "model": self.parameters,
+            "optimizer": self.engine.optimizer_state(),
+            "rng": {"torch": torch.get_rng_state()},
+        }
+        if self.average is not None:
+            tensors["average"] = self.average.values
+        if self.world.leads:
+            checkpoint.save(
+                self.directory / "checkpoints",
+                self.step,
+                tensors,
+                {"counters": self.counters, "config": self.config.model_dump(mode="json")},
+                keep=self.config.checkpoint.keep,
+            )
+        self.world.wait()
 
     def seconds(self) -> float:
         """Return the wall-clock seconds of this run so far, over all its sittings."""

@@ -33,15 +33,16 @@ class RunLog:
     Args:
         directory: the run folder; made when missing.
         tensorboard: mirror the numbers of `metrics` and `evaluation` to `directory/tensorboard`.
+        silent: write nothing; for the processes of a run that do not lead it.
 
     Raises:
         ConfigError: TensorBoard was asked for and is not installed.
     """
 
-    def __init__(self, directory: str | Path, *, tensorboard: bool = False) -> None:
-        self.directory = Path(directory)
+    def __init__(self, directory: str | Path, *, tensorboard: bool = False, silent: bool = False) -> None:
+        self.directory, self.silent = Path(directory), silent
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._writer_type = _tensorboard_writer() if tensorboard else None
+        self._writer_type = _tensorboard_writer() if tensorboard and not silent else None
         self._writer: Any = None
 
     def metrics(self, row: Mapping[str, Any]) -> None:
@@ -67,6 +68,8 @@ class RunLog:
 
     def write_run(self, record: Mapping[str, Any]) -> None:
         """Replace run.json as a whole."""
+        if self.silent:
+            return
         text = json.dumps(_clean(record, "run.json"), indent=1, allow_nan=False, ensure_ascii=False)
         _replace(self.directory / "run.json", text + "\n")
 
@@ -82,7 +85,7 @@ class RunLog:
         Raises:
             DataError: a line that is not an object with a step, anywhere but at the end.
         """
-        for name in ("metrics.jsonl", "evaluation.jsonl", "warnings.jsonl"):
+        for name in () if self.silent else ("metrics.jsonl", "evaluation.jsonl", "warnings.jsonl"):
             path = self.directory / name
             if not path.is_file():
                 continue
@@ -113,6 +116,8 @@ class RunLog:
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         if not isinstance(row.get("step"), int):
             raise DataError("A logged row needs its step", where=name, why=f"found {row.get('step')!r}")
+        if self.silent:
+            return
         line = json.dumps(_clean(row, name), allow_nan=False, ensure_ascii=False) + "\n"
         with (self.directory / name).open("a+b") as file:
             _drop_torn_tail(file)
@@ -327,10 +332,11 @@ class Progress:
         total: steps of the whole run.
         initial: steps already done when this sitting began.
         stream: where to write, stderr when None.
+        silent: write nothing.
     """
 
-    def __init__(self, total: int, *, initial: int = 0, stream: TextIO | None = None) -> None:
-        self.total, self.initial = total, initial
+    def __init__(self, total: int, *, initial: int = 0, stream: TextIO | None = None, silent: bool = False) -> None:
+        self.total, self.initial, self.silent = total, initial, silent
         self.stream = sys.stderr if stream is None else stream
         self._live = self.stream.isatty()
         self._open = False
@@ -350,6 +356,8 @@ class Progress:
 
     def update(self, row: Mapping[str, Any]) -> None:
         """Show the metrics of a finished step; what a row does not hold is left out."""
+        if self.silent:
+            return
         step = int(row["step"])
         seconds = (time.perf_counter() - self._began) / max(1, step - self.initial)
         line = progress_line(row, self.total, seconds)

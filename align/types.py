@@ -116,6 +116,20 @@ class Scores:
         return self.values[:, self.names.index(name)]
 
 
+def stack_scores(parts: Sequence[Scores]) -> Scores:
+    """Put the scores of several parts of a batch one below the other, `[sum B, K]`. Extras stay with their part."""
+    import numpy as np
+
+    if len(parts) == 1:
+        return parts[0]
+    return Scores(
+        values=np.concatenate([p.values for p in parts]),
+        valid=np.concatenate([p.valid for p in parts]),
+        names=parts[0].names,
+        errors=tuple(message for p in parts for message in p.errors),
+    )
+
+
 def join_scores(parts: Sequence[Scores]) -> Scores:
     """Put the components of several rewards on the same B samples side by side, `[B, sum K]`."""
     import numpy as np
@@ -135,7 +149,8 @@ def join_scores(parts: Sequence[Scores]) -> Scores:
 class Advantages:
     """Advantages of P groups of G members, `[P, G]`, with what was dropped and why.
 
-    `values` is 0 wherever `kept` is False: a dropped member moves nothing.
+    `values` is 0 wherever `kept` is False: a dropped member moves nothing. `unselected` counts the members
+    that best-of-N left out.
     """
 
     values: np.ndarray
@@ -143,6 +158,7 @@ class Advantages:
     zero_std_groups: int = 0
     invalid_members: int = 0
     dropped_groups: int = 0
+    unselected: int = 0
     raw_std: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -150,7 +166,8 @@ class Advantages:
 class StepStats:
     """Sums over the trained (sample, solver step) terms of one training step; `mean(name)` divides by `count`.
 
-    `first_ratio_error` is max |ratio - 1| over the terms replayed before the first update.
+    `first_ratio_error` is max |ratio - 1| over the terms replayed before the first update, and
+    `first_ratio_scaled` the error its guard looks at.
     """
 
     count: int = 0
@@ -158,8 +175,11 @@ class StepStats:
     minima: dict[str, float] = field(default_factory=dict)
     maxima: dict[str, float] = field(default_factory=dict)
     first_ratio_error: float = 0.0
+    first_ratio_scaled: float = 0.0
 
-    def add(self, count: int, *, sums: Mapping[str, float], extremes: Mapping[str, tuple[float, float]] = {}) -> None:
+    def add(
+        self, count: int, *, sums: Mapping[str, float] = {}, extremes: Mapping[str, tuple[float, float]] = {}
+    ) -> None:
         """Add `count` terms: their sums, and the (min, max) of each quantity in `extremes`."""
         self.count += count
         for name, value in sums.items():
@@ -171,3 +191,22 @@ class StepStats:
     def mean(self, name: str) -> float:
         """Return the mean of `name` over the terms seen so far, NaN when there were none."""
         return self.sums[name] / self.count if self.count and name in self.sums else float("nan")
+
+
+def merge_stats(parts: Sequence[StepStats]) -> StepStats:
+    """Add up the statistics of one step over processes."""
+    whole = StepStats()
+    for part in parts:
+        whole.add(part.count, sums=part.sums)
+        for name, value in part.minima.items():
+            whole.minima[name] = min(whole.minima.get(name, value), value)
+        for name, value in part.maxima.items():
+            whole.maxima[name] = max(whole.maxima.get(name, value), value)
+        whole.first_ratio_error = max_or_nan(whole.first_ratio_error, part.first_ratio_error)
+        whole.first_ratio_scaled = max_or_nan(whole.first_ratio_scaled, part.first_ratio_scaled)
+    return whole
+
+
+def max_or_nan(a: float, b: float) -> float:
+    """Return the larger number, NaN when one of them is: `max` would drop it."""
+    return a if a != a else b if b != b else max(a, b)

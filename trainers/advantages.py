@@ -8,6 +8,8 @@ The only place advantages are made. With r a reward of one component and valid m
 
 Several components: each is normalised by itself, then `A = sum_k w_k A_k`, then one clip to
 `+-clip`. Rewards are never summed before normalising: a component with large units would own the sum.
+
+Best-of-N comes last: statistics are those of the whole group, of which only the extremes are trained on.
 """
 
 from __future__ import annotations
@@ -62,6 +64,8 @@ def group_advantages(
     eps: float = 1e-8,
     scope: str = "group",
     clip: float | None = 5.0,
+    best_of: int | None = None,
+    recentre: bool = False,
 ) -> Advantages:
     """Turn the scores of B = P G samples (member fastest) into advantages `[P, G]`.
 
@@ -72,6 +76,8 @@ def group_advantages(
         weights: one a component, in the order of `scores.names`.
         clip: bound on |A| after the weighted sum, None for none. It can bind only below the largest
             possible value, (G - 1) / sqrt(G) for ddof 1 and sqrt(G - 1) for ddof 0, times the weights.
+        best_of: keep this many members of each group, see `extremes`; None keeps all.
+        recentre: subtract the mean advantage of the members kept, group by group.
 
     Raises:
         ConfigError: B not a multiple of G, G below 2, or a weight missing.
@@ -100,11 +106,34 @@ def group_advantages(
     if clip is not None:
         total = np.clip(total, -clip, clip)
     some = kept.any(1)
+    chosen = kept if best_of is None else extremes(total, kept, best_of)
+    if recentre:
+        mean = np.nan_to_num(masked_mean(total, chosen, axis=1))[:, None]
+        total = np.where((total != 0).any(1, keepdims=True), total - mean, 0.0)
     return Advantages(
-        values=np.where(kept, total, 0.0),
-        kept=kept,
+        values=np.where(chosen, total, 0.0),
+        kept=chosen,
         zero_std_groups=int((flat & some).sum()),
         invalid_members=int((~scores.valid.any(1)).sum()),
         dropped_groups=int((~some).sum()),
+        unselected=int((kept & ~chosen).sum()),
         raw_std=raw_std,
     )
+
+
+def extremes(advantages: np.ndarray, kept: np.ndarray, count: int) -> np.ndarray:
+    """Return which members of each group `[P, G]` are its `count` extremes: the best half and the worst half.
+
+    An odd count takes one more of the best. Ties go to the earlier member among the best and to the later
+    one among the worst, so that no member is taken twice. A group with no more than `count` members kept
+    keeps them all.
+
+    Source: DanceGRPO (arXiv 2505.07818), best-of-N: the top and bottom 8 of a larger pool.
+    """
+    chosen = np.zeros_like(kept)
+    for p, row in enumerate(kept):
+        members = np.flatnonzero(row)
+        order = members[np.argsort(-advantages[p, members], kind="stable")]
+        best, worst = (count + 1) // 2, count // 2
+        chosen[p, order if len(order) <= count else np.r_[order[:best], order[len(order) - worst :]]] = True
+    return chosen

@@ -3,17 +3,22 @@
 Where this differs from the paper
 1. The log-probability is that of the true Gaussian step, with its own std. The paper's formula is the
    same; several released implementations are not.
-2. The objective has no KL term, as in the paper's experiments (its eq. 6 allows one).
+2. The objective has no KL term by default, as in the paper's experiments. `objective.kl_weight` adds the
+   distance to the model before training, by default that of the model's output, which no sampler enters.
 3. The last solver step is deterministic, is never trained, and its x0 estimate is what gets decoded.
 4. `log p_old` is the number the rollout stored. It is never recomputed, and the first update of every
    rollout is refused unless the ratio is 1.
 5. Samples of one rollout are shuffled across prompts before they are split into updates.
 6. A reward that fails is missing: its sample leaves the group's statistics and the loss.
-7. Evaluation samples with the ODE, on held-out prompts, with a reward that is never trained on.
+7. Best-of-N picks within each group, not within whatever stands on one process.
+8. Samples whose advantage is 0 (a group of equals) are counted in the loss but not replayed: they move nothing.
+9. Evaluation samples with the ODE, on held-out prompts, with a reward that is never trained on, and measures
+   the weights that are delivered: the running average, where there is one.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Mapping
@@ -25,20 +30,22 @@ import numpy as np
 import torch
 
 from align import guards
-from align.checks import feq_ledger, require_valid, trained_step_count
+from align.checks import clip_nats, feq_ledger, require_valid, trained_step_count
 from align.config import DanceGRPOConfig, load_config
 from align.diffusion.kernels import StepTable, step_table
-from align.diffusion.rollout import Rollout, replay, sample, tiles
+from align.diffusion.rollout import Replayed, Rollout, Tile, reference_output, replay, sample, tiles
 from align.diffusion.schedules import trained_subset
+from align.engine import DeepSpeedEngine
 from align.errors import ConfigError
 from align.groupstats import bootstrap_mean
+from align.launch import join_world
 from align.run import Run, claim_directory, require_directory
 from align.seeding import permutation
-from align.types import Advantages, Scores, StepStats
+from align.types import Advantages, Scores, StepStats, max_or_nan, merge_stats, stack_scores
 from rewards.panel import Panel
 from trainers.advantages import group_advantages
 from trainers.evaluation import load_policy, resolve_prompts
-from trainers.objectives import grpo_clip
+from trainers.objectives import Terms, adapt_clip, clip_bounds, gaussian_kl, grpo_clip, velocity_distance
 from trainers.receipt import Receipt
 
 
@@ -58,7 +65,11 @@ class DanceGRPO:
         config: a `DanceGRPOConfig`, or a recipe name, a path or a mapping for `load_config`.
         out: the run folder, `runs/<name>` when None. An unfinished run there is resumed.
         overwrite: start again, replacing a run that is there.
+        fork: go on with a run that is there under a changed configuration.
         rewards: a panel to train on in place of the configuration's.
+        deepspeed: name or file of DeepSpeed settings, to train under ZeRO; see `align.engine`.
+
+    Started by `torchrun` or `deepspeed`, every process builds one of these and does its share.
     """
 
     def __init__(
@@ -67,12 +78,18 @@ class DanceGRPO:
         *,
         out: str | Path | None = None,
         overwrite: bool = False,
+        fork: bool = False,
         rewards: Panel | None = None,
+        deepspeed: str | None = None,
     ) -> None:
         self.config = config if isinstance(config, DanceGRPOConfig) else load_config(config)
         require_valid(self.config)
+        self.world, self.deepspeed = join_world(), deepspeed
         self.directory = Path(out or Path("runs") / self.config.name)
-        require_directory(self.directory, self.config, overwrite=overwrite)
+        if self.world.leads:
+            require_directory(self.directory, self.config, overwrite=overwrite, fork=fork)
+        else:
+            self.world.wait()  # what the first process builds and caches, the others find
         self.prompts, self.heldout_prompts = resolve_prompts(self.config)
         self.rewards = rewards or Panel.build(self.config.rewards)
         self.heldout = Panel.build(self.config.heldout_rewards)
@@ -84,10 +101,14 @@ class DanceGRPO:
             sampler.eta,
             self.policy.family.schedule(sampler.solver_steps, sampler.shift, self.latent_shape),
         )
-        claim_directory(self.directory, self.config, overwrite=overwrite)
+        self._changed = []
+        if self.world.leads:
+            self._changed = claim_directory(self.directory, self.config, overwrite=overwrite, fork=fork)
+            self.world.wait()
+        self.world.wait()
 
     @classmethod
-    def resume(cls, directory: str | Path) -> DanceGRPO:
+    def resume(cls, directory: str | Path, *, deepspeed: str | None = None) -> DanceGRPO:
         """Open an earlier run to go on where it stopped.
 
         Raises:
@@ -96,13 +117,15 @@ class DanceGRPO:
         config = Path(directory) / "config.yaml"
         if not config.is_file():
             raise ConfigError("There is no run to resume", where=str(directory), why="it has no config.yaml")
-        return cls(load_config(config), out=directory)
+        return cls(load_config(config), out=directory, deepspeed=deepspeed)
 
     def train(self) -> RunResult:
         """Train to the configured number of steps, or until asked to stop."""
         config, policy, rewards = self.config, self.policy, self.rewards
         policy.encodings.add(self.prompts)
-        with Run(config, self.directory, policy.trainable(), self._record()) as run:
+        if config.objective.kl_weight:
+            policy.keep_reference()
+        with self.open_run() as run:
             receipt = Receipt(run, policy, list(self.heldout_prompts), {"reward": rewards, "heldout": self.heldout})
             receipt.before()
             for step in run.steps():
@@ -119,72 +142,110 @@ class DanceGRPO:
                     noise_scope=config.sampler.initial_noise,
                     batch=config.batch.rollout,
                     reduction=config.objective.logprob_reduction,
+                    world=self.world,
                 )
                 clock.lap("time/rollout", less=("time/decode", rollout.decode_seconds))
-                scores = rewards.score(rollout.samples)
-                valid = scores.valid.any(1)
-                guards.require_valid_share(
-                    int(valid.sum()),
-                    len(valid),
-                    config.objective.min_valid_share,
-                    f"step {step}",
-                    next(filter(None, scores.errors), ""),
-                )
+                scores = stack_scores(self.world.gather(rewards.score(rollout.samples)))
+                self._require_sound(rollout, scores, step)
                 advantages = group_advantages(
                     scores, config.group_size, rewards.weights, **config.advantage.model_dump()
                 )
                 clock.lap("time/reward")
                 stats = self.learn(run, rollout, advantages, step)
+                run.update_average()
                 clock.lap("time/train")
-                run.commit(
-                    step, {**self._metrics(scores, advantages, run), **receipt.during(step), **clock.laps}, stats
-                )
+                metrics = {**self._metrics(scores, advantages, run), **self._clip_metrics(run, stats)}
+                run.commit(step, {**metrics, **receipt.during(step), **clock.laps}, stats)
             return self._finish(run, receipt)
 
+    def open_run(self) -> Run:
+        """Return the run in this trainer's folder, resumed where there is a checkpoint."""
+        parameters, engine = self.policy.trainable(), None
+        if self.deepspeed is not None:
+            engine = DeepSpeedEngine(
+                self.policy.family.denoiser, parameters, self.config.optimizer, self.world, self.deepspeed
+            )
+        return Run(
+            self.config, self.directory, parameters, self._record(),
+            world=self.world, engine=engine, changed=self._changed,
+        )  # fmt: skip
+
     def learn(self, run: Run, rollout: Rollout, advantages: Advantages, step: int) -> StepStats:
-        """Take the updates of one rollout: disjoint minibatches of samples, each replayed in tiles."""
+        """Take the updates of one rollout: disjoint minibatches of samples, each replayed in tiles.
+
+        Every process knows all minibatches and replays those of their samples that it holds.
+        """
         config, stats = self.config, StepStats()
-        reduction = config.objective.logprob_reduction
         count = trained_step_count(
             config.sampler.solver_steps, config.trained_steps.fraction, config.trained_steps.rule
         )
-        steps = self.table.stochastic_steps
         values = torch.as_tensor(advantages.values.reshape(-1))
         kept = np.flatnonzero(advantages.kept.reshape(-1))
         order = kept[permutation(len(kept), config.seed, step, "minibatches")]
-        nats = math.prod(self.latent_shape) if reduction == "sum" else 1
-        tolerance = guards.FIRST_RATIO_TOLERANCE[config.model.dtype] * nats
+        size = config.batch.tile or len(rollout.prompts)
+        bounds = self.clip_bounds(run)
         for update, rows in enumerate(np.array_split(order, config.updates_per_step)):
-            if not len(rows):
-                continue
-            chosen = [trained_subset(steps, count, config.seed, step, int(r), "trained") for r in rows]
-            for tile in tiles(rollout, rows.tolist(), chosen, values, config.batch.tile or len(rollout)):
-                logp = replay(self.policy, tile, self.table, reduction)
-                if update == 0:
-                    error = guards.require_first_ratio(
-                        logp, tile.logp, self.table.std[tile.step], tolerance, f"step {step}"
-                    )
-                    stats.first_ratio_error = max(stats.first_ratio_error, error)
-                terms = grpo_clip(
-                    logp,
-                    tile.logp,
-                    tile.advantage,
-                    clip_low=config.objective.clip_range,
-                    clip_high=config.objective.clip_range,
-                )
-                run.backward(terms.loss.mean(), weight=tile.share)
-                ratio = terms.stats["ratio"]
-                stats.add(
-                    len(ratio),
-                    sums={
-                        "loss": float(terms.loss.detach().sum()),
-                        "ratio_mean": float(ratio.sum()),
-                        **{n: float(v.sum()) for n, v in terms.stats.items() if n != "ratio"},
-                    },
-                    extremes={"ratio": (float(ratio.min()), float(ratio.max()))},
-                )
-            run.update()
-        return stats
+            moving = rows if config.objective.kl_weight else rows[values.numpy()[rows] != 0]
+            if not len(moving):
+                continue  # nothing was learnt from these samples
+            mine = [int(r) for r in moving if r in rollout.rows]
+            chosen = [trained_subset(self.table.stochastic_steps, count, config.seed, step, r, "trained") for r in mine]
+            for tile in tiles(rollout, mine, chosen, values, size, total=len(rows) * count):
+                replayed = replay(self.policy, tile, self.table, config.objective.logprob_reduction)
+                terms = grpo_clip(replayed.logp, tile.logp, tile.advantage, clip_low=bounds[0], clip_high=bounds[1])
+                loss = terms.loss.mean()
+                if config.objective.kl_weight:
+                    distance = self._distance(replayed, tile)
+                    loss = loss + config.objective.kl_weight * distance.mean()
+                    stats.add(0, sums={"kl_reference": float(distance.detach().sum())})
+                run.backward(loss, weight=tile.share)
+                self._count(stats, terms, replayed, tile, first=update == 0)
+            if update == 0:
+                self._require_first_ratio(stats, step)
+            run.update(expect_gradient=update == 0)
+        return merge_stats(self.world.gather(stats))
+
+    def _distance(self, replayed: Replayed, tile: Tile) -> torch.Tensor:
+        """How far each term's model output is from the model before training."""
+        reference = reference_output(self.policy, tile, self.table)
+        if self.config.objective.kl_form == "velocity":
+            return velocity_distance(replayed.output, reference)
+        mean_v, std = (getattr(self.table, n)[tile.step].to(reference.device) for n in ("mean_v", "std"))
+        return gaussian_kl(replayed.output, reference, mean_v, std)
+
+    def _count(self, stats: StepStats, terms: Terms, replayed: Replayed, tile: Tile, *, first: bool) -> None:
+        if first:
+            scaled, worst = guards.first_ratio_errors(replayed.logp, tile.logp, self.table.std[tile.step])
+            stats.first_ratio_scaled = max_or_nan(stats.first_ratio_scaled, scaled)
+            stats.first_ratio_error = max_or_nan(stats.first_ratio_error, worst)
+        ratio = terms.stats["ratio"]
+        sums = {n: float(v.sum()) for n, v in terms.stats.items() if n != "ratio"}
+        sums |= {"loss": float(terms.loss.detach().sum()), "ratio_mean": float(ratio.sum())}
+        stats.add(len(ratio), sums=sums, extremes={"ratio": (float(ratio.min()), float(ratio.max()))})
+
+    def _require_first_ratio(self, stats: StepStats, step: int) -> None:
+        """Stop all processes when the first ratio is not 1 on one of them."""
+        config = self.config
+        nats = math.prod(self.latent_shape) if config.objective.logprob_reduction == "sum" else 1
+        found = self.world.gather((stats.first_ratio_scaled, stats.first_ratio_error))
+        scaled, worst = (functools.reduce(max_or_nan, column) for column in zip(*found, strict=True))
+        guards.require_first_ratio(
+            scaled, worst, guards.FIRST_RATIO_TOLERANCE[config.model.dtype] * nats, f"step {step}"
+        )
+
+    def _require_sound(self, rollout: Rollout, scores: Scores, step: int) -> None:
+        """Stop all processes before training on a rollout that is not finite, or of which too few were scored."""
+        trajectory = rollout.x.isfinite().all() & rollout.logp[:, self.table.stochastic_steps].isfinite().all()
+        found = torch.tensor(0.0 if bool(trajectory) else float("nan"), device=rollout.x.device)
+        guards.require_finite(self.world.add(found), "The rollout", f"step {step}")
+        valid = scores.valid.any(1)
+        guards.require_valid_share(
+            int(valid.sum()),
+            len(valid),
+            self.config.objective.min_valid_share,
+            f"step {step}",
+            next(filter(None, scores.errors), ""),
+        )
 
     def _metrics(self, scores: Scores, advantages: Advantages, run: Run) -> dict[str, float]:
         config = self.config
@@ -203,17 +264,40 @@ class DanceGRPO:
             "zero_std_groups": advantages.zero_std_groups,
             "invalid_members": advantages.invalid_members,
             "dropped_groups": advantages.dropped_groups,
+            "unselected": advantages.unselected,
             "feq": len(total) * ledger["feq_per_sample"],
             "feq_total": run.counters["feq"],
             "feq_per_sample": ledger["feq_per_sample"],
         }
 
+    def clip_bounds(self, run: Run) -> tuple[float, float]:
+        """Return how far ratios may fall and rise in the step at hand."""
+        objective = self.config.objective
+        return clip_bounds(
+            objective.clip_range, objective.clip_range_high, unit=objective.clip_unit,
+            reduction=objective.logprob_reduction, dim=math.prod(self.latent_shape),
+            scale=run.counters.get("clip_scale", 1.0),
+        )  # fmt: skip
+
+    def _clip_metrics(self, run: Run, stats: StepStats) -> dict[str, float]:
+        """What the clip was in this step; adapts it for the next one where that is asked for."""
+        low, high = self.clip_bounds(run)
+        dim = math.prod(self.latent_shape) if self.config.objective.logprob_reduction == "mean" else 1
+        target = self.config.objective.clip_share_target
+        if target is not None:
+            clipped = stats.mean("clip_share_low") + stats.mean("clip_share_high")
+            run.counters["clip_scale"] = adapt_clip(run.counters.get("clip_scale", 1.0), clipped, target)
+        return {"clip_low": low, "clip_high": high, "clip_nats": high * dim}
+
     def ledger(self) -> dict[str, float]:
         """Return what one sample costs in denoiser forwards, and the clip range in nats."""
         dim = math.prod(self.latent_shape)
-        clip = self.config.objective.clip_range
-        nats = clip * dim if self.config.objective.logprob_reduction == "mean" else clip
-        return {**feq_ledger(self.config), "latent_dim": dim, "clip_range": clip, "clip_nats": nats}
+        return {
+            **feq_ledger(self.config),
+            "latent_dim": dim,
+            "clip_range": self.config.objective.clip_range,
+            "clip_nats": clip_nats(self.config, dim),
+        }
 
     def _record(self) -> dict[str, Any]:
         trainable = sum(p.numel() for p in self.policy.trainable().values())
@@ -232,7 +316,7 @@ class DanceGRPO:
         }
 
     def _finish(self, run: Run, receipt: Receipt) -> RunResult:
-        if run.stopping:
+        if run.stopping and run.step < self.config.steps:
             run.finish("stopped")
             return RunResult(self.directory, "stopped", {})
         summary = receipt.after()

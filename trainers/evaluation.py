@@ -23,6 +23,7 @@ from align.diffusion.policy import Policy, resolve_model
 from align.diffusion.rollout import decode, initial_noise, solve
 from align.errors import CheckpointError, ConfigError
 from align.groupstats import Estimate, bootstrap_mean
+from align.launch import World
 from align.prompts import PromptSet, load_prompts, training_and_heldout
 from align.types import Samples
 from rewards.panel import Panel
@@ -52,7 +53,7 @@ def generate(
     for start in range(0, len(flat), batch):
         rows = range(start, min(start + batch, len(flat)))
         noise = torch.cat(
-            [initial_noise(shape, 1, 1, "none", seed, "evaluation", prompts[r // members], r % members) for r in rows]
+            [initial_noise(shape, [0], 1, "none", seed, "evaluation", prompts[r // members], r % members) for r in rows]
         )
         x0, _, _ = solve(policy, noise, [flat[r] for r in rows], table)
         images.append(decode(policy, x0))
@@ -64,11 +65,16 @@ def diversity(images: torch.Tensor, prompts: Sequence[str]) -> float:
 
     Prompts with one image say nothing and are left out; NaN when none is left.
     """
+    variances = _variances(images, prompts)
+    return math.sqrt(sum(variances) / len(variances)) if variances else float("nan")
+
+
+def _variances(images: torch.Tensor, prompts: Sequence[str]) -> list[float]:
+    """Pixel variance over the members of each prompt, averaged over pixels."""
     groups: dict[str, list[int]] = {}
     for i, prompt in enumerate(prompts):
         groups.setdefault(prompt, []).append(i)
-    variances = [images[rows].double().var(0, unbiased=True).mean() for rows in groups.values() if len(rows) > 1]
-    return float(torch.stack(variances).mean().sqrt()) if variances else float("nan")
+    return [float(images[rows].double().var(0, unbiased=True).mean()) for rows in groups.values() if len(rows) > 1]
 
 
 @dataclass(frozen=True)
@@ -103,14 +109,44 @@ class Measurement:
 
 
 def measure(
-    policy: Policy, prompts: Sequence[str], members: int, panels: Mapping[str, Panel], **sampler: Any
+    policy: Policy,
+    prompts: Sequence[str],
+    members: int,
+    panels: Mapping[str, Panel],
+    *,
+    world: World = World(),
+    **sampler: Any,
 ) -> Measurement:
-    """Generate `members` images a prompt and score them with every panel.
+    """Generate `members` images a prompt and score them with every panel; each process takes its share of prompts.
 
     Values are named "<panel>" for the panel's weighted sum and "<panel>/<component>"; extras, such as
     the accuracy of a classifier reward, keep their own name.
     """
     began = time.perf_counter()
+    own = [prompts[i] for i in world.share(len(prompts))]
+    parts = [part for part in world.gather(_measure_share(policy, own, members, panels, sampler)) if part]
+
+    def stacked(key: str) -> dict[str, np.ndarray]:
+        return {name: np.concatenate([part[key][name] for part in parts]) for name in parts[0][key]}
+
+    flat = [p for p in prompts for _ in range(members)]
+    variances = [v for part in parts for v in part["variances"]]
+    return Measurement(
+        prompts=flat,
+        members=[i % members for i in range(len(flat))],
+        values=stacked("values"),
+        diversity=math.sqrt(sum(variances) / len(variances)) if variances else float("nan"),
+        seconds=time.perf_counter() - began,
+        extras=stacked("extras"),
+    )
+
+
+def _measure_share(
+    policy: Policy, prompts: Sequence[str], members: int, panels: Mapping[str, Panel], sampler: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What one process measured; nothing where it has no prompt."""
+    if not prompts:
+        return {}
     samples = generate(policy, prompts, members, **sampler)
     values, extras = {}, {}
     for panel_name, panel in panels.items():
@@ -124,14 +160,7 @@ def measure(
                 if np.shape(v) == (len(samples),)
             }
         )
-    return Measurement(
-        prompts=list(samples.prompts),
-        members=[i % members for i in range(len(samples))],
-        values=values,
-        diversity=diversity(samples.images, samples.prompts),
-        seconds=time.perf_counter() - began,
-        extras=extras,
-    )
+    return {"values": values, "extras": extras, "variances": _variances(samples.images, samples.prompts)}
 
 
 def members_for(samples: int, prompts: int) -> int:
@@ -178,9 +207,10 @@ def open_source(source: str | Path, *, guidance_scale: float | None = None) -> S
     if found is None:
         raise CheckpointError("The run has no checkpoint yet", where=str(run), do="Let it reach checkpoint.every steps")
     policy = load_policy(config)
+    delivered = found.tensors.get("average") or found.tensors["model"]
     with torch.no_grad():
         for name, parameter in policy.trainable().items():
-            parameter.copy_(found.tensors["model"][name])
+            parameter.copy_(delivered[name])
     scale = guidance_scale if guidance_scale is not None else config.evaluation.guidance_scale
     return Source(policy.with_guidance(scale), config, f"{run} at step {found.step}")
 

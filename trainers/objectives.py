@@ -1,4 +1,9 @@
-"""Objectives as pure functions: log-probabilities and advantages in, one loss per term and its statistics out."""
+"""Objectives as pure functions: log-probabilities and advantages in, one loss per term and its statistics out.
+
+How the clip range is meant. With a mean log-prob, `rho = (p_new / p_old)^(1 / dim)`, so a range of 1e-4
+allows `1e-4 dim` nats of the whole latent: 1.6 for a 512-pixel Stable Diffusion image, 90 for a video.
+`clip_bounds` gives the same bound in nats to every size.
+"""
 
 from __future__ import annotations
 
@@ -54,3 +59,56 @@ def grpo_clip(logp: Tensor, logp_old: Tensor, advantage: Tensor, *, clip_low: fl
             "approx_kl": (ratio - 1) - log_ratio,
         }
     return Terms(loss, stats)
+
+
+def clip_bounds(
+    low: float, high: float | None, *, unit: str, reduction: str, dim: int, scale: float = 1.0
+) -> tuple[float, float]:
+    """Return `(clip_low, clip_high)` for ratios of the given log-prob reduction.
+
+    Args:
+        low, high: the configured ranges; `high` None means the same as `low`.
+        unit: "ratio" leaves them as they are; "nats" takes them as nats of the whole latent.
+        reduction: "mean" or "sum", of the log-prob over `dim` latent entries.
+        scale: factor of an adaptive clip.
+
+    Raises:
+        ConfigError: an unknown unit.
+    """
+    if unit not in ("ratio", "nats"):
+        raise ConfigError(f"Unknown clip unit {unit!r}", do="Choose ratio or nats")
+    factor = scale / dim if unit == "nats" and reduction == "mean" else scale
+    return min(low * factor, 0.999), (low if high is None else high) * factor
+
+
+def adapt_clip(scale: float, clipped: float, target: float) -> float:
+    """Return the next factor of an adaptive clip: 10 % wider while more than `target` of the terms are clipped.
+
+    Bounded to 1e-3 .. 1e3. A share that is not a number (nothing was trained) leaves the factor alone.
+    """
+    if clipped > target:
+        scale *= 1.1
+    elif clipped < target:
+        scale /= 1.1
+    return min(max(scale, 1e-3), 1e3)
+
+
+def velocity_distance(output: Tensor, reference: Tensor) -> Tensor:
+    """Return `mean (v - v_ref)^2` over latent entries, `[N]`: a regulariser that no sampler enters.
+
+    Value and gradient are 0 where the two agree.
+    """
+    return (output - reference).square().flatten(1).mean(1)
+
+
+def gaussian_kl(output: Tensor, reference: Tensor, mean_v: Tensor, std: Tensor) -> Tensor:
+    """Return the KL of the two sampling steps per latent entry, `[N]`.
+
+        KL = (mean - mean_ref)^2 / (2 std^2) = mean_v^2 (v - v_ref)^2 / (2 std^2)
+
+    Args:
+        output, reference: what the two models say, `[N, ...]`.
+        mean_v: d mean / d v of each term's step `[N]`.
+        std: true standard deviation of each term's step `[N]`.
+    """
+    return velocity_distance(output, reference) * (mean_v / std).square().to(output.dtype) / 2

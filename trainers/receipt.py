@@ -53,7 +53,8 @@ class Receipt:
         """Measure the untrained model, unless a resumed run has done so."""
         if self.run.step == 0:
             self._base = self._evaluate(0, self.config.evaluation.final_samples)
-            write_rows(self.base_path, self._base)
+            if self.run.world.leads:
+                write_rows(self.base_path, self._base)
             self._grid(0)
         else:
             self._base = read_rows(self.base_path)
@@ -71,8 +72,13 @@ class Receipt:
         return {**found, "time/log": time.perf_counter() - began}
 
     def after(self) -> dict[str, Any]:
-        """Measure the trained model on the base model's prompts and noises and write `summary.json`."""
+        """Measure the trained model on the base model's prompts and noises and write `summary.json`.
+
+        Every process takes part in measuring; the first one returns the summary.
+        """
         base, final = self._base, self._evaluate(self.config.steps, self.config.evaluation.final_samples)
+        if not self.run.world.leads:
+            return {}
         write_rows(self.run.directory / "evaluations" / f"step_{self.config.steps:06d}.jsonl", final)
         self._watch(self.config.steps, final)
         rows = self.run.log.read_metrics()
@@ -104,7 +110,8 @@ class Receipt:
 
     def _evaluate(self, step: int, samples: int) -> Measurement:
         members = members_for(samples, len(self.prompts))
-        measured = measure(self.policy, self.prompts, members, self.panels, **self._sampler)
+        with self.run.delivered():
+            measured = measure(self.policy, self.prompts, members, self.panels, world=self.run.world, **self._sampler)
         row = {
             "step": step,
             "sampler": f"ode, {self._sampler['solver_steps']} steps",
@@ -125,8 +132,11 @@ class Receipt:
             self.run.log.warn(step, "alarm", "drift", verdict.message)
 
     def _grid(self, step: int) -> None:
+        if not self.run.world.leads:
+            return
         prompts = self.prompts[:GRID_PROMPTS]
-        made = generate(self.policy, prompts, GRID_MEMBERS, **self._sampler)
+        with self.run.delivered():
+            made = generate(self.policy, prompts, GRID_MEMBERS, **self._sampler)
         folder = self.run.directory / "samples"
         folder.mkdir(exist_ok=True)
         save_grid(folder / f"step_{step:06d}.png", made.images, columns=GRID_MEMBERS, labels=prompts)

@@ -1,36 +1,34 @@
-"""The embedded default: a small rectified-flow text-to-image model of handwritten digits, as a real SD3 folder.
+"""The embedded default: small text-to-image models of handwritten digits, as real diffusers folders.
 
-Everything is an ordinary diffusers or transformers component with few weights: an AutoencoderKL trained
-on the generator split, two CLIP text encoders and a T5 encoder that are random and frozen (their
-outputs tell the prompts apart, which is all the transformer needs), and an SD3Transformer2DModel
-trained with the rectified-flow loss
+`build_digits()` is a StableDiffusion3Pipeline, a rectified flow trained with
 
-    || v(x_t, t, prompt) - (noise - x0) ||^2,   x_t = (1 - t) x0 + t noise,   t ~ sigmoid(N(0, 1))
+    || v(x_t, t, prompt) - (noise - x0) ||^2,   x_t = (1 - t) x0 + t noise,   t ~ sigmoid(N(0, .75^2))
 
-It is loaded and run through `families/sd3.py` like any other SD3:
+`build_digits("sd")` is a StableDiffusionPipeline, a variance-preserving diffusion trained with
 
-    StableDiffusion3Pipeline.from_pretrained(build_digits())("a handwritten seven", max_sequence_length=6)
+    || eps(x_t, t, prompt) - noise ||^2,   x_t = alpha_t x0 + sigma_t noise,   t ~ U{0, ..., 999}
+
+and `build_digits("sd-v")` the same with `alpha_t noise - sigma_t x0` in place of the noise. Only the
+autoencoder and the denoiser are trained, on the generator split. They are loaded and run through
+`families/` like any other folder.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from align.diffusion.digits_data import (
-    SIZE,
     WEIGHTS,
-    WORDS,
     build_once,
     cache_directory,
     content_key,
@@ -41,15 +39,15 @@ from align.diffusion.digits_data import (
     parse_prompt,
     prompt_for,
 )
+from align.diffusion.digits_models import TOKENS, digits_sd, digits_sd3
+from align.diffusion.families import FAMILIES, Family
 from align.diffusion.policy import quiet_loading
 from align.errors import ConfigError, ModelError
 from align.registry import suggest
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+    from diffusers import AutoencoderKL
     from tqdm import tqdm
-
-TOKENS = 6  # "a bold handwritten seven" with its begin and end marks
 
 
 @dataclass(frozen=True)
@@ -57,18 +55,20 @@ class DigitsRecipe:
     """How a digits model is built.
 
     Args:
-        width, layers: of the transformer.
-        vae_steps, flow_steps: optimizer steps of the two trainings.
+        kind: "sd3" (rectified flow), or diffusion that predicts "epsilon" or "v_prediction".
+        width, layers: of the denoiser; a UNet has no layers.
+        vae_steps, flow_steps: optimizer steps of the autoencoder and of the denoiser.
         accept: refuse the model unless it passes `acceptance`.
     """
 
+    kind: Literal["sd3", "epsilon", "v_prediction"] = "sd3"
     width: int = 64
     layers: int = 3
-    heads: int = 4
-    vae_steps: int = 200
-    flow_steps: int = 1600
-    batch: int = 64
+    vae_steps: int = 300
+    vae_batch: int = 16
     vae_lr: float = 3e-3
+    flow_steps: int = 2600
+    flow_batch: int = 32
     flow_lr: float = 2e-3
     prompt_drop: float = 0.1
     accept: bool = True
@@ -77,15 +77,19 @@ class DigitsRecipe:
 
 RECIPES = {
     "default": DigitsRecipe(),
-    "smoke": DigitsRecipe(width=32, layers=2, vae_steps=40, flow_steps=120, accept=False),
+    "smoke": DigitsRecipe(width=32, layers=2, vae_steps=120, flow_steps=240, accept=False),
     "random": DigitsRecipe(width=32, layers=2, vae_steps=0, flow_steps=0, accept=False),
+    "sd": DigitsRecipe(kind="epsilon", width=32, flow_steps=1300),
+    "sd-v": DigitsRecipe(kind="v_prediction", width=32, flow_steps=1300),
+    "sd-random": DigitsRecipe(kind="epsilon", width=16, vae_steps=0, flow_steps=0, accept=False),
 }
 
 
 def build_digits(recipe: str = "default", *, progress: bool = True) -> Path:
     """Return the folder of the digits model of a recipe, built on first use and cached by content.
 
-    "default" takes about two CPU-minutes, "smoke" a few seconds, "random" has untrained weights.
+    "default", "sd" and "sd-v" take about two CPU-minutes, "smoke" some seconds; "random" and "sd-random"
+    have untrained weights.
 
     Raises:
         ConfigError: an unknown recipe.
@@ -107,13 +111,18 @@ def _build(config: DigitsRecipe, folder: Path, progress: bool) -> None:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            pipeline = _components(config, folder)
+            pipeline = (
+                digits_sd3(folder, width=config.width, layers=config.layers)
+                if config.kind == "sd3"
+                else digits_sd(folder, width=config.width, prediction=config.kind)
+            )
+            family = FAMILIES.get(type(pipeline).__name__)(pipeline)
             total = config.vae_steps + config.flow_steps
             quiet = {"disable": not (progress and total), "mininterval": 0.2 if sys.stderr.isatty() else 10.0}
             with tqdm(total=total, desc="pretraining digits (once, then cached)", unit="step", **quiet) as bar:
                 error = _train_vae(pipeline.vae, config, bar)
-                _train_flow(pipeline, config, bar)
-            card = {"recipe": asdict(config), "autoencoder_rmse": error, **(_card(pipeline) if config.accept else {})}
+                _train_denoiser(family, config, bar)
+            card = {"recipe": asdict(config), "autoencoder_rmse": error, **(_card(family) if config.accept else {})}
     finally:
         torch.set_num_threads(threads)
     card["cpu_seconds"] = round(time.process_time() - began, 1)
@@ -124,105 +133,28 @@ def _build(config: DigitsRecipe, folder: Path, progress: bool) -> None:
     (folder / "card.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
 
 
-def _components(config: DigitsRecipe, folder: Path) -> StableDiffusion3Pipeline:
-    from diffusers import (
-        AutoencoderKL,
-        FlowMatchEulerDiscreteScheduler,
-        SD3Transformer2DModel,
-        StableDiffusion3Pipeline,
-    )
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
-
-    clip_tokenizer, t5_tokenizer = _clip_tokenizer(folder), _t5_tokenizer()
-    text = CLIPTextConfig(
-        vocab_size=len(clip_tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=TOKENS, projection_dim=32, bos_token_id=clip_tokenizer.bos_token_id,
-        eos_token_id=clip_tokenizer.eos_token_id, pad_token_id=clip_tokenizer.pad_token_id,
-    )  # fmt: skip
-    encoders = [CLIPTextModelWithProjection(text) for _ in range(2)]
-    with torch.no_grad():
-        for encoder in encoders:  # CLIP's own initialisation is so small that all prompts would look alike
-            encoder.text_model.embeddings.token_embedding.weight.normal_()
-            encoder.text_model.embeddings.position_embedding.weight.normal_(std=0.5)
-            encoder.text_projection.weight.normal_(std=32**-0.5)
-    t5 = T5EncoderModel(
-        T5Config(
-            vocab_size=len(t5_tokenizer), d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=2, dropout_rate=0.0
-        )
-    )
-    return StableDiffusion3Pipeline(
-        transformer=SD3Transformer2DModel(
-            sample_size=SIZE // 2, patch_size=2, in_channels=4, out_channels=4, num_layers=config.layers,
-            attention_head_dim=config.width // config.heads, num_attention_heads=config.heads, joint_attention_dim=64,
-            caption_projection_dim=config.width, pooled_projection_dim=64, pos_embed_max_size=SIZE // 2,
-        ),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
-        vae=AutoencoderKL(
-            in_channels=3, out_channels=3, block_out_channels=(16, 32), layers_per_block=1, latent_channels=4,
-            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4,
-            sample_size=SIZE, use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False,
-            scaling_factor=1.0, shift_factor=0.0,
-        ),
-        text_encoder=encoders[0].eval(), tokenizer=clip_tokenizer,
-        text_encoder_2=encoders[1].eval(), tokenizer_2=copy.deepcopy(clip_tokenizer),
-        text_encoder_3=t5.eval(), tokenizer_3=t5_tokenizer,
-    )  # fmt: skip
-
-
-_VOCABULARY = ("a", "handwritten", "bold", "thin", *WORDS)
-
-
-def _clip_tokenizer(folder: Path) -> Any:
-    """A CLIP tokenizer whose merges make one token of each word of the prompts, and letters of any other."""
-    from transformers import CLIPTokenizer
-
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    tokens, merges = [*letters, *(f"{c}</w>" for c in letters)], []
-    for word in _VOCABULARY:
-        left = word[0]
-        for i, letter in enumerate(word[1:], start=1):
-            right = letter + ("</w>" if i == len(word) - 1 else "")
-            if f"{left} {right}" not in merges:
-                merges.append(f"{left} {right}")
-                tokens.append(left + right)
-            left += right
-    vocabulary = {token: i for i, token in enumerate([*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"])}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=TOKENS)
-    (folder / "vocab.json").unlink()
-    (folder / "merges.txt").unlink()
-    return tokenizer
-
-
-def _t5_tokenizer() -> Any:
-    from transformers import T5Tokenizer
-
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{w}", -2.0) for w in _VOCABULARY if len(w) > 1)]
-    pieces += [("▁a", -2.0), ("▁", -10.0), *((chr(c), -10.0) for c in range(ord("a"), ord("z") + 1))]
-    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=TOKENS)
-
-
 def _pixels(images: Tensor) -> Tensor:
     return images.repeat(1, 3, 1, 1) * 2 - 1
 
 
 def _train_vae(vae: AutoencoderKL, config: DigitsRecipe, bar: tqdm) -> float:
-    """Train the autoencoder, set its latents to zero mean and unit std, and return its RMSE on unseen digits."""
+    """Train the autoencoder, set its latents to unit std (and SD3's to zero mean); return its RMSE on unseen digits."""
     images = load_split("generator").images
     optimizer = torch.optim.AdamW(vae.parameters(), lr=config.vae_lr)
     for step in range(config.vae_steps):
         rate = min(1.0, (step + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * step / config.vae_steps))
         optimizer.param_groups[0]["lr"] = config.vae_lr * rate
-        x = _pixels(images[torch.randint(len(images), (config.batch,))])
+        x = _pixels(images[torch.randint(len(images), (config.vae_batch,))])
         posterior = vae.encode(x).latent_dist
         loss = F.mse_loss(vae.decode(posterior.sample()).sample, x) + 4e-7 * posterior.kl().mean()
         _descend(loss, optimizer)
         bar.update()
     vae.requires_grad_(False).eval()
     latents = _encode(vae, images)
-    vae.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(1 / latents.std()))
+    centred = vae.config.shift_factor is not None  # Stable Diffusion's VAE has a scale only
+    vae.register_to_config(scaling_factor=float(1 / latents.std()))
+    if centred:
+        vae.register_to_config(shift_factor=float(latents.mean()))
     unseen = load_split("evaluator").images
     error = vae.decode(vae.encode(_pixels(unseen)).latent_dist.mode()).sample - _pixels(unseen)
     return float((error / 2).square().mean().sqrt())
@@ -239,21 +171,24 @@ def _descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
 
 
-def _prompt_embeddings(pipeline: StableDiffusion3Pipeline, prompts: list[str]) -> tuple[Tensor, Tensor]:
-    with torch.no_grad():
-        embeds, _, pooled, _ = pipeline.encode_prompt(
-            prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=TOKENS
-        )
-    return embeds, pooled
+def _noised(family: Family, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw noise levels for a batch; return the noised latents, what the model is told, and what it should say."""
+    noise, scheduler = torch.randn_like(x0), family.pipeline.scheduler
+    if hasattr(scheduler, "alphas_cumprod"):
+        t = torch.randint(0, scheduler.config.num_train_timesteps, (len(x0),))
+        target = noise if scheduler.config.prediction_type == "epsilon" else scheduler.get_velocity(x0, noise, t)
+        return scheduler.add_noise(x0, noise, t), t, target
+    t = torch.sigmoid(0.75 * torch.randn(len(x0)))  # wider spreads leave less variety within a class
+    mix = t[:, None, None, None]
+    return (1 - mix) * x0 + mix * noise, t * scheduler.config.num_train_timesteps, noise - x0
 
 
-def _train_flow(pipeline: StableDiffusion3Pipeline, config: DigitsRecipe, bar: tqdm) -> None:
-    """Train the transformer on captioned latents and leave the average of its weights in the pipeline."""
-    split, vae, model = load_split("generator"), pipeline.vae, pipeline.transformer
-    latents = (_encode(vae, split.images) - vae.config.shift_factor) * vae.config.scaling_factor
+def _train_denoiser(family: Family, config: DigitsRecipe, bar: tqdm) -> None:
+    """Train the denoiser on captioned latents and leave the average of its weights in the pipeline."""
+    split, vae, model = load_split("generator"), family.pipeline.vae, family.denoiser
+    latents = (_encode(vae, split.images) - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
     prompts = [*digit_prompts(), ""]
-    embeds, pooled = _prompt_embeddings(pipeline, prompts)
-    bands = ink_bands("generator")
+    encoded, bands = family.encode(prompts), ink_bands("generator")
     weighted = torch.tensor([
         prompts.index(prompt_for(digit, _band(bands, digit, ink)))
         for digit, ink in zip(split.labels.tolist(), split.ink.tolist(), strict=True)
@@ -263,16 +198,12 @@ def _train_flow(pipeline: StableDiffusion3Pipeline, config: DigitsRecipe, bar: t
     for step in range(config.flow_steps):
         done = step / config.flow_steps
         optimizer.param_groups[0]["lr"] = config.flow_lr * min(1.0, (step + 1) / 50) * min(1.0, (1 - done) / 0.4 + 0.02)
-        rows = torch.randint(len(latents), (config.batch,))
-        caption = torch.where(torch.rand(config.batch) < 0.5, split.labels[rows], weighted[rows])
-        caption = torch.where(torch.rand(config.batch) < config.prompt_drop, len(prompts) - 1, caption)
-        t, noise = torch.sigmoid(torch.randn(config.batch)), torch.randn(config.batch, *latents.shape[1:])
-        mix = t[:, None, None, None]
-        velocity = model(
-            hidden_states=(1 - mix) * latents[rows] + mix * noise, timestep=t * 1000,
-            encoder_hidden_states=embeds[caption], pooled_projections=pooled[caption], return_dict=False,
-        )[0]  # fmt: skip
-        _descend(F.mse_loss(velocity, noise - latents[rows]), optimizer)
+        rows = torch.randint(len(latents), (config.flow_batch,))
+        caption = torch.where(torch.rand(len(rows)) < 0.5, split.labels[rows], weighted[rows])
+        caption = torch.where(torch.rand(len(rows)) < config.prompt_drop, len(prompts) - 1, caption)
+        x, timestep, target = _noised(family, latents[rows])
+        predicted = family.predict(x, timestep, {name: value[caption] for name, value in encoded.items()})
+        _descend(F.mse_loss(predicted, target), optimizer)
         decay = min(0.998, (step + 1) / (step + 21))
         with torch.no_grad():
             for name, p in model.named_parameters():
@@ -290,9 +221,11 @@ def _band(bands: dict[tuple[int, str], tuple[float, float]], digit: int, ink: fl
     return "bold" if ink >= bands[digit, "bold"][0] else "plain"
 
 
-def _sample(pipeline: StableDiffusion3Pipeline, prompts: list[str], guidance: float, seed: int) -> Tensor:
+def _sample(family: Family, prompts: list[str], guidance: float, seed: int) -> Tensor:
+    """Sample with the plain pipeline: 20 steps of the folder's own sampler."""
+    pipeline, draw, images = family.pipeline, torch.Generator().manual_seed(seed), []
     pipeline.set_progress_bar_config(disable=True)
-    draw, images = torch.Generator().manual_seed(seed), []
+    options = {"max_sequence_length": TOKENS} if hasattr(pipeline, "tokenizer_3") else {}
     for start in range(0, len(prompts), 250):
         images.append(
             pipeline(
@@ -300,8 +233,8 @@ def _sample(pipeline: StableDiffusion3Pipeline, prompts: list[str], guidance: fl
                 num_inference_steps=20,
                 guidance_scale=guidance,
                 generator=draw,
-                max_sequence_length=TOKENS,
                 output_type="pt",
+                **options,
             ).images
         )
     return torch.cat(images).mean(1, keepdim=True)
@@ -311,7 +244,7 @@ def _class_variance(images: Tensor, labels: Tensor) -> float:
     return float(torch.stack([images[labels == d].var(0).mean() for d in range(10)]).mean())
 
 
-def _card(pipeline: StableDiffusion3Pipeline) -> dict[str, Any]:
+def _card(family: Family) -> dict[str, Any]:
     """Measure 1,000 samples against the held-out judge and the real images, without and with guidance.
 
     Accepted when, without guidance, the judge reads .80 to .97 of them as asked (there is something left
@@ -323,7 +256,7 @@ def _card(pipeline: StableDiffusion3Pipeline) -> dict[str, Any]:
     weights_asked = [parse_prompt(p)[1] for p in prompts]
     measured = {}
     for guidance in (1.0, 1.5):
-        images = _sample(pipeline, prompts, guidance, seed=1)
+        images = _sample(family, prompts, guidance, seed=1)
         measured[f"guidance_{guidance}"] = {
             "accuracy": float((judge(images).argmax(1) == asked).float().mean()),
             "pixel_std_ratio": float(images.std() / real.images.std()),
@@ -338,6 +271,8 @@ def _card(pipeline: StableDiffusion3Pipeline) -> dict[str, Any]:
         f"{n} {plain[n]:.3f} is below .85" for n in ("pixel_std_ratio", "class_variance_ratio") if plain[n] < 0.85
     ]
     weights = {
-        n: sum(p.numel() for p in m.parameters()) for n, m in pipeline.components.items() if hasattr(m, "parameters")
+        n: sum(p.numel() for p in m.parameters())
+        for n, m in family.pipeline.components.items()
+        if hasattr(m, "parameters")
     }
     return {"samples": 1000, "refused": refused, "weights": weights, **measured}

@@ -128,7 +128,9 @@ def cache_directory() -> Path:
 def content_key(recipe: object) -> str:
     """Return 16 hex digits that name a recipe: its constants, torch's version, and the sources that build it."""
     here = Path(__file__).parent
-    sources = "".join((here / name).read_text(encoding="utf-8") for name in ("digits_data.py", "digits.py"))
+    sources = "".join(
+        (here / name).read_text(encoding="utf-8") for name in ("digits_data.py", "digits_models.py", "digits.py")
+    )
     text = json.dumps([recipe, torch.__version__.split("+")[0], sources], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -1,8 +1,9 @@
-"""The model being aligned: a family, the weights that are trained, guidance, and prompts encoded once."""
+"""The model being aligned: a family, the weights that are trained, guidance, its reference, prompts encoded once."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -149,9 +150,11 @@ class Policy:
 
     Args:
         family: the adapter of the loaded pipeline.
-        guidance: "off" uses the conditional velocity alone; "both_branches" computes
-            `v = v_uncond + guidance_scale (v_cond - v_uncond)` with gradients through both.
-        guidance_scale: used by "both_branches".
+        guidance: "off" uses the conditional output alone; "both_branches" computes
+            `v = v_uncond + guidance_scale (v_cond - v_uncond)` in one doubled batch, with gradients through
+            both; "uncond_detached" computes the same with two forwards, the unconditional one without
+            gradient, which takes half the memory and moves the prompted branch only.
+        guidance_scale: used by the two modes with guidance.
         dtype: "fp32", or "bf16" for autocast compute over float32 weights and latents.
     """
 
@@ -160,6 +163,7 @@ class Policy:
     ) -> None:
         self.family, self.guidance, self.guidance_scale, self.dtype = family, guidance, guidance_scale, dtype
         self.encodings = Encodings(family)
+        self._frozen: nn.Module | None = None
 
     @classmethod
     def load(
@@ -191,32 +195,63 @@ class Policy:
         """Where the denoiser lives."""
         return next(self.family.denoiser.parameters()).device
 
-    @property
-    def branches(self) -> int:
-        """Denoiser forwards a velocity costs: 2 with classifier-free guidance, else 1."""
-        return 2 if self.guidance == "both_branches" else 1
+    def keep_reference(self) -> None:
+        """Remember the model as it is now, before training, for `reference`.
+
+        With adapters nothing needs keeping: the reference is the model with its adapter off.
+        """
+        if not getattr(self.family.denoiser, "peft_config", None):
+            self._frozen = copy.deepcopy(self.family.denoiser).requires_grad_(False)
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        """Be the model before training within the block, without gradients.
+
+        Raises:
+            ModelError: fully trained weights of which no copy was kept.
+        """
+        family, trained = self.family, self.family.denoiser
+        adapted = bool(getattr(trained, "peft_config", None))
+        if not adapted and self._frozen is None:
+            raise ModelError("The model before training is gone", do="Call keep_reference() before training")
+        if adapted:
+            trained.disable_adapters()
+        else:
+            setattr(family.pipeline, family.component, self._frozen)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            if adapted:
+                trained.enable_adapters()
+            else:
+                setattr(family.pipeline, family.component, trained)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters by name."""
         return {n: p for n, p in self.family.denoiser.named_parameters() if p.requires_grad}
 
     def velocity(self, x: Tensor, timestep: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the guided velocity `[B, ...]`, float32, at latents x and timesteps `[B]`.
+        """Return the guided model output `[B, ...]`, float32, at latents x and timesteps `[B]`.
 
-        The unconditional rows stand first in the doubled batch, as in diffusers' pipelines.
+        It is what the schedule says the model predicts: a velocity for flows, noise or v for diffusion.
+        The unconditional rows stand first in a doubled batch, as in diffusers' pipelines.
         """
-        if self.branches == 2:
-            x, timestep, prompts = (
-                torch.cat([x, x]),
-                torch.cat([timestep, timestep]),
-                [""] * len(prompts) + list(prompts),
-            )
-        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bf16"):
-            predicted = self.family.predict(x, timestep, self.encodings.stack(prompts)).float()
-        if self.branches == 1:
-            return predicted
-        uncond, cond = predicted.chunk(2)
+        empty = [""] * len(prompts)
+        if self.guidance == "both_branches":
+            doubled = self._predict(torch.cat([x, x]), torch.cat([timestep, timestep]), [*empty, *prompts])
+            uncond, cond = doubled.chunk(2)
+        elif self.guidance == "uncond_detached":
+            with torch.no_grad():
+                uncond = self._predict(x, timestep, empty)
+            cond = self._predict(x, timestep, prompts)
+        else:
+            return self._predict(x, timestep, prompts)
         return uncond + self.guidance_scale * (cond - uncond)
+
+    def _predict(self, x: Tensor, timestep: Tensor, prompts: Sequence[str]) -> Tensor:
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bf16"):
+            return self.family.predict(x, timestep, self.encodings.stack(prompts)).float()
 
 
 def resolve_model(path: str) -> Path:

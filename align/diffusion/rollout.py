@@ -13,16 +13,18 @@ from torch import Tensor
 from align.diffusion.kernels import StepTable, transition
 from align.diffusion.policy import Policy
 from align.errors import KernelError
+from align.launch import World
 from align.seeding import normal
 from align.types import Samples
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """P prompts x G members, flattened to B = P G samples, member fastest.
+    """P prompts x G members, flattened to P G samples, member fastest; of these, the B in `rows`.
 
     Args:
         prompts: the prompt of each sample, B of them.
+        rows: the places of the B samples among all; other processes hold the others.
         group_size: G.
         table: the S solver steps.
         x: float32 latents before each step and after the last, `[B, S + 1, ...]`.
@@ -32,6 +34,7 @@ class Rollout:
     """
 
     prompts: tuple[str, ...]
+    rows: range
     group_size: int
     table: StepTable
     x: Tensor
@@ -57,22 +60,19 @@ class Tile:
 
 
 def initial_noise(
-    shape: Sequence[int], prompts: int, group_size: int, scope: str, *key: int | str, first_prompt: int = 0
+    shape: Sequence[int], rows: Sequence[int], group_size: int, scope: str, *key: int | str, rank: int = 0
 ) -> Tensor:
-    """Draw x_T for P G samples, `[P G, ...]`, as a function of `key` and of each sample's place.
+    """Draw x_T for the samples `rows`, `[B, ...]`, as a function of `key` and of each sample's place.
 
     Scopes: "group" gives all members of a prompt the same noise, "none" gives every sample its own,
-    "rank" gives all samples of this process the same.
+    "rank" gives all samples of process `rank` the same.
     """
     if scope == "rank":
-        return normal(shape, *key, "init").expand(prompts * group_size, *shape).clone()
-    rows = []
-    for p in range(first_prompt, first_prompt + prompts):
-        if scope == "group":
-            rows.extend([normal(shape, *key, p, "init")] * group_size)
-        else:
-            rows.extend(normal(shape, *key, p, g, "init") for g in range(group_size))
-    return torch.stack(rows)
+        return normal(shape, *key, "rank", rank, "init").expand(len(rows), *shape).clone()
+    if scope == "none":
+        return torch.stack([normal(shape, *key, *divmod(r, group_size), "init") for r in rows])
+    drawn = {p: normal(shape, *key, p, "init") for p in sorted({r // group_size for r in rows})}
+    return torch.stack([drawn[r // group_size] for r in rows])
 
 
 def step_noise(shape: Sequence[int], rows: Sequence[int], group_size: int, step: int, *key: int | str) -> Tensor:
@@ -88,11 +88,15 @@ def solve(
     table: StepTable,
     *,
     group_size: int = 1,
+    first: int = 0,
     key: tuple[int | str, ...] = (),
     batch: int | None = None,
     reduction: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run all solver steps from noise `x` `[B, ...]`.
+
+    Args:
+        group_size, first, key: name the fresh noise: sample i is member `(first + i) % group_size` of its prompt.
 
     Returns:
         `(x0, path, logp)`: the final latents `[B, ...]`; with a `reduction`, the trajectories
@@ -107,7 +111,8 @@ def solve(
         for s in range(len(table)):
             timestep = table.timestep[s].to(state.device, torch.float32).expand(len(rows))
             random = s in stochastic
-            noise = step_noise(x.shape[1:], rows, group_size, s, *key).to(state.device) if random else None
+            places = range(first + rows.start, first + rows.stop)
+            noise = step_noise(x.shape[1:], places, group_size, s, *key).to(state.device) if random else None
             moved = transition(
                 state,
                 policy.velocity(state, timestep, names),
@@ -149,10 +154,12 @@ def sample(
     metadata: Sequence[Mapping[str, Any]] = (),
     batch: int | None = None,
     reduction: str = "mean",
+    world: World = World(),
 ) -> Rollout:
     """Roll out G members for each prompt, keeping what replay needs.
 
     Args:
+        world: this process makes its share of the P G samples; groups may be split across processes.
         key: names this rollout, e.g. (run seed, step); all noise is a function of it and of the
             sample's place, so `batch` changes the speed and nothing else.
         metadata: one mapping a prompt, handed to the rewards.
@@ -165,13 +172,17 @@ def sample(
             "A deterministic sampler cannot be trained by policy gradients",
             why=f"kernel {table.kind!r} with eta {table.eta:g} has std 0",
         )
-    flat = [p for p in prompts for _ in range(group_size)]
-    noise = initial_noise(latent_shape, len(prompts), group_size, noise_scope, *key)
-    x0, path, logp = solve(policy, noise, flat, table, group_size=group_size, key=key, batch=batch, reduction=reduction)
+    rows = world.share(len(prompts) * group_size)
+    flat = [prompts[r // group_size] for r in rows]
+    noise = initial_noise(latent_shape, rows, group_size, noise_scope, *key, rank=world.rank)
+    x0, path, logp = solve(
+        policy, noise, flat, table, group_size=group_size, first=rows.start, key=key, batch=batch, reduction=reduction
+    )
     began = time.perf_counter()
     images = decode(policy, x0)
     return Rollout(
         prompts=tuple(flat),
+        rows=rows,
         group_size=group_size,
         table=table,
         x=path,
@@ -179,43 +190,65 @@ def sample(
         samples=Samples(
             prompts=flat,
             images=images,
-            metadata=[row for row in metadata for _ in range(group_size)],
+            metadata=[metadata[r // group_size] for r in rows] if metadata else (),
         ),
         decode_seconds=time.perf_counter() - began,
     )
 
 
 def tiles(
-    rollout: Rollout, rows: Sequence[int], steps: Sequence[Sequence[int]], advantages: Tensor, size: int
+    rollout: Rollout,
+    rows: Sequence[int],
+    steps: Sequence[Sequence[int]],
+    advantages: Tensor,
+    size: int,
+    total: int | None = None,
 ) -> Iterator[Tile]:
     """Cut the trained (sample, step) pairs of one update into tiles of at most `size`, step by step.
 
     Pairs are ordered by step, then sample, so that a tile holds few distinct noise levels.
 
     Args:
-        rows: the update's samples.
+        rows: the update's samples, of those this rollout holds.
         steps: for each of them, its trained steps.
-        advantages: `[B]`, indexed by sample.
+        advantages: `[P G]`, indexed by sample.
+        total: pairs of the update over all processes, by which the loss is divided; None where these are all.
     """
     pairs = sorted((s, r) for r, own in zip(rows, steps, strict=True) for s in own)
+    device = rollout.x.device
     for start in range(0, len(pairs), size):
         part = pairs[start : start + size]
         s, r = torch.tensor([p[0] for p in part]), torch.tensor([p[1] for p in part])
-        device_r, device_s = r.to(rollout.x.device), s.to(rollout.x.device)
+        here, at = (r - rollout.rows.start).to(device), s.to(device)
         yield Tile(
-            prompts=[rollout.prompts[i] for i in r.tolist()],
+            prompts=[rollout.prompts[i] for i in here.tolist()],
             step=s,
-            x=rollout.x[device_r, device_s],
-            x_next=rollout.x[device_r, device_s + 1],
-            logp=rollout.logp[device_r, device_s],
-            advantage=advantages[r].to(rollout.x.device),
-            share=len(part) / len(pairs),
+            x=rollout.x[here, at],
+            x_next=rollout.x[here, at + 1],
+            logp=rollout.logp[here, at],
+            advantage=advantages[r].to(device),
+            share=len(part) / (total or len(pairs)),
         )
 
 
-def replay(policy: Policy, tile: Tile, table: StepTable, reduction: str = "mean") -> Tensor:
-    """Return the current policy's log-density of the stored steps of `tile`, `[N]`: the same call as sampling."""
+@dataclass(frozen=True)
+class Replayed:
+    """What the current policy says of N stored steps: log-density `[N]` and model output `[N, ...]`."""
+
+    logp: Tensor
+    output: Tensor
+
+
+def replay(policy: Policy, tile: Tile, table: StepTable, reduction: str = "mean") -> Replayed:
+    """Score the stored steps of `tile` under the current policy: the same call as sampling."""
     timestep = table.timestep[tile.step].to(tile.x.device, torch.float32)
-    velocity = policy.velocity(tile.x, timestep, tile.prompts)
-    moved = transition(tile.x, velocity, table, tile.step, x_next=tile.x_next, reduction=reduction)
-    return moved.logp
+    output = policy.velocity(tile.x, timestep, tile.prompts)
+    moved = transition(tile.x, output, table, tile.step, x_next=tile.x_next, reduction=reduction)
+    return Replayed(moved.logp, output)
+
+
+def reference_output(policy: Policy, tile: Tile, table: StepTable) -> Tensor:
+    """Return what the model before training says at the stored latents of `tile`, `[N, ...]`, without gradient."""
+    timestep = table.timestep[tile.step].to(tile.x.device, torch.float32)
+    with policy.reference():
+        return policy.velocity(tile.x, timestep, tile.prompts)

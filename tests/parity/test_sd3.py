@@ -50,7 +50,7 @@ def roll(policy, table, batch=None, **options):
 def errors(policy, rollout, size, reduction="mean"):
     trained = [rollout.table.stochastic_steps] * len(rollout)
     return [
-        (replay(policy, tile, rollout.table, reduction) - tile.logp).abs().max().item()
+        (replay(policy, tile, rollout.table, reduction).logp - tile.logp).abs().max().item()
         for tile in tiles(rollout, range(len(rollout)), trained, torch.zeros(len(rollout)), size)
     ]
 
@@ -59,7 +59,7 @@ def errors(policy, rollout, size, reduction="mean"):
 def test_ode_rollout_equals_the_pipeline(folder, scale):
     policy = load(folder).with_guidance(scale)
     shape, prompts = policy.family.latent_shape(None, None), ["a red cat", "two dogs", "bold seven"]
-    noise = initial_noise(shape, 3, 1, "none", 5)
+    noise = initial_noise(shape, range(3), 1, "none", 5)
     theirs = policy.family.pipeline(
         prompts, num_inference_steps=7, guidance_scale=scale, latents=noise, output_type="pt"
     ).images
@@ -98,8 +98,10 @@ def test_first_ratio_at_a_tiny_std(folder):
     rollout = roll(policy, table_for(policy, "cps"))
     assert rollout.table.std[4] < 0.005
     for tile in tiles(rollout, range(6), [[3, 4]] * 6, torch.zeros(6), 1):
-        logp = replay(policy, tile, rollout.table)
-        guards.require_first_ratio(logp, tile.logp, rollout.table.std[tile.step], 1e-6, "test")
+        logp = replay(policy, tile, rollout.table).logp
+        guards.require_first_ratio(
+            *guards.first_ratio_errors(logp, tile.logp, rollout.table.std[tile.step]), 1e-6, "test"
+        )
 
 
 def test_rollouts_do_not_depend_on_the_batch(folder):
@@ -157,10 +159,9 @@ def test_t7_mutations_trip_the_guard(folder, mutate):
     try:
         with pytest.raises(GuardError, match="first ratio is not 1"):
             for tile in tiles(rollout, range(len(rollout)), trained, torch.zeros(len(rollout)), 6):
-                logp = replay(policy, tile, rollout.table)
-                guards.require_first_ratio(
-                    logp, tile.logp, rollout.table.std[tile.step], guards.FIRST_RATIO_TOLERANCE["fp32"], "test"
-                )
+                logp = replay(policy, tile, rollout.table).logp
+                found = guards.first_ratio_errors(logp, tile.logp, rollout.table.std[tile.step])
+                guards.require_first_ratio(*found, guards.FIRST_RATIO_TOLERANCE["fp32"], "test")
     finally:
         undo()
 
@@ -169,7 +170,7 @@ def gradients(policy, rollout, rows, size, updates=1):
     advantages = torch.linspace(-1, 1, len(rollout), dtype=torch.float64)
     trained = [[0, 2, 4]] * len(rows)
     for tile in tiles(rollout, rows, trained, advantages, size):
-        logp = replay(policy, tile, rollout.table)
+        logp = replay(policy, tile, rollout.table).logp
         terms = grpo_clip(logp, tile.logp, tile.advantage, clip_low=1e-4, clip_high=1e-4)
         (terms.loss.mean() * tile.share).backward()
     found = {n: p.grad.clone() for n, p in policy.trainable().items()}
@@ -193,7 +194,7 @@ def test_t8_first_gradient_is_the_policy_gradient(folder):
     clipped = gradients(policy, rollout, range(6), 18)
     advantages = torch.linspace(-1, 1, 6)
     tile = next(iter(tiles(rollout, range(6), [[0, 2, 4]] * 6, advantages, 18)))
-    (-(tile.advantage * replay(policy, tile, rollout.table)).mean()).backward()
+    (-(tile.advantage * replay(policy, tile, rollout.table).logp).mean()).backward()
     for name, p in policy.trainable().items():
         torch.testing.assert_close(p.grad, clipped[name], atol=1e-7, rtol=1e-4)
 
@@ -223,7 +224,7 @@ def test_t17_gradients_reach_both_branches(folder):
     rollout = roll(policy, table_for(policy))
     policy.family.denoiser.register_forward_hook(keep, with_kwargs=True)
     tile = next(iter(tiles(rollout, range(6), [[0]] * 6, torch.ones(6), 6)))
-    replay(policy, tile, rollout.table).sum().backward()
+    replay(policy, tile, rollout.table).logp.sum().backward()
     assert len(seen["norms"]) == 12 and (seen["norms"] > 0).all()
     # v = (1 - s) v_uncond + s v_cond: the unconditional half carries |1 - s| / s = 2/3 of the gradient
     torch.testing.assert_close(seen["norms"][:6] / seen["norms"][6:], torch.full((6,), 2 / 3))

@@ -18,14 +18,14 @@ def test_a_key_is_all_a_draw_depends_on():
 
 def test_t16_shared_initial_noise():
     shape = (2, 4, 4)
-    group = initial_noise(shape, 3, 4, "group", 0, 1).reshape(3, 4, *shape)
+    group = initial_noise(shape, range(12), 4, "group", 0, 1).reshape(3, 4, *shape)
     assert (group == group[:, :1]).all() and not torch.equal(group[0], group[1])
-    assert not torch.equal(group[0, 0], initial_noise(shape, 1, 1, "group", 0, 2)[0])
-    own = initial_noise(shape, 3, 4, "none", 0, 1)
+    assert not torch.equal(group[0, 0], initial_noise(shape, [0], 1, "group", 0, 2)[0])
+    own = initial_noise(shape, range(12), 4, "none", 0, 1)
     assert len({tuple(x.flatten().tolist()) for x in own}) == 12
-    rank = initial_noise(shape, 3, 4, "rank", 0, 1)
+    rank = initial_noise(shape, range(12), 4, "rank", 0, 1)
     assert (rank == rank[:1]).all()
-    later = initial_noise(shape, 2, 4, "group", 0, 1, first_prompt=1)
+    later = initial_noise(shape, range(4, 12), 4, "group", 0, 1)
     assert torch.equal(later, group[1:].reshape(8, *shape))
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from align.errors import ModelError
 from align.registry import Registry
 
 if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, DiffusionPipeline
     from torch import Tensor, nn
 
     from align.diffusion.schedules import Schedule
@@ -24,7 +26,10 @@ class Family(Protocol):
     """What the shared code asks of a model family."""
 
     name: str
+    component: str
+    """Name of the denoiser among the pipeline's components."""
     lora_targets: tuple[str, ...]
+    pipeline: DiffusionPipeline
 
     @property
     def denoiser(self) -> nn.Module:
@@ -44,7 +49,7 @@ class Family(Protocol):
         """Return the levels and timesteps of S solver steps."""
 
     def predict(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        """Return the velocity at latents `x` `[B, ...]` and timesteps `[B]`."""
+        """Return what the schedule says the model predicts, at latents `x` `[B, ...]` and timesteps `[B]`."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return pixels in [0, 1], `[B, C, H, W]` or `[B, F, C, H, W]`."""
@@ -53,6 +58,36 @@ class Family(Protocol):
 FAMILIES: Registry[type[Family]] = Registry(
     "model family",
     group="align.families",
-    entries={"StableDiffusion3Pipeline": "align.diffusion.families.sd3:SD3"},
+    entries={
+        "StableDiffusion3Pipeline": "align.diffusion.families.sd3:SD3",
+        "StableDiffusionPipeline": "align.diffusion.families.stable_diffusion:StableDiffusion",
+    },
 )
 """Diffusers pipeline class name, as in `model_index.json`, to the family that runs it."""
+
+
+def image_latent_shape(
+    channels: int, size: tuple[int | None, int | None], *, default: int, factor: int, patch: int
+) -> tuple[int, int, int]:
+    """Return `(C, H / factor, W / factor)`; a side that is None is `default` latents long.
+
+    Raises:
+        ModelError: a side that is no multiple of `factor * patch`.
+    """
+    height, width = (side or default * factor for side in size)
+    multiple = factor * patch
+    if height % multiple or width % multiple:
+        nearest = "x".join(str(max(1, round(side / multiple)) * multiple) for side in (height, width))
+        raise ModelError(
+            f"This model cannot make {height}x{width} images",
+            why=f"height and width must be multiples of {multiple}",
+            do=f"Try {nearest}",
+        )
+    return (channels, height // factor, width // factor)
+
+
+def to_pixels(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Decode the latents of an image VAE to pixels in [0, 1]."""
+    latents = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+    images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+    return (images.float() / 2 + 0.5).clamp(0, 1)

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from align.diffusion.families import Conditioning
+from align.diffusion.families import Conditioning, image_latent_shape, to_pixels
 from align.diffusion.schedules import Schedule, flow_match_schedule
-from align.errors import ModelError
 
 if TYPE_CHECKING:
     from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -19,6 +18,7 @@ class SD3:
     """Adapter of `diffusers.StableDiffusion3Pipeline`."""
 
     name = "sd3"
+    component = "transformer"
     lora_targets = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
@@ -58,16 +58,11 @@ class SD3:
         Raises:
             ModelError: a size the VAE and the patch embedding cannot take.
         """
-        pipe, factor = self.pipeline, self.pipeline.vae_scale_factor
-        multiple = factor * pipe.patch_size
-        height, width = height or pipe.default_sample_size * factor, width or pipe.default_sample_size * factor
-        if height % multiple or width % multiple:
-            raise ModelError(
-                f"This model cannot make {height}x{width} images",
-                why=f"height and width must be multiples of {multiple}",
-                do=f"Try {round(height / multiple) * multiple}x{round(width / multiple) * multiple}",
-            )
-        return (self.denoiser.config.in_channels, height // factor, width // factor)
+        pipe = self.pipeline
+        return image_latent_shape(
+            self.denoiser.config.in_channels, (height, width), default=pipe.default_sample_size,
+            factor=pipe.vae_scale_factor, patch=pipe.patch_size,
+        )  # fmt: skip
 
     def schedule(self, solver_steps: int, shift: float | None, latent_shape: tuple[int, ...]) -> Schedule:
         """Return the pipeline's schedule, or DanceGRPO's at an explicit shift."""
@@ -87,7 +82,4 @@ class SD3:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Return images in [0, 1], `[B, C, H, W]`."""
-        vae = self.pipeline.vae
-        latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-        images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-        return (images.float() / 2 + 0.5).clamp(0, 1)
+        return to_pixels(self.pipeline.vae, latents)

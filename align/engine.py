@@ -1,0 +1,262 @@
+"""What carries an update out: accumulate, add up over processes, check, clip, step. One process, several, or ZeRO.
+
+Gradients are accumulated where they arise and exchanged once an update. The weights of one update's losses
+add up to 1 over all processes, so the gradient is the same however its samples are spread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from align.config import OptimizerConfig
+from align.errors import ConfigError
+from align.launch import World
+from align.recipes import list_engines, read_engine
+from align.registry import suggest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Build AdamW over the trained parameters."""
+    import torch
+
+    return torch.optim.AdamW(
+        list(parameters.values()),
+        lr=config.lr,
+        betas=tuple(config.betas),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
+
+
+class Engine(Protocol):
+    """Carries updates out. `optimizer_state` and `load_optimizer_state` speak of whole tensors, `{index}.{slot}`
+    by the place of each weight, so that a run can go on under another engine or another number of processes."""
+
+    name: str
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of `loss`."""
+
+    def reduce(self) -> Tensor:
+        """Add the gradients up over all processes; return the norm of the sum."""
+
+    def step(self, norm: Tensor) -> None:
+        """Clip a gradient of this norm, take the optimizer step, and forget the gradient."""
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Return the optimizer's state. Every process must call it."""
+
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+        """Set what `optimizer_state` returned."""
+
+
+class ReplicaEngine:
+    """Every process holds all trained weights and their optimizer: one process, or plain data parallelism."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, world: World) -> None:
+        self.name = "single" if world.size == 1 else "data_parallel"
+        self.parameters, self.world, self.max_norm = list(parameters.values()), world, config.max_grad_norm
+        self.optimizer = build_optimizer(parameters, config)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of `loss`."""
+        loss.backward()
+
+    def reduce(self) -> Tensor:
+        """Add the gradients up over all processes; return the norm of the sum."""
+        import torch
+
+        if self.world.size > 1:
+            _fill(self.parameters)
+            flat = self.world.add(torch.cat([p.grad.flatten() for p in self.parameters]))
+            for p, part in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
+                p.grad.copy_(part.view_as(p))
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+
+    def step(self, norm: Tensor) -> None:
+        """Clip a gradient of this norm, take the optimizer step, and forget the gradient."""
+        import torch
+
+        if self.max_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_norm, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Return the optimizer's state."""
+        state = self.optimizer.state_dict()["state"]
+        return {f"{i}.{slot}": value for i, slots in state.items() for slot, value in slots.items()}
+
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+        """Set what `optimizer_state` returned."""
+        slots: dict[int, dict[str, Tensor]] = {}
+        for name, value in state.items():
+            index, _, slot = name.partition(".")
+            slots.setdefault(int(index), {})[slot] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
+
+
+class DeepSpeedEngine:
+    """ZeRO stage 1 or 2 of DeepSpeed: optimizer state, and gradients, are split over the processes.
+
+    Args:
+        module: the denoiser.
+        parameters: its trained weights by name.
+        config: the optimizer.
+        world: must be of the launcher's making.
+        settings: a name in configs/deepspeed, such as "zero2", or a JSON file in DeepSpeed's own format.
+            Batch sizes, clipping and the optimizer come from `align`'s configuration.
+
+    Raises:
+        ConfigError: DeepSpeed is missing, or settings that this loop cannot run under.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        config: OptimizerConfig,
+        world: World,
+        settings: str,
+    ) -> None:
+        options = deepspeed_settings(settings)
+        try:
+            import deepspeed
+        except ImportError as error:
+            raise ConfigError("DeepSpeed is not installed", where="--deepspeed", do="pip install deepspeed") from error
+        import torch
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        if not torch.cuda.is_available():  # an accelerated CPU collective would need a compiler; gloo does without
+            with contextlib.suppress(AttributeError, ImportError, KeyError):
+                deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+        self.parameters, self.world = list(parameters.values()), world
+        self.engine, *_ = deepspeed.initialize(
+            model=module,
+            model_parameters=self.parameters,
+            optimizer=build_optimizer(parameters, config),
+            config={
+                **options,
+                "train_micro_batch_size_per_gpu": 1,
+                "gradient_accumulation_steps": 1,
+                "gradient_clipping": config.max_grad_norm or 0.0,
+                "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,
+                "steps_per_print": 1 << 62,
+            },
+        )
+        self.name = f"deepspeed_zero{self.engine.zero_optimization_stage()}"
+        self._accumulating = contextlib.ExitStack()
+        self._open = False
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of `loss`."""
+        self._accumulate()
+        self.engine.backward(loss * self.world.size)  # DeepSpeed averages over processes
+
+    def reduce(self) -> Tensor:
+        """Add the gradients up over all processes; return the norm of the sum."""
+        import torch
+
+        self._accumulate()
+        _fill(self.parameters)
+        self._accumulating.close()  # leaving the block exchanges the gradients
+        self._open = False
+        return torch.as_tensor(self.engine.optimizer.scaled_global_norm())
+
+    def step(self, norm: Tensor) -> None:
+        """Take the optimizer step; DeepSpeed clips by the same norm."""
+        self.engine.step()
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Return the optimizer's state, gathered. Every process must call it."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        found, flat = {}, list(self.engine.optimizer.optimizer.state.values())
+        for i, parameter in enumerate(self.parameters if flat else ()):
+            for slot in _MOMENTS:
+                found[f"{i}.{slot}"] = safe_get_full_optimizer_state(parameter, slot).detach().clone()
+            found[f"{i}.step"] = flat[0]["step"].detach().clone().float().reshape(())
+        return found
+
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+        """Set what `optimizer_state` returned, and the float32 weights from the model's."""
+        import torch
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        zero = self.engine.optimizer
+        zero.refresh_fp32_params()
+        if not state:
+            return
+        for flat in zero.single_partition_of_fp32_groups:  # the state that a first step would have made
+            moments = {slot: torch.zeros_like(flat) for slot in _MOMENTS}
+            zero.optimizer.state[flat] = {"step": state["0.step"].clone(), **moments}
+        zero._lazy_init_hp_params_optimizer_state()
+        for name, value in state.items():
+            index, _, slot = name.partition(".")
+            if slot in _MOMENTS:
+                safe_set_full_optimizer_state(self.parameters[int(index)], value, slot)
+
+    def _accumulate(self) -> None:
+        if not self._open:
+            self._accumulating.enter_context(self.engine.coalesce_grad_reduction())
+            self._open = True
+
+
+def _fill(parameters: list[nn.Parameter]) -> None:
+    """Give a zero gradient to weights without one: a process that holds no sample of an update still takes part."""
+    import torch
+
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def deepspeed_settings(settings: str) -> dict[str, Any]:
+    """Read and check DeepSpeed settings by name or file.
+
+    Raises:
+        ConfigError: no such settings, not JSON, mixed precision (which `model.dtype` decides), or a stage other
+            than 1 and 2.
+    """
+    path = Path(settings)
+    if settings in list_engines():
+        text, where = read_engine(settings), f"configs/deepspeed/{settings}.json"
+    elif path.is_file():
+        text, where = path.read_text(encoding="utf-8"), settings
+    else:
+        raise ConfigError(
+            f"There are no DeepSpeed settings {settings!r}", where="--deepspeed", do=suggest(settings, list_engines())
+        )
+    try:
+        options = json.loads(text)
+        stage = options.get("zero_optimization", {}).get("stage", 0)
+    except (ValueError, AttributeError) as error:
+        raise ConfigError("DeepSpeed settings are one JSON object", where=where, why=str(error)) from error
+    for half in ("fp16", "bf16"):
+        if options.get(half, {}).get("enabled"):
+            raise ConfigError(
+                f"DeepSpeed's own {half} would round the trained weights", where=f"{where}, {half}",
+                do="Remove it; model.dtype: bf16 computes in bfloat16 over float32 weights",
+            )  # fmt: skip
+    if stage not in (1, 2):
+        raise ConfigError(
+            f"ZeRO stage {stage} is not supported here", where=f"{where}, zero_optimization.stage",
+            do="Use 1 or 2; stage 0 is `--launch torchrun`",
+        )  # fmt: skip
+    return options

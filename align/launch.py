@@ -1,0 +1,148 @@
+"""Processes: which one this is, what each holds, how they agree; and the commands that start several.
+
+A run's results do not depend on how many processes it has. Every process knows the whole plan of a step
+(prompts, advantages, which samples each update trains), holds the samples `World.share` gives it, and
+meets the others only to exchange scores, to add up gradients and to agree on a verdict.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from align.errors import ConfigError
+from align.registry import suggest
+
+if TYPE_CHECKING:
+    import torch
+
+LAUNCHERS = ("deepspeed", "torchrun")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, as one of them sees them. Without arguments: alone.
+
+    Args:
+        rank: number of this process, from 0.
+        size: how many there are.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+    def share(self, count: int) -> range:
+        """Return this process's part of `count` rows: contiguous, sizes differ by one at most, earlier ranks first."""
+        return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all processes, by rank. Everyone must call it."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def first(self, values: Sequence[str]) -> str:
+        """Return the first text that is not empty, of those all processes bring: by rank, then in order."""
+        return next((text for part in self.gather(list(values)) for text in part if text), "")
+
+    def add(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum `tensor` over all processes in place, and return it."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.all_reduce(tensor)
+        return tensor
+
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.barrier()
+
+
+def join_world() -> World:
+    """Return the world the launcher made, joining its process group; alone without a launcher.
+
+    NCCL where there are GPUs, each process on its own, else gloo.
+
+    Raises:
+        ConfigError: the launcher's environment is not whole.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World()
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE is {size} but {missing[0]} is not set", where="environment",
+            do="Start with `align train CONFIG --launch torchrun --nproc N`, or unset WORLD_SIZE",
+        )  # fmt: skip
+    import torch
+    import torch.distributed as dist
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ["RANK"])))
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return World(dist.get_rank(), dist.get_world_size())
+
+
+def leave_world() -> None:
+    """Leave the process group, if this process is in one."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def launch_command(launcher: str, processes: int, arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Return the command that runs `align <arguments>` in several processes of this machine, and what it adds
+    to the environment.
+
+    Raises:
+        ConfigError: an unknown launcher, one that is not installed, or fewer processes than one.
+    """
+    if launcher not in LAUNCHERS:
+        raise ConfigError(f"Unknown launcher {launcher!r}", where="--launch", do=suggest(launcher, LAUNCHERS))
+    if processes < 1:
+        raise ConfigError("A launch needs at least one process", where=f"--nproc {processes}")
+    import torch
+
+    extra = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    if launcher == "torchrun":
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        return [*command, "--master_port", str(_free_port()), "--module", "align.cli", *arguments], extra
+    found = shutil.which("deepspeed", path=os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]))
+    if found is None:
+        raise ConfigError("DeepSpeed is not installed", where="--launch deepspeed", do="pip install deepspeed")
+    if not torch.cuda.is_available():
+        extra["DS_ACCELERATOR"] = "cpu"
+    command = [found, "--num_accelerators", str(processes), "--no_local_rank", "--master_port", str(_free_port())]
+    return [*command, "--module", "align.cli", *arguments], extra
+
+
+def shown(command: Sequence[str], environment: dict[str, str]) -> str:
+    """Return a command as one line for a shell."""
+    return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in environment.items()), shlex.join(command)])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
