@@ -7,7 +7,8 @@
 
 A checkpoint is written under a temporary name, every file is flushed to disk, the manifest is written
 last, and only then the directory is renamed. A kill at any moment leaves either the whole checkpoint or
-a temporary directory that nothing reads and the next save removes.
+a temporary directory that nothing reads and the next save removes. A step that is written again is set
+aside until the new one stands, and comes back if it never does.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ def save(
     final, temporary = root / f"step_{step:06d}", root / f".writing_step_{step:06d}"
     try:
         root.mkdir(parents=True, exist_ok=True)
+        _bring_back(root)
         for leftover in root.glob(".*_step_*"):
             shutil.rmtree(leftover)
         temporary.mkdir()
@@ -105,6 +107,14 @@ def save(
     for leftover in root.glob(".replaced_step_*"):
         shutil.rmtree(leftover)
     return final
+
+
+def _bring_back(root: Path) -> None:
+    """Restore a checkpoint that was set aside for a new one which was never finished."""
+    for aside in root.glob(".replaced_step_*"):
+        final = root / aside.name.removeprefix(".replaced_")
+        if not final.exists():
+            aside.rename(final)
 
 
 def verify(path: str | Path) -> dict[str, Any]:
@@ -155,5 +165,6 @@ def load(path: str | Path) -> Checkpoint:
 
 def load_latest(root: str | Path) -> Checkpoint | None:
     """Read the checkpoint with the highest step number, None where there is none."""
+    _bring_back(Path(root))
     found = checkpoints(root)
     return load(found[max(found)]) if found else None

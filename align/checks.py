@@ -15,7 +15,7 @@ from align.registry import suggest
 if TYPE_CHECKING:
     from align.config import DanceGRPOConfig
 
-BUILTIN = ("digits",)  # models and prompts that go by a name instead of a path
+BUILTIN = {"digits": 4 * 8 * 8}  # models and prompts that go by a name instead of a path, with their latent size
 Level = Literal["error", "warning", "note"]
 
 
@@ -158,14 +158,14 @@ def _sampling(config: DanceGRPOConfig) -> list[Finding]:
     if sampler.guidance == "off" and sampler.guidance_scale != 1:
         found.append(Finding(
             "error", "guidance_unused", f"guidance_scale is {sampler.guidance_scale:g} while guidance is off",
-            "Set guidance: both_branches, or guidance_scale: 1", "sampler.guidance_scale",
+            "Set guidance: both_branches or uncond_detached, or guidance_scale: 1", "sampler.guidance_scale",
         ))  # fmt: skip
-    if sampler.guidance == "both_branches" and sampler.guidance_scale == 1:
+    if sampler.guidance != "off" and sampler.guidance_scale == 1:
         found.append(Finding(
             "warning", "guidance_idle", "Guidance at scale 1 costs twice the forwards and changes nothing",
             "Set guidance: off", "sampler.guidance",
         ))  # fmt: skip
-    if sampler.guidance == "both_branches" and config.updates_per_step > 1:
+    if sampler.guidance != "off" and config.updates_per_step > 1:
         found.append(Finding(
             "warning", "guidance_updates", f"With guidance, {config.updates_per_step} updates a rollout are unstable",
             "Set updates_per_step: 1", "updates_per_step",
@@ -197,6 +197,21 @@ def _training(config: DanceGRPOConfig) -> list[Finding]:
             f"The {samples} samples of a step ({config.prompts_per_step} prompts x {config.group_size}) do not divide "
             f"into {config.updates_per_step} equal updates",
             f"Set updates_per_step: {divisors[0]}, or change prompts_per_step or group_size", "updates_per_step",
+        ))  # fmt: skip
+    best_of, group = config.advantage.best_of, config.group_size
+    if best_of is not None and best_of > group:
+        found.append(Finding(
+            "error", "best_of", f"best_of {best_of} of a group of {group} is more than there is",
+            f"Set advantage.best_of to {group} or less, or raise group_size", "advantage.best_of",
+        ))  # fmt: skip
+    if config.advantage.recentre and best_of is None:
+        found.append(Finding(
+            "note", "recentre", "advantage.recentre changes nothing without advantage.best_of", "", "advantage.recentre"
+        ))  # fmt: skip
+    if config.objective.kl_weight and config.model.train == "full":
+        found.append(Finding(
+            "note", "reference_copy", "kl_weight on full fine-tuning keeps a frozen copy of the denoiser in memory", "",
+            "objective.kl_weight",
         ))  # fmt: skip
     if config.prompts_per_step < 16 and not _builtin(config.model.path):
         found.append(Finding(
@@ -242,7 +257,8 @@ def _rewards(config: DanceGRPOConfig) -> list[Finding]:
     if len(config.rewards) == 1 and not config.heldout_rewards:
         found.append(Finding(
             "warning", "single_reward", f"The single reward {config.rewards[0].name!r} will be exploited, unseen",
-            "Add a second reward, or heldout_rewards to see it happen", "heldout_rewards",
+            "Add a second reward, heldout_rewards to see it happen, and optimizer.ema_decay against it",
+            "heldout_rewards",
         ))  # fmt: skip
     identities = {_identity(reward) for reward in config.rewards}
     for i, reward in enumerate(config.heldout_rewards):
@@ -275,6 +291,12 @@ def _evaluation(config: DanceGRPOConfig) -> list[Finding]:
             "warning", "shift_mismatch",
             f"Rollouts and evaluation use shift {config.sampler.shift:g}, a plain pipeline call its own schedule",
             "Set sampler.shift: null unless the two agree, or deploy at this shift", "sampler.shift",
+        ))  # fmt: skip
+    if config.evaluation.solver_steps != config.sampler.solver_steps:
+        found.append(Finding(
+            "note", "steps_mismatch",
+            f"Training samples in {config.sampler.solver_steps} steps and evaluation in "
+            f"{config.evaluation.solver_steps}: judge by what will be deployed", "", "evaluation.solver_steps",
         ))  # fmt: skip
     if config.evaluation.guidance_scale != config.sampler.guidance_scale:
         found.append(Finding(
@@ -333,6 +355,8 @@ def latent_dim(config: DanceGRPOConfig) -> int | None:
 
     `latent_channels * (height / f) * (width / f)` with f the downsampling of the folder's AutoencoderKL.
     """
+    if _builtin(config.model.path):
+        return BUILTIN[config.model.path.partition("/")[0]]
     parts: dict[str, dict[str, Any]] = {}
     for name in ("vae", "transformer", "unet"):
         file = Path(config.model.path) / name / "config.json"

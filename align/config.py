@@ -297,6 +297,9 @@ class DanceGRPOConfig(_Section):
 def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> DanceGRPOConfig:
     """Return the validated config of a YAML file, a shipped recipe ("digits/dance_grpo") or a mapping.
 
+    A config may begin with `extends: NAME`, another recipe or a file beside it, and then says only what differs:
+    sections are merged key by key, everything else, lists included, is replaced.
+
     Args:
         source: path, recipe name or nested mapping.
         overrides: "dotted.key=value" items, applied last; values are YAML, list items are numbered
@@ -305,18 +308,11 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     Raises:
         ConfigError: no such file or recipe, not YAML, an unknown key, a wrong type or value.
     """
-    document, where = _read(source)
-    if document.value is None:
-        document.value = {}
-    if not isinstance(document.value, dict):
-        raise ConfigError(
-            "A config is a list of `key: value` lines", where=where, why=f"found {_found(document.value)}"
-        )
-    origins = _file_origins(document, where) if where else dict.fromkeys(dict(_leaves(document.value)), "Python")
+    value, origins, where = _load(source, ())
     for override in overrides:
-        _override(document.value, origins, override)
+        _override(value, origins, override)
     try:
-        config = DanceGRPOConfig.model_validate(document.value)
+        config = DanceGRPOConfig.model_validate(value)
     except ValidationError as error:
         raise _explain(error, origins, where) from error
     for key, _ in _leaves(config):
@@ -342,6 +338,48 @@ def diff_configs(a: DanceGRPOConfig, b: DanceGRPOConfig) -> list[tuple[str, Any,
     left, right = dict(_leaves(a)), dict(_leaves(b))
     keys = list(left) + [key for key in right if key not in left]
     return [(key, left.get(key), right.get(key)) for key in keys if left.get(key) != right.get(key)]
+
+
+def _load(source: str | Path | Mapping[str, Any], above: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str], str]:
+    """Return the values of a config with what it extends, their origins by dotted key, and its name."""
+    document, where = _read(source)
+    value = {} if document.value is None else document.value
+    if not isinstance(value, dict):
+        raise ConfigError("A config is a list of `key: value` lines", where=where, why=f"found {_found(value)}")
+    origins = _file_origins(document, where) if where else dict.fromkeys(dict(_leaves(value)), "Python")
+    base = value.pop("extends", None)
+    origins.pop("extends", None)
+    if base is None:
+        return value, origins, where
+    if not isinstance(base, str) or not base:
+        raise ConfigError("A config extends one other", where=where, why=f"extends is {_found(base)}")
+    beside = Path(source).parent / base if not isinstance(source, Mapping) else Path(base)
+    name = str(beside) if beside.is_file() else base
+    if name in above:
+        raise ConfigError("A config extends itself", where=where, why=" -> ".join([*above, name]))
+    under, under_origins, _ = _load(name, (*above, name))
+    for key in [k for k in under_origins if _replaced(k, value)]:
+        del under_origins[key]
+    return _merged(under, value), {**under_origins, **origins}, where
+
+
+def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    result = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict) and key != "args"
+        result[key] = _merged(result[key], value) if both else value
+    return result
+
+
+def _replaced(key: str, over: Any) -> bool:
+    """Whether the dotted `key` of a base config is overwritten, itself or a section or list above it."""
+    for part in key.split("."):
+        if not isinstance(over, dict):
+            return True
+        if part not in over:
+            return False
+        over = over[part]
+    return True
 
 
 def _read(source: str | Path | Mapping[str, Any]) -> tuple[Document, str]:

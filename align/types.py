@@ -117,16 +117,22 @@ class Scores:
 
 
 def stack_scores(parts: Sequence[Scores]) -> Scores:
-    """Put the scores of several parts of a batch one below the other, `[sum B, K]`. Extras stay with their part."""
+    """Put the scores of parts of a batch one below the other, `[sum B, K]`, with extras of one value a sample."""
     import numpy as np
 
     if len(parts) == 1:
         return parts[0]
+    parts = [p for p in parts if len(p)] or parts[:1]  # a process may hold no sample
     return Scores(
         values=np.concatenate([p.values for p in parts]),
         valid=np.concatenate([p.valid for p in parts]),
         names=parts[0].names,
         errors=tuple(message for p in parts for message in p.errors),
+        extras={
+            name: np.concatenate([np.asarray(p.extras[name]) for p in parts])
+            for name in parts[0].extras
+            if all(np.shape(p.extras.get(name)) == (len(p),) for p in parts)
+        },
     )
 
 

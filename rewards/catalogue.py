@@ -37,6 +37,15 @@ BUILT_IN: tuple[tuple[RewardCard, str], ...] = (
         ),
         "rewards.digits:RawInk",
     ),
+    (
+        RewardCard(
+            "threshold",
+            "1 where another reward (argument `reward`, with `args`) scores above `at`, else 0; missing where it is",
+            "0 or 1",
+            media="any",
+        ),
+        "rewards.thumbs:Threshold",
+    ),
 )
 """Card and home of every reward that ships."""
 

@@ -1,6 +1,6 @@
 """Write the table of configuration keys in docs/cli.md anew from `align/config.py`.
 
-    python scripts/config_table.py
+python scripts/config_table.py
 """
 
 from __future__ import annotations

@@ -62,3 +62,41 @@ def sd3(folder: Path, *, seed: int = 0, layers: int = 2) -> Path:
                 parameter.normal_(std=0.05)
     pipeline.save_pretrained(folder)
     return folder
+
+
+def stable_diffusion(folder: Path, *, seed: int = 0, prediction: str = "epsilon") -> Path:
+    """Save a StableDiffusionPipeline of about 60 k weights that makes 8x8 latents and 16x16 images.
+
+    It is saved with a PNDM sampler, as Stable Diffusion 1.x is published.
+    """
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(seed)
+    tokenizer = clip_tokenizer(folder.parent / (folder.name + "_tokenizer"), length=16)
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=16, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    pipeline = StableDiffusionPipeline(
+        unet=UNet2DConditionModel(
+            sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=16, attention_head_dim=4,
+            norm_num_groups=4,
+        ),
+        scheduler=PNDMScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, skip_prk_steps=True,
+            set_alpha_to_one=False, steps_offset=1, prediction_type=prediction,
+        ),
+        vae=AutoencoderKL(
+            in_channels=3, out_channels=3, block_out_channels=(8, 8), layers_per_block=1, latent_channels=4,
+            norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+            sample_size=16,
+        ),
+        text_encoder=CLIPTextModel(text), tokenizer=tokenizer,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.save_pretrained(folder)
+    return folder

@@ -154,6 +154,7 @@ class DanceGRPO:
                 stats = self.learn(run, rollout, advantages, step)
                 run.update_average()
                 clock.lap("time/train")
+                self._watch_base_rate(scores, run, step)
                 metrics = {**self._metrics(scores, advantages, run), **self._clip_metrics(run, stats)}
                 run.commit(step, {**metrics, **receipt.during(step), **clock.laps}, stats)
             return self._finish(run, receipt)
@@ -269,6 +270,20 @@ class DanceGRPO:
             "feq_total": run.counters["feq"],
             "feq_per_sample": ledger["feq_per_sample"],
         }
+
+    def _watch_base_rate(self, scores: Scores, run: Run, step: int) -> None:
+        """Warn when a binary reward says nearly always the same: most groups then teach nothing."""
+        for name in scores.names:
+            values = scores.column(name)[scores.valid[:, scores.names.index(name)]]
+            rate = float(values.mean()) if len(values) else 0.5
+            if run.counters.get(f"base_rate/{name}") or not np.isin(values, (0.0, 1.0)).all() or 0.1 <= rate <= 0.9:
+                continue
+            run.counters[f"base_rate/{name}"] = 1.0  # once a run
+            raw = scores.extras.get(f"raw/{name.rpartition('_above_')[0]}")
+            middle = "" if raw is None else f"; half of them are above {float(np.nanmedian(raw)):.3g}"
+            run.log.warn(
+                step, "warning", "base_rate", f"the binary reward {name} is 1 for {rate:.0%} of the samples{middle}"
+            )
 
     def clip_bounds(self, run: Run) -> tuple[float, float]:
         """Return how far ratios may fall and rise in the step at hand."""

@@ -112,3 +112,41 @@ def test_bad_input():
         advantages([[1, 2]], scope="globl")
     with pytest.raises(ConfigError, match="whole groups"):
         group_advantages(scores([[1, 2, 3]]), 2, [1.0])
+
+
+def test_t11_groups_of_equals_teach_nothing_and_are_counted():
+    found = advantages([[0, 0, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]])
+    assert not found.values[:2].any() and found.values[2].any()
+    assert found.zero_std_groups == 2 and found.kept.all()
+
+
+def picked(values, **options):
+    found = advantages(values, clip=None, **options)
+    return [np.flatnonzero(row).tolist() for row in found.kept], found
+
+
+def test_t12_best_of_n_is_per_group_with_distinct_members():
+    groups = [[9, 1, 5, 5, 2, 7], [100, 101, 102, 103, 104, 105]]
+    rows, found = picked(groups, best_of=4)
+    assert rows == [[0, 1, 4, 5], [0, 1, 4, 5]] and found.unselected == 4
+    whole = advantages(groups, clip=None).values
+    assert found.values[found.kept] == pytest.approx(whole[found.kept])  # statistics are the whole group's
+    assert not found.values[~found.kept].any()
+
+
+def test_t12_odd_counts_ties_and_identity():
+    assert picked([[3, 1, 2, 5, 4]], best_of=3)[0] == [[1, 3, 4]]  # two of the best, one of the worst
+    assert picked([[1, 1, 1, 2]], best_of=2)[0] == [[2, 3]]
+    assert picked([[1, 1, 1, 1]], best_of=2)[0] == [[0, 3]]
+    whole, same = advantages([[1, 2, 3, 4]]), advantages([[1, 2, 3, 4]], best_of=4, recentre=True)
+    assert same.values == pytest.approx(whole.values, abs=1e-15) and same.unselected == 0
+    assert picked([[1, 2, 3, 4]], best_of=99)[0] == [[0, 1, 2, 3]]
+
+
+def test_t12_missing_members_are_never_picked_and_recentring_balances_the_rest():
+    rows, found = picked([[np.nan, 1, 2, 10, 3, np.nan]], best_of=3, recentre=True)
+    assert rows == [[1, 3, 4]]
+    assert found.values.sum() == pytest.approx(0, abs=1e-12) and found.invalid_members == 2
+    plain = picked([[np.nan, 1, 2, 10, 3, np.nan]], best_of=3)[1]
+    assert abs(plain.values.sum()) > 0.1
+    assert np.diff(found.values[0][rows[0]]) == pytest.approx(np.diff(plain.values[0][rows[0]]))
