@@ -6,6 +6,7 @@ model_share          bare denoiser forwards and backwards of the same shapes / a
 vs_batched_loop      our iteration / a straightforward batched loop on autograd               (<= 1.0)
 vs_official_loop     our iteration / one (sample, step) at a time, as the released code does
 rollout_vs_pipeline  a plain pipeline call / our rollout: same batch, steps and guidance      (>= .90)
+guards_cost          our iteration / the same with every guard taken out, minus 1             (<= .03)
 
 Arms alternate within each round and the medians of the rounds' ratios are reported.
 """
@@ -21,15 +22,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import numpy as np
 import torch
 
+from align import guards
 from align.checks import trained_step_count
 from align.config import load_config
 from align.diffusion.rollout import initial_noise, sample
 from align.diffusion.schedules import trained_subset
-from align.run import Run, describe_machine
+from align.run import describe_machine
 from align.seeding import permutation
 from trainers import DanceGRPO
 from trainers.advantages import group_advantages
@@ -54,11 +57,12 @@ class Bench:
         self.prompts = list(self.trainer.prompts.at(1, self.config.prompts_per_step, self.config.seed))
         self.flat = [p for p in self.prompts for _ in range(self.config.group_size)]
         self.policy.encodings.add([*self.prompts, ""])
-        self.run = Run(self.config, folder, self.policy.trainable())
+        self.run = self.trainer.open_run()
         self.count = trained_step_count(
             self.config.sampler.solver_steps, self.config.trained_steps.fraction, self.config.trained_steps.rule
         )
         self.parts: dict[str, float] = {}
+        self.guided = self.config.sampler.guidance == "both_branches"
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -73,22 +77,43 @@ class Bench:
         return sample(
             self.policy, self.prompts, group_size=c.group_size, table=self.table,
             latent_shape=self.trainer.latent_shape, key=(c.seed, 1), noise_scope=c.sampler.initial_noise,
-            batch=c.batch.rollout, reduction=c.objective.logprob_reduction,
+            batch=self.trainer._batches(self.run)[0], reduction=c.objective.logprob_reduction,
         )  # fmt: skip
 
     def ours(self) -> None:
         """One iteration of the trainer, itemised."""
         with self.part("rollout"):
             rollout = self.rollout()
+        self.move(rollout.decode_seconds, "rollout", "decode")
         with self.part("reward"):
             scores = self.trainer.rewards.score(rollout.samples)
+            self.trainer._require_sound(rollout, scores, 1)
             advantages = group_advantages(
                 scores, self.config.group_size, self.trainer.rewards.weights, **self.config.advantage.model_dump()
             )
         with self.part("train"):
             stats = self.trainer.learn(self.run, rollout, advantages, 1)
+        self.move(self.run._optimizer_seconds, "train", "optimizer")
+        self.run._optimizer_seconds = 0.0
         with self.part("log"):
             self.run.log.metrics({"step": 0, **{n: stats.mean(n) for n in stats.sums}})
+
+    def move(self, seconds: float, source: str, name: str) -> None:
+        """Count seconds of the part `source` as a part of their own."""
+        self.parts[source] -= seconds
+        self.parts[name] = self.parts.get(name, 0.0) + seconds
+
+    def unguarded(self) -> None:
+        """One iteration of the trainer with its guards taken out."""
+        out, parts = {"first_ratio_errors": lambda *_: (0.0, 0.0)}, dict(self.parts)
+        out |= {name: lambda *_, **__: None for name in ("require_finite", "require_gradient", "require_first_ratio")}
+        with contextlib.ExitStack() as stack:
+            for name, instead in out.items():
+                stack.enter_context(mock.patch.object(guards, name, instead))
+            stack.enter_context(mock.patch.object(self.trainer, "_require_sound", return_value=None))
+            stack.enter_context(mock.patch.object(self.trainer, "_require_first_ratio", return_value=None))
+            self.ours()
+        self.parts = parts
 
     def bare_model(self) -> None:
         """The denoiser calls of an iteration, and nothing else: same count, shapes and gradients."""
@@ -96,14 +121,14 @@ class Bench:
         x = torch.randn(batch, *self.trainer.latent_shape, device=self.policy.device)
         t = torch.full((batch,), 500.0, device=self.policy.device)
         cond = self.policy.encodings.stack(self.flat)
-        if self.policy.branches == 2:
+        if self.guided:
             x, t, cond = torch.cat([x, x]), torch.cat([t, t]), {k: torch.cat([v, v]) for k, v in cond.items()}
         with torch.no_grad():
             for _ in range(len(self.table)):
                 self.policy.family.predict(x, t, cond)
         for _ in range(self.count):
             self.policy.family.predict(x, t, cond).sum().backward()
-        self.run.optimizer.zero_grad()
+        self.run.engine.optimizer.zero_grad()
 
     def _plain_rollout(self, flat: list[str], noise: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         eta, sigmas = self.config.sampler.eta, self.sigmas
@@ -119,7 +144,7 @@ class Bench:
 
     def _model(self, x: torch.Tensor, t: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         cond = self.policy.encodings.stack(prompts)
-        if self.policy.branches == 1:
+        if not self.guided:
             return self.policy.family.predict(x, t, cond)
         none = self.policy.encodings.stack([""] * len(prompts))
         both = {k: torch.cat([none[k], cond[k]]) for k in cond}
@@ -139,11 +164,12 @@ class Bench:
     def plain_loop(self, chunk: int | None) -> None:
         """A straightforward DanceGRPO iteration: `chunk` samples a forward (None: the whole minibatch)."""
         c = self.config
-        self.sigmas = torch.cat([self.table.sigma, torch.zeros(1, dtype=torch.float64)]).float().to(self.policy.device)
-        self.timesteps = self.table.timestep.float().to(self.policy.device)
-        noise = initial_noise(
-            self.trainer.latent_shape, len(self.prompts), c.group_size, c.sampler.initial_noise, 0, 1
-        ).to(self.policy.device)
+        scheduler = self.policy.family.pipeline.scheduler
+        scheduler.set_timesteps(c.sampler.solver_steps, device=self.policy.device)
+        self.sigmas, self.timesteps = scheduler.sigmas, scheduler.timesteps
+        rows = range(len(self.flat))
+        noise = initial_noise(self.trainer.latent_shape, rows, c.group_size, c.sampler.initial_noise, 0, 1)
+        noise = noise.to(self.policy.device)
         size = chunk or len(self.flat)
         parts = [
             self._plain_rollout(self.flat[i : i + size], noise[i : i + size]) for i in range(0, len(self.flat), size)
@@ -178,8 +204,8 @@ class Bench:
                     loss = torch.maximum(-adv[pick] * ratio, -adv[pick] * ratio.clamp(1 - clip, 1 + clip))
                     (loss.sum() / (len(rows) * self.count)).backward()
             torch.nn.utils.clip_grad_norm_(list(self.run.parameters.values()), 1.0)
-            self.run.optimizer.step()
-            self.run.optimizer.zero_grad()
+            self.run.engine.optimizer.step()
+            self.run.engine.optimizer.zero_grad()
 
     def pipeline_call(self) -> None:
         """A plain diffusers call: same batch, steps, guidance and decoding, prompts encoded beforehand."""
@@ -189,7 +215,7 @@ class Bench:
             prompt_embeds=cond["encoder_hidden_states"], pooled_prompt_embeds=cond["pooled_projections"],
             negative_prompt_embeds=none["encoder_hidden_states"],
             negative_pooled_prompt_embeds=none["pooled_projections"], num_inference_steps=len(self.table),
-            guidance_scale=self.policy.guidance_scale if self.policy.branches == 2 else 1.0,
+            guidance_scale=self.policy.guidance_scale if self.guided else 1.0,
             output_type="pt",
         )  # fmt: skip
 
@@ -213,6 +239,7 @@ def main() -> None:
         for _ in range(args.rounds):
             row = {"ours": seconds(bench.ours), "bare_model": seconds(bench.bare_model)}
             row["batched_loop"] = seconds(lambda: bench.plain_loop(None))
+            row["unguarded"] = seconds(bench.unguarded)
             row["rollout"] = seconds(bench.rollout)
             row["pipeline"] = seconds(bench.pipeline_call)
             rows.append(row)
@@ -231,6 +258,7 @@ def main() -> None:
         "vs_batched_loop": ratio("ours", "batched_loop"),
         "vs_official_loop": median["ours"] / official,
         "rollout_vs_pipeline": ratio("pipeline", "rollout"),
+        "guards_cost": ratio("ours", "unguarded") - 1,
         "seconds": {**median, "official_loop": official},
         "iteration_parts": iteration_parts,
         "spread": {k: [min(r[k] for r in rows), max(r[k] for r in rows)] for k in rows[0]},

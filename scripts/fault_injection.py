@@ -28,6 +28,7 @@ import torch
 from align import checkpoint
 from align.config import load_config
 from align.diffusion.policy import resolve_model
+from align.errors import AlignError
 from trainers import DanceGRPO
 
 RECIPE = [
@@ -131,7 +132,7 @@ def saves(count: int, seed: int, folder: Path) -> dict[str, Any]:
             visible += 1
             try:
                 checkpoint.verify(path)
-            except Exception as error:  # whatever it is, it is what this looks for
+            except (AlignError, OSError, ValueError, KeyError) as error:
                 torn.append(f"kill {kill}, step {step}: {error}")
         found = checkpoint.load_latest(root)
         if (found.step if found else 0) < acknowledged:

@@ -33,6 +33,7 @@ from align import guards
 from align.checks import clip_nats, feq_ledger, require_valid, trained_step_count
 from align.config import DanceGRPOConfig, load_config
 from align.diffusion.kernels import StepTable, step_table
+from align.diffusion.memory import rows_that_fit
 from align.diffusion.rollout import Replayed, Rollout, Tile, reference_output, replay, sample, tiles
 from align.diffusion.schedules import trained_subset
 from align.engine import DeepSpeedEngine
@@ -140,7 +141,7 @@ class DanceGRPO:
                     latent_shape=self.latent_shape,
                     key=(config.seed, step),
                     noise_scope=config.sampler.initial_noise,
-                    batch=config.batch.rollout,
+                    batch=self._batches(run)[0],
                     reduction=config.objective.logprob_reduction,
                     world=self.world,
                 )
@@ -166,10 +167,22 @@ class DanceGRPO:
             engine = DeepSpeedEngine(
                 self.policy.family.denoiser, parameters, self.config.optimizer, self.world, self.deepspeed
             )
-        return Run(
+        run = Run(
             self.config, self.directory, parameters, self._record(),
             world=self.world, engine=engine, changed=self._changed,
         )  # fmt: skip
+        if "batch_tile" not in run.counters:  # a resumed run keeps its own, so that it goes on bit for bit
+            fit = rows_that_fit(self.policy, self.latent_shape, float(self.table.timestep[0]), next(iter(self.prompts)))
+            run.counters["batch_tile"] = float(min(self.world.gather(fit)))
+        return run
+
+    def _batches(self, run: Run) -> tuple[int, int]:
+        """Return how many samples are rolled out at once, and how many (sample, step) pairs replayed.
+
+        Without gradients a row needs a fraction of what it needs with them.
+        """
+        fit = int(run.counters["batch_tile"])
+        return self.config.batch.rollout or 4 * fit, self.config.batch.tile or fit
 
     def learn(self, run: Run, rollout: Rollout, advantages: Advantages, step: int) -> StepStats:
         """Take the updates of one rollout: disjoint minibatches of samples, each replayed in tiles.
@@ -183,7 +196,7 @@ class DanceGRPO:
         values = torch.as_tensor(advantages.values.reshape(-1))
         kept = np.flatnonzero(advantages.kept.reshape(-1))
         order = kept[permutation(len(kept), config.seed, step, "minibatches")]
-        size = config.batch.tile or len(rollout.prompts)
+        size = self._batches(run)[1]
         bounds = self.clip_bounds(run)
         for update, rows in enumerate(np.array_split(order, config.updates_per_step)):
             moving = rows if config.objective.kl_weight else rows[values.numpy()[rows] != 0]

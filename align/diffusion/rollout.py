@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -137,8 +138,9 @@ def solve(
 
 
 @torch.no_grad()
-def decode(policy: Policy, latents: Tensor, batch: int = 256) -> Tensor:
-    """Decode latents to CPU pixels in [0, 1], a batch at a time."""
+def decode(policy: Policy, latents: Tensor, batch: int | None = None) -> Tensor:
+    """Decode latents to CPU pixels in [0, 1], a batch at a time: 65,536 latent positions where it is None."""
+    batch = batch or max(1, 65_536 // math.prod(latents.shape[2:]))
     return torch.cat([policy.family.decode(part).cpu() for part in latents.split(batch)])
 
 

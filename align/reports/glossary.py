@@ -50,6 +50,7 @@ GLOSSARY: dict[str, str] = {
     "valid_share": "Share of the samples that every reward could score; a failed score is missing, never 0.",
     "zero_std_groups": "Prompts whose samples all scored the same: they carry no signal in this step.",
     "invalid_members": "Samples left out of training because a score was missing.",
+    "unselected": "Samples that best-of-N left out of training.",
     "dropped_groups": "Prompts left out because too few of their samples had a score.",
     "loss": (
         "The clipped objective; near 0 by construction, since advantages are centred, so it is no measure of success."
@@ -59,7 +60,6 @@ GLOSSARY: dict[str, str] = {
     "first_ratio_error": (
         "Largest |ratio − 1| before the first update: 0 means that replay reproduces the rollout exactly."
     ),
-    "ratio": "Mean probability ratio new / old over the trained terms.",
     "ratio_mean": "Mean probability ratio new / old over the trained terms.",
     "ratio_min": "Smallest probability ratio of the step.",
     "ratio_max": "Largest probability ratio of the step.",
@@ -72,7 +72,14 @@ GLOSSARY: dict[str, str] = {
     "approx_kl": (
         "Estimate of how far this step moved the model, (ratio − 1) − log ratio, averaged over the trained terms."
     ),
-    "updates": "Optimizer updates of this step.",
+    "clip_low": "How far ratios may fall in this step before they are clipped.",
+    "clip_high": "How far ratios may rise in this step before they are clipped.",
+    "clip_nats": "The upper clip bound as a change of the whole latent's log-probability, in nats.",
+    "kl_reference": (
+        "Distance to the model before training that kl_weight holds down: of the model's output, or of the "
+        "sampling step, a latent entry."
+    ),
+    "updates": "Optimizer updates of this step; fewer than configured when all their samples had an advantage of 0.",
     "feq": "Cost of this step's training in denoiser forwards without guidance (F_eq).",
     "feq_total": "Cost of the run so far in F_eq.",
     "feq_per_sample": "Cost of one training sample in F_eq: rollout and training.",

@@ -323,7 +323,7 @@ def _components(evaluations: list[Row]) -> list[Row]:
 
 
 def _ledger(files: RunFiles, last: Row) -> Row:
-    """Return the terms of `F_eq per sample = rollout forwards + trained forwards x k`."""
+    """Return the terms of `F_eq per sample = rollout forwards + trained forwards x k + forwards without gradient`."""
     ledger = files.record.get("ledger")
     if not isinstance(ledger, dict):
         return {}
@@ -335,5 +335,11 @@ def _ledger(files: RunFiles, last: Row) -> Row:
     total = finite(last.get("feq_total"))
     times = [v for phase in ("rollout", "train") for v in _column(files.metrics, f"time/{phase}") if v is not None]
     rate = total / sum(times) if total and sum(times) else None
-    terms = {"rollout": rollout, "trained": trained, "whole": whole, "k": k}
+    terms = {
+        "rollout": rollout,
+        "trained": trained,
+        "whole": whole,
+        "k": k,
+        "free": finite(ledger.get("free_forwards")),
+    }
     return {**ledger, **terms, "samples": samples, "total": total, "rate": rate}

@@ -122,7 +122,9 @@ def test_t21_the_reference_is_the_model_before_training(folder, train):
     assert torch.equal(reference_output(policy, tile, rollout.table), replayed.output)
     distance = (replayed.output - reference_output(policy, tile, rollout.table)).square().mean()
     distance.backward()
-    assert float(distance.detach()) == 0 and all(p.grad is None or not p.grad.any() for p in policy.trainable().values())
+    assert float(distance.detach()) == 0 and all(
+        p.grad is None or not p.grad.any() for p in policy.trainable().values()
+    )
     torch.manual_seed(0)
     perturb(policy)
     replayed, reference = replay(policy, tile, rollout.table), reference_output(policy, tile, rollout.table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -202,7 +203,7 @@ def test_every_leaf_knows_where_it_came_from(tmp_path: Path):
     assert python["model.path"] == "Python" and python["steps"] == "default"
 
 
-@pytest.mark.parametrize("recipe", [name for name, _ in list_recipes()])
+@pytest.mark.parametrize("recipe", [name for name, _ in list_recipes() if not name.startswith("presets/")])
 def test_a_saved_config_loads_again_with_its_origins(recipe: str, tmp_path: Path):
     config = load_config(recipe, ["sampler.shift=3", "about='a: #b, \"c\" \\ é 🙂'", "optimizer.eps=1e-12"])
     path = tmp_path / "config.yaml"
@@ -252,13 +253,60 @@ def test_recipes_load_pass_their_checks_and_say_what_they_are_for(tmp_path: Path
     recipes = dict(list_recipes())
     assert {"digits/dance_grpo", "digits/demo", "digits/smoke", "digits/hacked", "digits/full"} <= set(recipes)
     for name, about in recipes.items():
-        config = load_config(name)
-        assert config.about == about and about
+        preset = name.startswith("presets/")
+        rest = {"model": {"path": "folder"}, "prompts": {"path": "p.txt"}, "rewards": [{"name": "a"}, {"name": "b"}]}
+        config = load_config({"extends": name, **rest} if preset else name)
+        assert config.about == about and about and about.startswith("To extend") == preset
         require_valid(config)
         assert copy_recipe(name, tmp_path / "copies" / name / "x.yaml").read_text() == read_recipe(name)
     with pytest.raises(ConfigError, match="exists already"):
         copy_recipe("digits/smoke", tmp_path / "copies" / "digits/smoke/x.yaml")
     assert copy_recipe("digits/smoke", tmp_path).name == "smoke.yaml"
+
+
+def test_presets_are_what_the_facts_say():
+    rest = {"model": {"path": "folder"}, "prompts": {"path": "p.txt"}, "rewards": [{"name": "a"}]}
+    repo = load_config({"extends": "presets/repo_stable_diffusion", **rest})
+    ledger = feq_ledger(repo)
+    assert (ledger["trained_steps"], ledger["solver_steps"], ledger["samples_per_step"]) == (49, 50, 512)
+    assert (repo.sampler.kernel, repo.sampler.eta, repo.sampler.guidance_scale, repo.seed) == ("ddim", 1.0, 5.0, 42)
+    assert config_origins(repo)["sampler.eta"].startswith("configs/presets/repo_stable_diffusion.yaml:")
+    assert config_origins(repo)["model.path"] == "Python" and repo.model.train == "full"
+    paper = load_config({"extends": "presets/paper_stable_diffusion", **rest})
+    assert feq_ledger(paper)["trained_steps"] == 30 and paper.updates_per_step == 1 and paper.sampler.shift is None
+    assert config_origins(paper)["optimizer.lr"].startswith("configs/presets/paper.yaml:")
+    flux = load_config({"extends": "presets/paper", **rest})
+    assert feq_ledger(flux)["trained_steps"] == 15 and flux.updates_per_step == 4 and flux.group_size == 12
+
+
+def test_a_config_that_extends_says_only_what_differs(tmp_path: Path):
+    (tmp_path / "base.yaml").write_text(json.dumps({**BASE, "sampler": {"eta": 0.1, "solver_steps": 9}}))
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("extends: base.yaml\nsampler: {eta: 0.2}\nrewards: [{name: only}]\n")
+    config = load_config(mine, ["sampler.solver_steps=7"])
+    assert (config.sampler.eta, config.sampler.solver_steps) == (0.2, 7)
+    assert [reward.name for reward in config.rewards] == ["only"]
+    origins = config_origins(config)
+    assert origins["sampler.eta"] == f"{mine}:2" and origins["sampler.solver_steps"] == "command line"
+    assert origins["model.path"].startswith(str(tmp_path / "base.yaml")) and origins["rewards.0.name"] == f"{mine}:3"
+    assert not [key for key in origins if key.startswith("rewards.1")]
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+    assert config_origins(load_config(tmp_path / "saved.yaml")) == origins
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("extends: mine.yaml\n", "extends itself"),
+        ("extends: 3\n", "extends one other"),
+        ("extends: presets/papers\n", "presets/paper"),
+    ],
+)
+def test_a_bad_extends_is_refused(tmp_path: Path, text: str, message: str):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(tmp_path / "mine.yaml")
 
 
 def test_the_demo_is_the_recommended_recipe():
@@ -297,10 +345,23 @@ def test_the_last_step_is_never_trained():
         (["model.train=full", "model.gradient_checkpointing=true", "trained_steps.rule=repo"], 16 + 9 * 4),  # repo: 52
         (["sampler.solver_steps=25"], 25 + 15 * 2),
         (["sampler.guidance=both_branches", "sampler.guidance_scale=5"], 2 * 16 + 2 * 10 * 2),
+        (["sampler.guidance=uncond_detached", "sampler.guidance_scale=5"], 2 * 16 + 10 * (2 + 1)),
+        (["objective.kl_weight=0.1"], 16 + 10 * (2 + 1)),
+        (["group_size=24", "advantage.best_of=8"], 16 + 10 * 2 / 3),
+        (  # Flow-GRPO on SD3.5, 10 steps with guidance and a KL: 74 in the published table
+            [
+                "sampler.guidance=both_branches",
+                "sampler.guidance_scale=4.5",
+                "objective.kl_weight=0.04",
+                "sampler.solver_steps=10",
+                "trained_steps={fraction: 1, rule: repo}",
+            ],
+            20 + 18 + 18 * 2,
+        ),
     ],
 )
 def test_the_ledger_gives_the_published_costs(overrides: list[str], feq: int):
-    assert feq_ledger(load_config(BASE, overrides))["feq_per_sample"] == feq
+    assert feq_ledger(load_config(BASE, overrides))["feq_per_sample"] == pytest.approx(feq)
 
 
 def test_clip_in_nats_of_flux_at_720(tmp_path: Path):
@@ -314,7 +375,8 @@ def test_clip_in_nats_of_flux_at_720(tmp_path: Path):
     assert latent_dim(config) == 129_600
     assert clip_nats(config, 129_600) == pytest.approx(12.96)
     assert clip_nats(load_config(BASE, ["objective.logprob_reduction=sum"]), 129_600) == 1e-4
-    assert latent_dim(load_config(BASE)) is None
+    assert clip_nats(load_config(BASE, ["objective.clip_unit=nats", "objective.clip_range=2"]), 129_600) == 2
+    assert latent_dim(load_config(BASE)) == 256 and latent_dim(load_config(BASE, ["model.path=elsewhere"])) is None
 
 
 @pytest.mark.parametrize(
@@ -333,6 +395,10 @@ def test_clip_in_nats_of_flux_at_720(tmp_path: Path):
         (["rewards=[{name: a, weight: 0}]"], "zero_weights", "error"),
         (["sampler.guidance=both_branches", "sampler.guidance_scale=5"], "guidance_updates", "warning"),
         (["sampler.guidance=both_branches"], "guidance_idle", "warning"),
+        (["sampler.guidance=uncond_detached", "sampler.guidance_scale=5"], "guidance_updates", "warning"),
+        (["group_size=8", "advantage.best_of=9"], "best_of", "error"),
+        (["advantage.recentre=true"], "recentre", "note"),
+        (["model.train=full", "objective.kl_weight=0.1"], "reference_copy", "note"),
         (["prompts_per_step=15", "model.path=sd3"], "few_prompts", "warning"),
         (["sampler.eta=0.4"], "eta_high", "warning"),
         (["model.train=full", "optimizer.lr=1e-6"], "lr_low", "warning"),
@@ -349,8 +415,8 @@ def test_each_finding_is_found_and_leaves_when_its_cause_does(overrides: list[st
 
 
 def test_a_sound_config_has_no_errors_and_one_note():
-    assert codes() == {"off_policy": "note"}
-    assert codes("updates_per_step=1") == {}
+    assert codes() == {"off_policy": "note", "steps_mismatch": "note"}
+    assert codes("updates_per_step=1", "evaluation.solver_steps=16") == {}
 
 
 def test_an_error_is_raised_with_key_origin_and_advice():
