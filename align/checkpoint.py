@@ -13,6 +13,7 @@ aside until the new one stands, and comes back if it never does.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -70,6 +71,7 @@ def save(
     Raises:
         CheckpointError: the disk refused; earlier checkpoints are untouched.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     root = Path(root)
@@ -95,10 +97,10 @@ def save(
             final.rename(root / f".replaced_step_{step:06d}")
         temporary.rename(final)
         _sync(root)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
-            "A checkpoint could not be written", where=str(final), why=error.strerror or str(error),
+            "A checkpoint could not be written", where=str(final), why=getattr(error, "strerror", None) or str(error),
             do="Earlier checkpoints are intact; free some space and resume",
         ) from error  # fmt: skip
     for old in list(checkpoints(root).values())[: -max(keep, 1)]:
@@ -114,7 +116,8 @@ def _bring_back(root: Path) -> None:
     for aside in root.glob(".replaced_step_*"):
         final = root / aside.name.removeprefix(".replaced_")
         if not final.exists():
-            aside.rename(final)
+            with contextlib.suppress(FileNotFoundError):  # another process of the run was first
+                aside.rename(final)
 
 
 def verify(path: str | Path) -> dict[str, Any]:
@@ -124,31 +127,32 @@ def verify(path: str | Path) -> dict[str, Any]:
         CheckpointError: naming the file that is missing, foreign, truncated or changed.
     """
     path = Path(path)
-    previous = [p for p in checkpoints(path.parent).values() if p.name < path.name]
-    advice = f"Resume from {previous[-1]}" if previous else "Start again from the beginning"
+    steps = {p.name: step for step, p in checkpoints(path.parent).items()}
+    previous = [name for name, step in steps.items() if step < steps.get(path.name, 0)]
+    advice = f"Remove {path}; the run then goes on from " + (previous[-1] if previous else "its beginning")
 
     def refuse(what: str, file: str, why: str = "") -> CheckpointError:
         return CheckpointError(what, where=str(path / file), why=why, do=advice)
 
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        files: dict[str, dict[str, Any]] = manifest["files"]
+        files = {name: (int(f["bytes"]), str(f["sha256"])) for name, f in manifest["files"].items()}
         step = int(manifest["step"])
     except FileNotFoundError as error:
         raise refuse(
             "This is not a whole checkpoint", "manifest.json", "the manifest, which is written last, is missing"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise refuse("A checkpoint's manifest cannot be read", "manifest.json", str(error)) from error
     if path.name != f"step_{step:06d}":
         raise refuse("A checkpoint was renamed", "manifest.json", f"it was written as step {step}")
     present = {p.name for p in path.iterdir()} - {"manifest.json"}
     for name in sorted(present ^ set(files)):
         raise refuse("A checkpoint has a foreign file" if name in present else "A checkpoint lost a file", name)
-    for name, expected in files.items():
-        if (size := (path / name).stat().st_size) != expected["bytes"]:
-            raise refuse("A checkpoint file has the wrong size", name, f"{size} bytes instead of {expected['bytes']}")
-        if _sha256(path / name) != expected["sha256"]:
+    for name, (expected, sha256) in files.items():
+        if (size := (path / name).stat().st_size) != expected:
+            raise refuse("A checkpoint file has the wrong size", name, f"{size} bytes instead of {expected}")
+        if _sha256(path / name) != sha256:
             raise refuse("A checkpoint file is corrupt", name, "its sha256 differs from the manifest")
     return manifest
 

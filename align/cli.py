@@ -6,6 +6,7 @@ Exit codes: 0 done; 2 bad input, said in one sentence on stderr; 130 interrupted
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from align.config import DanceGRPOConfig
 
 INTERRUPTED = 130
+_DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,6 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in _DISK_REFUSES:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        sys.stderr.write(f"align: The disk refused{where}: {error.strerror}. Free some space and start it again.\n")
+        return 2
 
 
 class _Exit(Exception):
@@ -104,6 +112,7 @@ def _known(word: str, choices: Sequence[str] | dict[str, Any], kind: str) -> Non
 def _train(options: argparse.Namespace) -> int:
     from align.checks import describe_config, require_valid
     from align.config import load_config
+    from align.run import require_directory
 
     seed = [] if options.seed is None else [f"seed={options.seed}"]
     config = load_config(options.config, [*options.overrides, *seed])
@@ -113,6 +122,7 @@ def _train(options: argparse.Namespace) -> int:
         described = {**describe_config(config, findings), "out": str(out)}
         return _give(options, described, f"{_config_text(described)}\nwould train into {out}")
     if options.launch:
+        require_directory(out, config, overwrite=options.overwrite, fork=options.fork)
         switches = [name for name in ("overwrite", "fork") if getattr(options, name)]
         again = ["train", options.config, *options.overrides, *seed, "--out", str(out), *(f"--{s}" for s in switches)]
         return _launch(options, again, out)
@@ -127,12 +137,13 @@ def _train(options: argparse.Namespace) -> int:
 
 def _launch(options: argparse.Namespace, arguments: list[str], out: Path) -> int:
     """Run `align <arguments>` in several processes, and say what happened to them."""
-    import subprocess
-
     from align.checkpoint import checkpoints
-    from align.launch import launch_command, shown
+    from align.engine import deepspeed_settings
+    from align.launch import launch_command, run_launched, shown
+    from align.run import read_record
 
     if options.launch == "deepspeed":
+        deepspeed_settings(options.deepspeed or "zero2")
         arguments = [*arguments, "--deepspeed", options.deepspeed or "zero2"]
     elif options.deepspeed:
         raise ConfigError("ZeRO needs DeepSpeed's launcher", where="--deepspeed", do="Add --launch deepspeed")
@@ -140,24 +151,20 @@ def _launch(options: argparse.Namespace, arguments: list[str], out: Path) -> int
         arguments = [*arguments, "--json", options.json]
     command, environment = launch_command(options.launch, options.nproc, arguments)
     sys.stderr.write(f"align: {shown(command, environment)}\n")
-    code = subprocess.run(command, env={**os.environ, **environment}, check=False).returncode
+    before = read_record(out)
+    code = run_launched(command, environment)
+    record = read_record(out)
+    if record != before and record.get("status") == "stopped":
+        return INTERRUPTED
     if code == 0:
         return 0
     saved = max(checkpoints(out / "checkpoints"), default=None)
-    status = _status(out)
-    if status == "stopped":
-        return INTERRUPTED
     raise AlignError(
         "A process of the run ended early", where=f"{options.launch}, exit code {code}",
         why="what it said stands above",
         do="Nothing was saved yet; start again" if saved is None
         else f"The checkpoint of step {saved} is whole; the same command resumes from it",
     )  # fmt: skip
-
-
-def _status(out: Path) -> str:
-    record = out / "run.json"
-    return str(json.loads(record.read_text(encoding="utf-8")).get("status")) if record.is_file() else ""
 
 
 def _leads() -> bool:
@@ -178,12 +185,14 @@ def _resume(options: argparse.Namespace) -> int:
 
 
 def _finished(options: argparse.Namespace, result: Any) -> int:
-    from align.launch import leave_world
+    from align.launch import asked_to_stop, leave_world
     from align.reports.training import write_report
 
-    leave_world()
+    # Who asked a launch to stop reads how it went in run.json; a launcher takes any other code than 0 for a crash.
+    interrupted = 0 if asked_to_stop() else INTERRUPTED
     if not _leads():
-        return INTERRUPTED if result.status == "stopped" else 0
+        leave_world()  # waits for the process that still writes
+        return interrupted if result.status == "stopped" else 0
     report = write_report(result.directory)
     found = {
         "directory": str(result.directory),
@@ -193,8 +202,10 @@ def _finished(options: argparse.Namespace, result: Any) -> int:
     }
     if result.status == "stopped":
         _give(options, found, f"stopped; `align resume {result.directory}` goes on\nreport: {report}")
-        return INTERRUPTED
-    return _give(options, found, f"{result.status}\nreport: {report}")
+    else:
+        _give(options, found, f"{result.status}\nreport: {report}")
+    leave_world()
+    return interrupted if result.status == "stopped" else 0
 
 
 def _sample(options: argparse.Namespace) -> int:

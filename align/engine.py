@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from align.config import OptimizerConfig
 from align.errors import ConfigError
-from align.launch import World
+from align.launch import World, meeting
 from align.recipes import list_engines, read_engine
 from align.registry import suggest
 
@@ -122,7 +123,7 @@ class DeepSpeedEngine:
             Batch sizes, clipping and the optimizer come from `align`'s configuration.
 
     Raises:
-        ConfigError: DeepSpeed is missing, or settings that this loop cannot run under.
+        ConfigError: DeepSpeed or its launcher is missing, or settings that this loop cannot run under.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class DeepSpeedEngine:
         world: World,
         settings: str,
     ) -> None:
-        options = deepspeed_settings(settings)
+        options = require_deepspeed(settings)
         try:
             import deepspeed
         except ImportError as error:
@@ -175,13 +176,16 @@ class DeepSpeedEngine:
 
         self._accumulate()
         _fill(self.parameters)
-        self._accumulating.close()  # leaving the block exchanges the gradients
         self._open = False
-        return torch.as_tensor(self.engine.optimizer.scaled_global_norm())
+        with meeting():
+            self._accumulating.close()  # leaving the block exchanges the gradients
+            norm = torch.as_tensor(self.engine.optimizer.scaled_global_norm())
+        return torch.where(norm < 0, torch.nan, norm)  # DeepSpeed says -1 where it is not finite, and skips the update
 
     def step(self, norm: Tensor) -> None:
         """Take the optimizer step; DeepSpeed clips by the same norm."""
-        self.engine.step()
+        with meeting():
+            self.engine.step()
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Return the optimizer's state, gathered. Every process must call it."""
@@ -225,6 +229,21 @@ def _fill(parameters: list[nn.Parameter]) -> None:
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
+
+
+def require_deepspeed(settings: str) -> dict[str, Any]:
+    """Return the settings this process is to train under, refusing what can be seen at once.
+
+    Raises:
+        ConfigError: unusable settings, or no launcher.
+    """
+    options = deepspeed_settings(settings)
+    if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
+        raise ConfigError(
+            "ZeRO needs a launcher", where=f"--deepspeed {settings}",
+            do="Add --launch deepspeed --nproc N, or leave --deepspeed out to train in one process",
+        )  # fmt: skip
+    return options
 
 
 def deepspeed_settings(settings: str) -> dict[str, Any]:

@@ -27,11 +27,11 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from align import checkpoint, guards
+from align import checkpoint, guards, launch
 from align.averaging import Average
 from align.config import DanceGRPOConfig, diff_configs, load_config, save_config
 from align.engine import Engine, ReplicaEngine
-from align.errors import CheckpointError, ConfigError
+from align.errors import AlignError, CheckpointError, ConfigError
 from align.launch import World
 from align.tracking import Progress, RunLog
 from align.types import StepStats
@@ -111,7 +111,13 @@ def claim_directory(
     changed = require_directory(directory, config, overwrite=overwrite, fork=fork)
     if overwrite and directory.is_dir():
         shutil.rmtree(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            "The run folder cannot be made", where=str(directory), why=error.strerror or str(error),
+            do="Choose another --out",
+        ) from error  # fmt: skip
     path = directory / "config.yaml"
     if changed:
         last = max(checkpoint.checkpoints(directory / "checkpoints"), default=0)
@@ -167,8 +173,7 @@ class Run:
         self._started = time.perf_counter()
         self._elapsed = (self.counters.get("seconds", 0.0), self.counters.get("cpu_seconds", 0.0))
         self._mark = (self._started, time.process_time())
-        existing = self.directory / "run.json"
-        first = json.loads(existing.read_text(encoding="utf-8")).get("started") if existing.is_file() else None
+        first = read_record(self.directory).get("started")
         self.record = {
             "trainer": config.trainer,
             "name": config.name,
@@ -198,17 +203,18 @@ class Run:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if kind is not None:
-            self.finish("failed")
+            with contextlib.suppress(AlignError, OSError):  # on a full disk this fails too; `error` says why
+                self.finish("failed")
         self.log.close()
 
     def _request_stop(self, number: int, frame: FrameType | None) -> None:
-        if self._signal:
+        if self._signal == "SIGINT" and number == signal.SIGINT:  # launchers repeat a SIGTERM; a person repeats ^C
             raise KeyboardInterrupt
         self._signal = signal.Signals(number).name
 
     def _agree_to_stop(self) -> str:
         """Stop on all processes when one was asked to."""
-        self.stopping = self.world.first([self._signal])
+        self.stopping = self.world.first([self._signal or ("launcher" if launch.asked_to_stop() else "")])
         return self.stopping
 
     def _restore(self) -> None:
@@ -218,6 +224,13 @@ class Run:
         self.log.truncate_after(found.step if found else 0 if (self.directory / "metrics.jsonl").is_file() else -1)
         if found is None:
             return
+        absent = [group for group in ("model", "optimizer", "rng") if group not in found.tensors]
+        if absent or "counters" not in found.state or "torch" not in found.tensors["rng"]:
+            raise CheckpointError(
+                "A checkpoint is not one of a training run", where=str(self.directory / "checkpoints"),
+                why=f"step {found.step} lacks {absent[0] if absent else 'its counters or random state'}",
+                do="Remove that step's folder; the run then goes on from the one before",
+            )  # fmt: skip
         self.step, self.counters = found.step, dict(found.state["counters"])
         model = found.tensors["model"]
         alien = sorted(set(self.parameters) ^ set(model)) or [
@@ -243,8 +256,9 @@ class Run:
     def steps(self) -> Iterator[int]:
         """Yield the steps still to do, counted from 1, until done or asked to stop."""
         self._mark = (time.perf_counter(), time.process_time())
+        self._agree_to_stop()
         with Progress(self.config.steps, initial=self.step, silent=not self.world.leads) as self._progress:
-            while self.step < self.config.steps and not self._agree_to_stop():
+            while self.step < self.config.steps and not self.stopping:  # `commit` agrees, and saves when it stops
                 yield self.step + 1
 
     def backward(self, loss: torch.Tensor, *, weight: float) -> None:
@@ -329,15 +343,9 @@ class Run:
         }
         if self.average is not None:
             tensors["average"] = self.average.values
-        if self.world.leads:
-            checkpoint.save(
-                self.directory / "checkpoints",
-                self.step,
-                tensors,
-                {"counters": self.counters, "config": self.config.model_dump(mode="json")},
-                keep=self.config.checkpoint.keep,
-            )
-        self.world.wait()
+        state = {"counters": self.counters, "config": self.config.model_dump(mode="json")}
+        root, keep = self.directory / "checkpoints", self.config.checkpoint.keep
+        self.world.led(lambda: checkpoint.save(root, self.step, tensors, state, keep=keep))
 
     def seconds(self) -> float:
         """Return the wall-clock seconds of this run so far, over all its sittings."""
@@ -351,6 +359,15 @@ class Run:
         """Record how the run ended: complete, stopped or failed."""
         self.record.update(status=status, finished=_now())
         self.log.write_run(self.record)
+
+
+def read_record(directory: Path) -> dict[str, Any]:
+    """Return what run.json says; nothing where it is missing or unreadable, as it only describes the run."""
+    try:
+        record = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _now() -> str:

@@ -6,13 +6,14 @@ replaced as a whole, and a line torn by a crash is dropped when the run goes on.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TextIO
@@ -119,7 +120,7 @@ class RunLog:
         if self.silent:
             return
         line = json.dumps(_clean(row, name), allow_nan=False, ensure_ascii=False) + "\n"
-        with (self.directory / name).open("a+b") as file:
+        with _writing(self.directory / name), (self.directory / name).open("a+b") as file:
             _drop_torn_tail(file)
             file.write(line.encode("utf-8", errors="replace"))
             file.flush()
@@ -198,11 +199,23 @@ def _numbers(row: Mapping[str, Any], prefix: str) -> list[tuple[str, float]]:
 def _replace(path: Path, text: str) -> None:
     """Write `text` beside `path`, flush it to disk, and put it in place in one move."""
     temporary = path.with_name(path.name + ".writing")
-    with temporary.open("w", encoding="utf-8", errors="replace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with _writing(path):
+        with temporary.open("w", encoding="utf-8", errors="replace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            "A file of the run could not be written", where=str(path), why=error.strerror or str(error),
+            do="Earlier checkpoints are intact; free some space and resume",
+        ) from error  # fmt: skip
 
 
 def _tensorboard_writer() -> Any:

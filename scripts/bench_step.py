@@ -87,7 +87,8 @@ class Bench:
         self.move(rollout.decode_seconds, "rollout", "decode")
         with self.part("reward"):
             scores = self.trainer.rewards.score(rollout.samples)
-            self.trainer._require_sound(rollout, scores, 1)
+            self.trainer._require_finite(rollout, 1)
+            self.trainer._require_scored(scores, 1)
             advantages = group_advantages(
                 scores, self.config.group_size, self.trainer.rewards.weights, **self.config.advantage.model_dump()
             )
@@ -110,8 +111,8 @@ class Bench:
         with contextlib.ExitStack() as stack:
             for name, instead in out.items():
                 stack.enter_context(mock.patch.object(guards, name, instead))
-            stack.enter_context(mock.patch.object(self.trainer, "_require_sound", return_value=None))
-            stack.enter_context(mock.patch.object(self.trainer, "_require_first_ratio", return_value=None))
+            for name in ("_require_finite", "_require_scored", "_require_first_ratio"):
+                stack.enter_context(mock.patch.object(self.trainer, name, return_value=None))
             self.ours()
         self.parts = parts
 

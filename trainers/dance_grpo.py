@@ -36,7 +36,7 @@ from align.diffusion.kernels import StepTable, step_table
 from align.diffusion.memory import rows_that_fit
 from align.diffusion.rollout import Replayed, Rollout, Tile, reference_output, replay, sample, tiles
 from align.diffusion.schedules import trained_subset
-from align.engine import DeepSpeedEngine
+from align.engine import DeepSpeedEngine, require_deepspeed
 from align.errors import ConfigError
 from align.groupstats import bootstrap_mean
 from align.launch import join_world
@@ -85,11 +85,13 @@ class DanceGRPO:
     ) -> None:
         self.config = config if isinstance(config, DanceGRPOConfig) else load_config(config)
         require_valid(self.config)
+        if deepspeed is not None:
+            require_deepspeed(deepspeed)
         self.world, self.deepspeed = join_world(), deepspeed
+        self._require_enough_samples()
         self.directory = Path(out or Path("runs") / self.config.name)
-        if self.world.leads:
-            require_directory(self.directory, self.config, overwrite=overwrite, fork=fork)
-        else:
+        self.world.led(lambda: require_directory(self.directory, self.config, overwrite=overwrite, fork=fork))
+        if not self.world.leads:
             self.world.wait()  # what the first process builds and caches, the others find
         self.prompts, self.heldout_prompts = resolve_prompts(self.config)
         self.rewards = rewards or Panel.build(self.config.rewards)
@@ -102,11 +104,12 @@ class DanceGRPO:
             sampler.eta,
             self.policy.family.schedule(sampler.solver_steps, sampler.shift, self.latent_shape),
         )
-        self._changed = []
         if self.world.leads:
-            self._changed = claim_directory(self.directory, self.config, overwrite=overwrite, fork=fork)
             self.world.wait()
-        self.world.wait()
+        self._changed: list[tuple[str, Any, Any]] = []
+        self.world.led(
+            lambda: self._changed.extend(claim_directory(self.directory, self.config, overwrite=overwrite, fork=fork))
+        )
 
     @classmethod
     def resume(cls, directory: str | Path, *, deepspeed: str | None = None) -> DanceGRPO:
@@ -123,7 +126,8 @@ class DanceGRPO:
     def train(self) -> RunResult:
         """Train to the configured number of steps, or until asked to stop."""
         config, policy, rewards = self.config, self.policy, self.rewards
-        policy.encodings.add(self.prompts)
+        for prompts in (self.prompts, self.heldout_prompts):  # in the same batches wherever a run is resumed
+            policy.encodings.add(prompts)
         if config.objective.kl_weight:
             policy.keep_reference()
         with self.open_run() as run:
@@ -145,9 +149,10 @@ class DanceGRPO:
                     reduction=config.objective.logprob_reduction,
                     world=self.world,
                 )
+                self._require_finite(rollout, step)
                 clock.lap("time/rollout", less=("time/decode", rollout.decode_seconds))
                 scores = stack_scores(self.world.gather(rewards.score(rollout.samples)))
-                self._require_sound(rollout, scores, step)
+                self._require_scored(scores, step)
                 advantages = group_advantages(
                     scores, config.group_size, rewards.weights, **config.advantage.model_dump()
                 )
@@ -198,7 +203,8 @@ class DanceGRPO:
         order = kept[permutation(len(kept), config.seed, step, "minibatches")]
         size = self._batches(run)[1]
         bounds = self.clip_bounds(run)
-        for update, rows in enumerate(np.array_split(order, config.updates_per_step)):
+        first = True
+        for rows in np.array_split(order, config.updates_per_step):
             moving = rows if config.objective.kl_weight else rows[values.numpy()[rows] != 0]
             if not len(moving):
                 continue  # nothing was learnt from these samples
@@ -213,10 +219,11 @@ class DanceGRPO:
                     loss = loss + config.objective.kl_weight * distance.mean()
                     stats.add(0, sums={"kl_reference": float(distance.detach().sum())})
                 run.backward(loss, weight=tile.share)
-                self._count(stats, terms, replayed, tile, first=update == 0)
-            if update == 0:
+                self._count(stats, terms, replayed, tile, first=first)
+            if first:
                 self._require_first_ratio(stats, step)
-            run.update(expect_gradient=update == 0)
+            run.update(expect_gradient=first)
+            first = False
         return merge_stats(self.world.gather(stats))
 
     def _distance(self, replayed: Replayed, tile: Tile) -> torch.Tensor:
@@ -247,11 +254,22 @@ class DanceGRPO:
             scaled, worst, guards.FIRST_RATIO_TOLERANCE[config.model.dtype] * nats, f"step {step}"
         )
 
-    def _require_sound(self, rollout: Rollout, scores: Scores, step: int) -> None:
-        """Stop all processes before training on a rollout that is not finite, or of which too few were scored."""
+    def _require_enough_samples(self) -> None:
+        samples = self.config.prompts_per_step * self.config.group_size
+        if samples < self.world.size:
+            raise ConfigError(
+                f"{self.world.size} processes have only {samples} samples a step to share",
+                where="prompts_per_step, group_size", do="Start fewer processes, or raise one of the two",
+            )  # fmt: skip
+
+    def _require_finite(self, rollout: Rollout, step: int) -> None:
+        """Stop all processes before a rollout that is not finite on one of them is scored or trained on."""
         trajectory = rollout.x.isfinite().all() & rollout.logp[:, self.table.stochastic_steps].isfinite().all()
         found = torch.tensor(0.0 if bool(trajectory) else float("nan"), device=rollout.x.device)
         guards.require_finite(self.world.add(found), "The rollout", f"step {step}")
+
+    def _require_scored(self, scores: Scores, step: int) -> None:
+        """Stop all processes before training on a rollout of which too few samples were scored."""
         valid = scores.valid.any(1)
         guards.require_valid_share(
             int(valid.sum()),

@@ -23,9 +23,34 @@ def test_hacked_hacks_and_trips_the_alarm(tmp_path):
     assert "hacked" in write_report(tmp_path / "run").read_text()
 
 
-@pytest.mark.parametrize("recipe", ["digits/dance_grpo", "digits/full"])
-def test_recipes_improve_the_heldout_reward(tmp_path, recipe):
-    overrides = ["steps=20", "evaluation.final_samples=600", "evaluation.every=0", "seed=7"]
-    summary = DanceGRPO(load_config(recipe, overrides), out=tmp_path / "run").train().summary
+FEW = ["steps=20", "evaluation.final_samples=600", "evaluation.every=0", "seed=7"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides"),
+    [
+        ("digits/dance_grpo", []),
+        ("digits/full", []),
+        ("digits/stable_diffusion", []),
+        ("digits/stable_diffusion", ["model.path=digits/sd-v"]),
+    ],
+    ids=["flow", "flow, every weight", "noise prediction", "v prediction"],
+)
+def test_recipes_improve_the_heldout_reward(tmp_path, recipe, overrides):
+    summary = DanceGRPO(load_config(recipe, [*FEW, *overrides]), out=tmp_path / "run").train().summary
     assert summary["heldout_gain"]["ci_low"] > 0
     assert summary["first_ratio_error_max"] <= 1e-6
+
+
+def test_thumbs_improve_the_heldout_reward(tmp_path):
+    """Half of the samples get a thumb up of each reward, at their medians; the held-out judge is not binary."""
+    thumbs = [
+        {"name": "threshold", "args": {"reward": "digits/legibility", "at": -0.02}},
+        {"name": "threshold", "args": {"reward": "digits/ink_band", "at": -0.05}},
+    ]
+    config = load_config({"extends": "digits/dance_grpo", "rewards": thumbs}, FEW)
+    summary = DanceGRPO(config, out=tmp_path / "run").train().summary
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert 0.8 < rows[0]["reward"] < 1.4 and all(row["zero_std_groups"] < 10 for row in rows)
+    assert summary["reward_after"]["ci_low"] > summary["reward_before"]["mean"]
+    assert summary["heldout_gain"]["ci_low"] > 0

@@ -1,0 +1,77 @@
+"""SIGKILL at random moments, of training and of saving: what was acknowledged is there, and a run goes on bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from align import checkpoint
+from scripts import fault_injection
+
+
+def require_killed_runs_equal(count, folder):
+    found = fault_injection.kills(count, 1, folder)
+    assert found["kills"] == count and found["runs"] >= 1
+    assert not found["differing"], found
+
+
+def require_no_save_lost(count, folder):
+    found = fault_injection.saves(count, 1, folder)
+    assert found["kills"] == count and found["saves"] > 0 and found["checkpoints_verified"] > 0
+    assert not found["torn"] and not found["lost"], found
+
+
+def test_killed_runs_end_as_one_that_was_left_alone(tmp_path):
+    require_killed_runs_equal(4, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_thirty_kills_change_nothing(tmp_path):
+    require_killed_runs_equal(30, tmp_path)
+
+
+def test_a_killed_save_tears_and_loses_nothing(tmp_path):
+    require_no_save_lost(25, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_120_killed_saves_tear_and_lose_nothing(tmp_path):
+    require_no_save_lost(120, tmp_path)
+
+
+def test_a_save_that_writes_in_place_would_be_seen_to_tear(tmp_path, monkeypatch):
+    """The same kills find the damage that a save without the final rename does."""
+
+    def naive(root, step, tensors, state, keep=2):
+        made = written(root / "elsewhere", step, tensors, state, keep)
+        target = root / made.name
+        target.mkdir()
+        for file in sorted(made.iterdir()):  # the manifest comes before the tensors
+            shutil.copy(file, target)
+        for old in list(checkpoint.checkpoints(root).values())[:-keep]:
+            shutil.rmtree(old)
+
+    written = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", naive)
+    monkeypatch.setattr(checkpoint, "load_latest", lambda root: None)
+    found = fault_injection.saves(12, 1, tmp_path)
+    assert found["torn"] and found["lost"]
+
+
+def test_a_changed_bit_of_a_run_would_be_seen(tmp_path):
+    from align.config import load_config
+    from trainers import DanceGRPO
+
+    config = load_config("digits/smoke", ["model.path=digits/random", "steps=2", "evaluation.final_samples=20"])
+    DanceGRPO(config, out=tmp_path / "run").train()
+    before = fault_injection.fingerprint(tmp_path / "run")
+    assert fault_injection.fingerprint(tmp_path / "run") == before
+    path = tmp_path / "run" / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[1]["loss"] += 1e-12
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert fault_injection.fingerprint(tmp_path / "run") != before

@@ -1,0 +1,228 @@
+"""A NaN at any of five sites stops every process before the update; weights and optimizer stay as they were."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+
+import numpy as np
+import processes
+import pytest
+import torch
+
+import trainers.dance_grpo as loop
+from align import checkpoint
+from align.config import load_config
+from align.errors import GuardError
+from align.types import Scores
+from rewards.panel import Panel
+from trainers import DanceGRPO
+
+SETTINGS = [
+    "model.path=digits/random", "prompts_per_step=3", "group_size=5", "updates_per_step=3", "steps=3",
+    "checkpoint.every=1", "evaluation.every=0", "evaluation.final_samples=20", "tracking.samples_every=0",
+]  # fmt: skip
+SITES = {
+    "latents": "The rollout is not finite",
+    "reward": "Too many rewards failed",
+    "log-probability": "The first ratio is not 1",
+    "loss": "The loss is not finite",
+    "gradient": "The gradient norm is not finite",
+}
+
+
+class Injected(DanceGRPO):
+    """A trainer whose step 2 meets a NaN at one site, and which notes the state after every update."""
+
+    def __init__(self, out, site, *, rank=0, update=0, settings=None, value=float("nan")):
+        super().__init__(load_config("digits/smoke", SETTINGS), out=out, deepspeed=settings)
+        self.site, self.step, self.updates, self.value = site, 0, 0, value
+        self.here, self.at_update = self.world.rank == rank, update
+        self.states = []
+
+    def armed(self, site):
+        due = self.updates >= self.at_update or site in ("latents", "reward")
+        return self.here and self.site == site and self.step == 2 and due
+
+    def open_run(self):
+        run = self.run = super().open_run()
+        predict, score, replay, clip, update = (
+            self.policy.family.predict, self.rewards.score, loop.replay, loop.grpo_clip, run.update,
+        )  # fmt: skip
+
+        def predicted(x, timestep, conditioning):
+            out = predict(x, timestep, conditioning)
+            if self.armed("latents") and not torch.is_grad_enabled():
+                out[-1].view(-1)[0] = self.value
+            return out
+
+        def scored(samples):
+            found = score(samples)
+            if self.armed("reward"):
+                return Scores(np.full_like(found.values, self.value), np.ones_like(found.valid), found.names)
+            return found
+
+        def replayed(*arguments, **options):
+            found = replay(*arguments, **options)
+            if self.armed("log-probability"):
+                logp = found.logp.clone()
+                logp[-1] = self.value
+                return dataclasses.replace(found, logp=logp)
+            return found
+
+        def clipped(*arguments, **options):
+            found = clip(*arguments, **options)
+            return dataclasses.replace(found, loss=found.loss * self.value) if self.armed("loss") else found
+
+        def updated(**options):
+            norm = update(**options)
+            self.updates += 1
+            self.states.append(self.state())
+            return norm
+
+        self.policy.family.predict, self.rewards.score, run.update = predicted, scored, updated
+        loop.replay, loop.grpo_clip = replayed, clipped
+        first = next(iter(self.policy.trainable().values()))
+        first.register_hook(lambda g: g * self.value if self.armed("gradient") else g)
+        return run
+
+    def train(self):
+        self.prompts = _Watched(self.prompts, self)
+        return super().train()
+
+    def state(self):
+        """A hash of the trained weights, and one of the optimizer's state."""
+        weights = {n: p.detach() for n, p in self.policy.trainable().items()}
+        return [_hash(weights), _hash(self.run.engine.optimizer_state())]
+
+
+class _Watched:
+    """Prompts that tell the trainer which step begins."""
+
+    def __init__(self, prompts, trainer):
+        self.prompts, self.trainer = prompts, trainer
+
+    def at(self, step, *rest):
+        self.trainer.step, self.trainer.updates = step, 0
+        return self.prompts.at(step, *rest)
+
+    def __getattr__(self, name):
+        return getattr(self.prompts, name)
+
+    def __iter__(self):
+        return iter(self.prompts)
+
+    def __len__(self):
+        return len(self.prompts)
+
+
+def _hash(tensors):
+    return hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for _, t in sorted(tensors.items()))).hexdigest()
+
+
+def stopped(out, site, **options):
+    """Train until the injected value stops the run: the error's words, the state then and after the last update."""
+    trainer = Injected(out, site, **options)
+    try:
+        trainer.train()
+    except GuardError as error:
+        return {"error": str(error), "step": trainer.step, "updates": trainer.updates, "last": trainer.states[-1],
+                "after": trainer.state() if options.get("settings") is None else [trainer.state()[0], None]}  # fmt: skip
+    return {"error": "", "updates": trainer.updates}
+
+
+def require_stopped(found, words, out, update=0):
+    assert words in found["error"] and "step 2" in found["error"], found
+    assert found["step"] == 2 and found["updates"] == update
+    assert found["after"] == found["last"][: len(found["after"])]
+    assert json.loads((out / "run.json").read_text())["status"] == "failed"
+    assert max(checkpoint.checkpoints(out / "checkpoints")) == 1
+
+
+@pytest.fixture(autouse=True)
+def loop_as_it_was():
+    kept = loop.replay, loop.grpo_clip
+    yield
+    loop.replay, loop.grpo_clip = kept
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
+@pytest.mark.parametrize("site", SITES)
+def test_the_run_stops_before_the_update(tmp_path, site, value):
+    require_stopped(stopped(tmp_path / "run", site, value=value), SITES[site], tmp_path / "run")
+
+
+@pytest.mark.parametrize("site", ["log-probability", "loss", "gradient"])
+def test_a_later_update_of_a_rollout_is_stopped_too(tmp_path, site):
+    words = SITES[site] if site != "log-probability" else "The loss is not finite"
+    require_stopped(stopped(tmp_path / "run", site, update=1), words, tmp_path / "run", update=1)
+
+
+@pytest.mark.parametrize(
+    ("site", "settings"),
+    [
+        *((site, None) for site in SITES),
+        *(
+            pytest.param(site, zero, marks=() if site == "gradient" else pytest.mark.slow)
+            for site in SITES
+            for zero in ("zero1", "zero2")
+        ),
+    ],
+)
+def test_a_nan_on_one_process_stops_both_alike(tmp_path, site, settings):
+    out = tmp_path / "run"
+    ranks = processes.world(2, lambda: stopped(out, site, rank=1, settings=settings), tmp_path / "world", within=90)
+    assert [rank.code for rank in ranks] == [0, 0], ranks
+    for rank in ranks:
+        if site == "reward":  # half of the samples are left, which is too few
+            assert "7 of 15 samples have one" in rank.value["error"]
+        require_stopped({**rank.value, "after": rank.value["after"][:1]}, SITES[site], out)
+    assert (
+        ranks[0].value["error"] == ranks[1].value["error"] and ranks[0].value["after"][0] == ranks[1].value["after"][0]
+    )
+
+
+def test_the_stopped_run_goes_on_to_the_same_end(tmp_path):
+    """The cause gone, it resumes from its last checkpoint and ends as a run that never met a NaN."""
+    assert stopped(tmp_path / "run", "gradient")["error"]
+    config = load_config("digits/smoke", SETTINGS)
+    runs = [DanceGRPO(config, out=tmp_path / name) for name in ("run", "alone")]
+    assert [run.train().status for run in runs] == ["complete"] * 2
+    first, second = (run.policy.trainable() for run in runs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_few_missing_rewards_drop_their_members_and_nothing_else(tmp_path):
+    """One NaN of 15 is a missing score: its member leaves its group, and the run goes on."""
+
+    class OneMissing(Panel):
+        def score(self, samples):
+            found = super().score(samples)
+            values = found.values.copy()
+            if len(samples) == 15:  # a rollout, not an evaluation
+                values[4] = np.nan
+            return Scores(values, np.ones_like(found.valid), found.names)
+
+    config = load_config("digits/smoke", SETTINGS)
+    panel = OneMissing(Panel.build(config.rewards).rewards, [1.0, 1.0])
+    assert DanceGRPO(config, out=tmp_path / "run", rewards=panel).train().status == "complete"
+    for row in processes.metrics(tmp_path / "run"):
+        assert row["invalid_members"] == 1 and row["valid_share"] == pytest.approx(14 / 15)
+        assert row["dropped_groups"] == 0 and np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"])
+
+
+def test_the_launched_command_says_what_stopped_it(tmp_path):
+    """Through the command line: one sentence, exit code 2, no traceback."""
+
+    def poison():
+        score = Panel.score
+        Panel.score = lambda self, samples: Scores(
+            np.full_like((found := score(self, samples)).values, np.nan if len(samples) == 15 else 0.0),
+            np.ones_like(found.valid), found.names,
+        )  # fmt: skip
+
+    arguments = ["train", "digits/smoke", *SETTINGS, "--out", str(tmp_path / "run")]
+    ended = processes.align(tmp_path / "cli", *arguments, before=poison)
+    assert ended.value == 2 and "Traceback" not in ended.output
+    assert "align: Too many rewards failed (step 1): 0 of 15 samples have one" in ended.output
