@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import inspect
 import json
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ import numpy as np
 from align.errors import AlignError, ConfigError, RewardError
 from align.registry import Registry, suggest
 from align.types import Samples, Scores
+from align.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -24,21 +26,29 @@ class RewardCard:
         name: as registered.
         definition: exactly what number it is.
         range: of its values, as an interval with units.
-        media: what it scores: "image", "video" or "text".
+        media: what it scores: "image", "video", "text" or "any".
+        components: the K names of its scores; empty where they depend on its arguments.
         direction: "higher" when more is better, "none" when it is not a quality.
+        differentiable: whether gradients reach the pixels, through `differentiable(images, prompts)`.
         licence: of its weights and data.
         size: of its weights.
-        needs: packages beyond the core.
+        needs: packages beyond the core, by import name.
+        weights: the published files it loads.
+        source: paper or repository of the definition.
     """
 
     name: str
     definition: str
     range: str
     media: str = "image"
+    components: tuple[str, ...] = ()
     direction: str = "higher"
+    differentiable: bool = False
     licence: str = "Apache-2.0"
     size: str = "none"
     needs: tuple[str, ...] = ()
+    weights: tuple[Weights, ...] = ()
+    source: str = ""
 
 
 class Reward(Protocol):
@@ -51,7 +61,7 @@ class Reward(Protocol):
         """Return `[B, K]` scores; what cannot be scored is missing, with the reason."""
 
     def identity(self) -> str:
-        """Return a hash of everything the scores depend on: weights, preprocessing, arguments."""
+        """Return a hash of everything the scores depend on: weights, preprocessing, dtype, arguments."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,12 @@ class Entry:
 
     def load(self) -> Callable[..., Reward]:
         """Import and return the factory."""
+        missing_packages = [need for need in self.card.needs if importlib.util.find_spec(need) is None]
+        if missing_packages:
+            raise ConfigError(
+                f"The reward {self.card.name!r} needs {', '.join(missing_packages)}",
+                do="pip install 'align[rewards]'",
+            )
         return Registry("reward", entries={self.card.name: self.home}).get(self.card.name)
 
 
@@ -86,12 +102,23 @@ def register(card: RewardCard, home: str | Callable[..., Reward] | None = None) 
 
 
 def get_reward(name: str, **args: Any) -> Reward:
-    """Build the reward `name`.
+    """Build the reward `name`: a registered one, or "package.module:Class" of your own.
+
+    `placement="remote"` with `url` asks a reward server for it in place of building it here.
 
     Raises:
         ConfigError: an unknown reward or argument, each with the closest known one.
     """
-    factory = REWARDS.get(name).load()
+    if args.get("placement") == "remote":
+        from rewards.remote import RemoteReward
+
+        client = {k: args[k] for k in inspect.signature(RemoteReward).parameters if k in args and k != "args"}
+        inner = {k: v for k, v in args.items() if k not in client and k != "placement"}
+        return RemoteReward(**{**client, "reward": name, "args": inner})
+    if ":" in name and name not in REWARDS:
+        factory = Registry("reward", entries={name: name}).get(name)
+    else:
+        factory = REWARDS.get(name).load()
     accepted = inspect.signature(factory).parameters
     for argument in args:
         if argument not in accepted:
@@ -109,7 +136,7 @@ def identity_of(card: RewardCard, arguments: Mapping[str, Any], weights: Mapping
     digest = hashlib.sha256(json.dumps([card.name, card.definition, dict(arguments)], sort_keys=True).encode())
     for key, tensor in sorted((weights or {}).items()):
         digest.update(key.encode())
-        digest.update(np.ascontiguousarray(tensor.detach().cpu().numpy()).tobytes())
+        digest.update(np.ascontiguousarray(tensor.detach().cpu().float().numpy()).tobytes())
     return digest.hexdigest()[:16]
 
 
