@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from align.errors import AlignError, ConfigError
 
 if TYPE_CHECKING:
+    from align.checks import Finding
     from align.config import DanceGRPOConfig
 
 INTERRUPTED = 130
@@ -237,7 +238,8 @@ def _check(options: argparse.Namespace) -> int:
         config = _run_config(source, options.overrides)
     else:
         config = load_config(options.file, options.overrides)
-    found = describe_config(config, check_config(config, reward_names=_reward_names(), files=True))
+    findings = check_config(config, reward_names=_reward_names(), files=True)
+    found = describe_config(config, [*_bad_transforms(config), *findings])
     _give(options, found, _config_text(found))
     return 0 if found["valid"] else 2
 
@@ -289,6 +291,20 @@ def _doctor(options: argparse.Namespace) -> int:
     rows = [("ok" if c.ok else "PROBLEM", f"{c.name}: {c.found}" + ("" if c.ok else f". {c.do}.")) for c in checks]
     _give(options, [vars(check) for check in checks], "\n".join([*mended, _table(rows)]))
     return 0 if all(check.ok for check in checks) else 2
+
+
+def _bad_transforms(config: DanceGRPOConfig) -> list[Finding]:
+    from align.checks import Finding
+    from rewards.compose import build_transforms
+
+    found = []
+    for part in ("rewards", "heldout_rewards"):
+        for i, reward in enumerate(getattr(config, part)):
+            try:
+                build_transforms(reward.transform, reward.name)
+            except ConfigError as error:
+                found.append(Finding("error", "transform", str(error).removesuffix("."), "", f"{part}.{i}.transform"))
+    return found
 
 
 def _reward_names() -> list[str]:

@@ -195,7 +195,6 @@ class Advantages:
     invalid_members: int = 0
     dropped_groups: int = 0
     unselected: int = 0
-    raw_std: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass

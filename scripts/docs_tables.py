@@ -41,7 +41,7 @@ def _default(value: Any) -> str:
 
 def metrics() -> list[str]:
     """Return one table row a key of metrics.jsonl."""
-    families = ("reward/NAME/mean", "reward/NAME/std")
+    families = ("reward/NAME/mean", "reward/NAME/std", "reward/NAME/fail_frac")
     return [f"| `{key}` | {explain(key)} |" for key in (*GLOSSARY, *families)]
 
 

@@ -38,11 +38,12 @@ from align.diffusion.rollout import Replayed, Rollout, Tile, reference_output, r
 from align.diffusion.schedules import trained_subset
 from align.engine import DeepSpeedEngine
 from align.errors import ConfigError
-from align.groupstats import bootstrap_mean
+from align.groupstats import bootstrap_mean, masked_mean, masked_std
 from align.launch import join_world
 from align.run import Run, claim_directory, require_directory
 from align.seeding import permutation
 from align.types import Advantages, Scores, StepStats, max_or_nan, merge_stats, stack_scores
+from rewards.compose import Composed
 from rewards.panel import Panel
 from trainers.advantages import group_advantages
 from trainers.evaluation import load_policy, resolve_prompts
@@ -92,7 +93,7 @@ class DanceGRPO:
         else:
             self.world.wait()  # what the first process builds and caches, the others find
         self.prompts, self.heldout_prompts = resolve_prompts(self.config)
-        self.rewards = rewards or Panel.build(self.config.rewards)
+        self.rewards = rewards or Panel.build(self.config.rewards, self.config.combine)
         self.heldout = Panel.build(self.config.heldout_rewards)
         self.policy = load_policy(self.config)
         sampler = self.config.sampler
@@ -148,15 +149,17 @@ class DanceGRPO:
                 clock.lap("time/rollout", less=("time/decode", rollout.decode_seconds))
                 scores = stack_scores(self.world.gather(rewards.score(rollout.samples)))
                 self._require_sound(rollout, scores, step)
+                composed = rewards.compose(scores, config.group_size)
                 advantages = group_advantages(
-                    scores, config.group_size, rewards.weights, **config.advantage.model_dump()
-                )
+                    composed.scores, config.group_size, composed.weights, mode=config.combine.mode,
+                    **config.advantage.model_dump(),
+                )  # fmt: skip
                 clock.lap("time/reward")
                 stats = self.learn(run, rollout, advantages, step)
                 run.update_average()
                 clock.lap("time/train")
                 self._watch_base_rate(scores, run, step)
-                metrics = {**self._metrics(scores, advantages, run), **self._clip_metrics(run, stats)}
+                metrics = {**self._metrics(scores, composed, advantages, run), **self._clip_metrics(run, stats)}
                 run.commit(step, {**metrics, **receipt.during(step), **clock.laps}, stats)
             return self._finish(run, receipt)
 
@@ -252,18 +255,11 @@ class DanceGRPO:
         trajectory = rollout.x.isfinite().all() & rollout.logp[:, self.table.stochastic_steps].isfinite().all()
         found = torch.tensor(0.0 if bool(trajectory) else float("nan"), device=rollout.x.device)
         guards.require_finite(self.world.add(found), "The rollout", f"step {step}")
-        valid = scores.valid.any(1)
-        guards.require_valid_share(
-            int(valid.sum()),
-            len(valid),
-            self.config.objective.min_valid_share,
-            f"step {step}",
-            next(filter(None, scores.errors), ""),
-        )
+        self.rewards.require_scored(scores, f"step {step}")
 
-    def _metrics(self, scores: Scores, advantages: Advantages, run: Run) -> dict[str, float]:
+    def _metrics(self, scores: Scores, composed: Composed, advantages: Advantages, run: Run) -> dict[str, float]:
         config = self.config
-        total = self.rewards.total(scores)
+        total = self.rewards.total(scores, config.group_size)
         reward = bootstrap_mean(total, np.arange(len(total)) // config.group_size, draws=500)
         ledger = self.ledger()
         run.count(samples=len(total), feq=len(total) * ledger["feq_per_sample"])
@@ -273,7 +269,12 @@ class DanceGRPO:
             "reward_ci_low": reward.ci_low,
             "reward_ci_high": reward.ci_high,
             **{f"reward/{name}/mean": float(np.nanmean(scores.column(name))) for name in scores.names},
-            **{f"reward/{name}/std": std for name, std in advantages.raw_std.items()},
+            **{f"reward/{name}/std": std for name, std in zip(scores.names, self._within_std(scores), strict=True)},
+            **{
+                f"reward/{name}/fail_frac": float(failed)
+                for name, failed in zip(scores.names, (~scores.valid).mean(0), strict=True)
+            },
+            "gated": composed.gated,
             "valid_share": float(scores.valid.any(1).mean()),
             "zero_std_groups": advantages.zero_std_groups,
             "invalid_members": advantages.invalid_members,
@@ -283,6 +284,14 @@ class DanceGRPO:
             "feq_total": run.counters["feq"],
             "feq_per_sample": ledger["feq_per_sample"],
         }
+
+    def _within_std(self, scores: Scores) -> list[float]:
+        """Standard deviation of each component within groups, averaged over groups; NaN where no group has two."""
+        shape = (-1, self.config.group_size, len(scores.names))
+        within = masked_std(
+            scores.values.reshape(shape), scores.valid.reshape(shape), axis=1, ddof=self.config.advantage.ddof
+        )
+        return masked_mean(within, np.isfinite(within), axis=0).tolist()
 
     def _watch_base_rate(self, scores: Scores, run: Run, step: int) -> None:
         """Warn when a binary reward says nearly always the same: most groups then teach nothing."""
