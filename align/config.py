@@ -343,6 +343,27 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     return config
 
 
+class _RewardsConfig(_Section):
+    """The `rewards` of a configuration, whatever else it says."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    rewards: tuple[RewardConfig, ...] = Field(min_length=1, description="The rewards.")
+
+
+def load_rewards(source: str | Path | Mapping[str, Any]) -> tuple[RewardConfig, ...]:
+    """Return the `rewards` section of a YAML file, a recipe or a mapping, which need not be a whole config.
+
+    Raises:
+        ConfigError: no such file or recipe, not YAML, no `rewards`, or an item that is not right.
+    """
+    value, origins, where = _load(source, ())
+    try:
+        return _RewardsConfig.model_validate(value).rewards
+    except ValidationError as error:
+        raise _explain(error, origins, where) from error
+
+
 def config_origins(config: DanceGRPOConfig) -> dict[str, str]:
     """Return, for each leaf by dotted key, "default", "FILE:LINE", "command line" or "Python"."""
     return {key: config._origins.get(key, "Python") for key, _ in _leaves(config)}

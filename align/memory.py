@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SHARE = 0.5  # of the memory at hand; the rest is for temporaries, fragmentation and what one row cannot show
-MOST = 320  # more rows win nothing: the device is busy
+MOST = {"cpu": 96, "cuda": 320}  # more rows win nothing: they fall out of the cache, or the device is busy
 
 
 def saved_bytes(forward: Callable[[], Tensor]) -> int:
@@ -47,6 +47,6 @@ def available_bytes(device: torch.device) -> int:
         return 4 << 30
 
 
-def rows_within(row_bytes: int, device: torch.device, most: int = MOST) -> int:
-    """Return how many rows of `row_bytes` fit into a share of the memory at hand: 1 to `most`."""
-    return max(1, min(most, int(SHARE * available_bytes(device)) // max(1, row_bytes)))
+def rows_within(row_bytes: int, device: torch.device) -> int:
+    """Return how many rows of `row_bytes` fit into a share of the memory at hand: 1 to `MOST`."""
+    return max(1, min(MOST.get(device.type, 320), int(SHARE * available_bytes(device)) // max(1, row_bytes)))

@@ -7,12 +7,16 @@ the file is checked against it before it is opened.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
+import struct
+import threading
 import zipfile
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -26,6 +30,11 @@ if TYPE_CHECKING:
 MOST_HEADER_BYTES = 100 << 20
 _TORCH = (".pt", ".pth", ".bin", ".ckpt")
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
+# What zipfile and torch's restricted unpickler, which is written in Python, run into on bytes that nobody pickled.
+_UNREADABLE = (
+    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError,
+    TypeError, ValueError, struct.error, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,7 @@ class Weights:
     Args:
         repo: hub repository, "owner/name".
         file: path inside it.
-        sha256: of the file; empty where no hash has been published or confirmed.
+        sha256: of the file, or its first digits where no more are known; empty where no hash has been published.
         bytes: size of the file, 0 where unknown.
         revision: commit of the repository, the newest when None.
     """
@@ -88,6 +97,28 @@ def download(repo: str, file: str, revision: str | None = None) -> Path:
         ) from error  # fmt: skip
 
 
+def download_folder(repo: str, revision: str | None = None) -> Path:
+    """Return the folder of a hub repository's safetensors, configuration and tokenizer; no code, nothing pickled.
+
+    Raises:
+        ModelError: the hub cannot be reached, or the repository holds no safetensors.
+    """
+    from huggingface_hub import snapshot_download
+
+    kinds = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=kinds))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(
+            "There is no such folder, and the hub has no model of that name to be fetched", where=repo,
+            why=(str(error).strip().splitlines() or [type(error).__name__])[0],
+            do="Give the path of a folder, or download the repository where there is a network",
+        ) from error  # fmt: skip
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError("The repository holds no safetensors", where=repo, do="Convert its weights, and give a folder")
+    return folder
+
+
 def require_file(path: Path, weights: Weights) -> None:
     """Refuse a file that is not the published one.
 
@@ -100,7 +131,7 @@ def require_file(path: Path, weights: Weights) -> None:
             "These are not the published weights", where=str(path), why=f"{size:,} bytes instead of {weights.bytes:,}",
             do=f"Fetch {weights.file} of {weights.repo} again",
         )  # fmt: skip
-    if weights.sha256 and (digest := file_sha256(path)) != weights.sha256:
+    if weights.sha256 and not (digest := file_sha256(path)).startswith(weights.sha256):
         raise ModelError(
             "These are not the published weights", where=str(path),
             why=f"its sha256 begins {digest[:12]}, that of the published file {weights.sha256[:12]}",
@@ -118,6 +149,15 @@ def file_sha256(path: str | Path) -> str:
 def _file_sha256(path: str, size: int, changed: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_sha256(path: str | Path) -> str:
+    """Return the sha256 of a file of weights; of a folder, that over the names and hashes of its files of weights."""
+    path = Path(path)
+    if not path.is_dir():
+        return file_sha256(path)
+    files = [p for p in sorted(path.iterdir()) if p.suffix in (".safetensors", *_TORCH)]
+    return hashlib.sha256("\n".join(f"{p.name} {file_sha256(p)}" for p in files).encode()).hexdigest()
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -150,14 +190,15 @@ def _load_folder(folder: Path) -> dict[str, Tensor]:
         index = folder / f"{name}.index.json"
         if index.is_file():
             try:
-                shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+                shards = list(dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise ModelError("An index of shards cannot be read", where=str(index), why=str(error)) from error
-            inside = [folder / shard for shard in shards]
-            for shard in inside:
-                if folder.resolve() not in shard.resolve().parents:
-                    raise ModelError("An index points outside its folder", where=str(index), why=str(shard))
-            return {key: value for shard in inside for key, value in load_tensors(shard).items()}
+            for shard in shards:  # by name: in a hub cache the file itself is a link to elsewhere
+                if not isinstance(shard, str) or Path(shard).name != shard or not (folder / shard).is_file():
+                    raise ModelError(
+                        "An index names what is no file of its folder", where=str(index), why=f"it names {shard!r}"
+                    )
+            return {key: value for shard in shards for key, value in load_tensors(folder / shard).items()}
     raise ModelError(
         "This folder holds no weights", where=str(folder), why=f"it has neither {' nor '.join(_WHOLE)}, nor an index"
     )
@@ -184,24 +225,25 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
 def _load_torch(path: Path) -> Any:
     import torch
 
-    archive = zipfile.is_zipfile(path)
-    if archive:
-        with zipfile.ZipFile(path) as members:
-            stated = sum(member.file_size for member in members.infolist())
-        if stated > 2 * path.stat().st_size + (1 << 20):  # torch stores, it never compresses
-            raise ModelError("A torch archive is compressed", where=str(path), why=f"it claims {stated:,} bytes")
     try:
+        archive = zipfile.is_zipfile(path)
+        if archive:
+            with zipfile.ZipFile(path) as members:
+                stated = sum(member.file_size for member in members.infolist())
+            if stated > 2 * path.stat().st_size + (1 << 20):  # torch stores, it never compresses
+                raise ModelError("A torch archive is compressed", where=str(path), why=f"it claims {stated:,} bytes")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
-    except UnpicklingError as error:
-        asked = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), str(error))
+    except (UnpicklingError, *_UNREADABLE) as error:
+        asked = next((line for line in str(error).splitlines() if "global" in line.lower()), "")
+        if isinstance(error, UnpicklingError) and asked:
+            raise ModelError(
+                "A file of weights asks for more than tensors", where=str(path), why=asked.strip()[:200],
+                do="Do not trust it. Ask for a safetensors file",
+            ) from error  # fmt: skip
         raise ModelError(
-            "A file of weights asks for more than tensors", where=str(path), why=asked.strip()[:200],
-            do="Do not trust it. Ask for a safetensors file",
+            "A file of weights cannot be read", where=str(path),
+            why=(str(error).strip().splitlines() or ["it ends early"])[0][:200], do="Fetch it again",
         ) from error  # fmt: skip
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnicodeDecodeError) as error:
-        raise ModelError(
-            "A file of weights cannot be read", where=str(path), why=(str(error).splitlines() or ["it ends early"])[0]
-        ) from error
 
 
 def _tensors_in(found: Any, path: Path) -> dict[str, Tensor]:
@@ -209,6 +251,11 @@ def _tensors_in(found: Any, path: Path) -> dict[str, Tensor]:
 
     for _ in range(3):
         if isinstance(found, Mapping) and found and all(torch.is_tensor(value) for value in found.values()):
+            claimed = sum(value.numel() * value.element_size() for value in found.values())
+            if claimed > 4 * path.stat().st_size + (1 << 20):  # a few may be tied; none repeats itself
+                raise ModelError(
+                    "A file claims more weights than it holds", where=str(path), why=f"it claims {claimed:,} bytes"
+                )
             return {str(key): value for key, value in found.items()}
         if not isinstance(found, Mapping):
             break
@@ -223,6 +270,30 @@ def structure_sha256(state: Mapping[str, Any]) -> str:
     """
     lines = [f"{key} {list(state[key].shape)}" for key in sorted(state)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def without_storage() -> Iterator[None]:
+    """Build modules whose parameters take no memory (the meta device), for `load_into` to fill; buffers are real.
+
+    What a checkpoint does not hold, such as tables of frequencies, is a buffer that no file would fill. Only the
+    thread that enters is affected.
+    """
+    from torch.nn import Module, Parameter
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    owner = threading.get_ident()
+
+    def to_meta(module: Module, name: str, parameter: Parameter | None) -> Any:
+        if parameter is None or threading.get_ident() != owner:
+            return None
+        return Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+    handle = register_module_parameter_registration_hook(to_meta)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def load_into(module: Any, state: Mapping[str, Tensor], where: str, *, unused: Iterable[str] = ()) -> None:

@@ -210,7 +210,7 @@ BUILT_IN: tuple[tuple[RewardCard, str], ...] = (
             differentiable=True,
             size="447 M weights, 1.79 GB",
             needs=("torch", "transformers"),
-            weights=(Weights("THUDM/ImageReward", "ImageReward.pt"), Weights("THUDM/ImageReward", "med_config.json")),
+            weights=(Weights("THUDM/ImageReward", "ImageReward.pt"),),
             source="arXiv 2304.05977",
         ),
         "rewards.imagereward:ImageReward",
@@ -239,7 +239,14 @@ BUILT_IN: tuple[tuple[RewardCard, str], ...] = (
             components=("vq", "mq", "ta"),
             licence="MIT (head), Apache-2.0 (base)",
             size="2.2 B weights, 5.0 GB",
-            weights=(Weights("KwaiVGI/VideoReward", "checkpoint-11352/model.pth", bytes=5_031_072_529),),
+            weights=(
+                Weights(
+                    "KwaiVGI/VideoReward",
+                    "checkpoint-11352/model.pth",
+                    sha256="48375908e611",
+                    bytes=5_031_072_529,
+                ),
+            ),
             source="arXiv 2501.13918",
             **_QWEN,
         ),
@@ -324,7 +331,8 @@ BUILT_IN: tuple[tuple[RewardCard, str], ...] = (
     (
         RewardCard(
             "threshold",
-            "1 where another reward (argument `reward`, with `args`) scores above `at`, else 0; missing where it is",
+            "1 where another reward (argument `reward`, with `args`) scores above `at`, or above the `quantile` of a "
+            "`reference` table of scores, else 0; missing where it is",
             "0 or 1",
             media="any",
         ),

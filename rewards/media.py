@@ -1,8 +1,8 @@
 """Pixels in: checked one sample at a time, resized as each recipe says, scored in batches of one shape.
 
 The exact and the differentiable path are one: everything works on `[0, 1]` tensors. Resizing is bicubic with
-antialiasing, clamped, and rounded to 8 bits with a straight-through gradient, which is what a PIL pipeline does to
-an 8-bit image.
+antialiasing, clamped and rounded to 8 bits after each direction with a straight-through gradient, which is what a PIL
+pipeline does to an 8-bit image: one pixel in ten thousand differs from PIL's, by one level.
 """
 
 from __future__ import annotations
@@ -42,14 +42,18 @@ def require_media(samples: Samples, media: str, name: str) -> None:
 
 def pixel_problem(pixels: Tensor) -> str:
     """Return what is wrong with the pixels `[..., C, H, W]` of one sample, empty when nothing is."""
+    if not torch.is_tensor(pixels):
+        return f"the image is a {type(pixels).__name__}, not a tensor of pixels"
     channels = pixels.shape[-3] if pixels.ndim >= 3 else 0
     if channels not in (1, 3):
         return f"{channels or 'no'} channels; convert to RGB" + (" (an alpha channel has no colour)" * (channels == 4))
     if not pixels.is_floating_point():
         return f"pixels are {str(pixels.dtype).removeprefix('torch.')}, not floats in 0 to 1; divide by 255"
+    if not pixels.numel():
+        return f"the image has no pixels, {tuple(pixels.shape)}"
     if not bool(pixels.isfinite().all()):
         return "the image has pixels that are not numbers"
-    low, high = float(pixels.min()), float(pixels.max())
+    low, high = (float(edge) for edge in pixels.detach().aminmax())
     if low < -1e-4 or high > 1 + 1e-4:
         return f"pixels run from {low:.2f} to {high:.2f}, not within 0 to 1"
     return ""
@@ -66,7 +70,9 @@ def problems(samples: Samples, *, prompts: bool = True) -> list[str]:
         if prompts and not prompt.strip():
             found.append("the prompt is empty")
         elif samples.media == "images":
-            found.append(pixel_problem(samples.images[i]))
+            image = samples.images[i]
+            flat = torch.is_tensor(image) and image.ndim != 3
+            found.append(f"the image has shape {tuple(image.shape)}, not [C, H, W]" if flat else pixel_problem(image))
         elif samples.media == "videos":
             found.append(pixel_problem(samples.videos[i].frames))
         else:
@@ -111,7 +117,10 @@ def score_samples(
             shapes.setdefault(_shape(samples, i), []).append(i)
     with placement.active(*modules):
         for shape, rows in shapes.items():
-            size = placement.rows(str(shape), lambda rows=rows: forward(samples.select(rows[:1]))[0])
+            first = samples.select(rows[:1] * 2)
+            size = placement.rows(
+                str(shape), lambda two=first: forward(two.select([0]))[0], lambda two=first: forward(two)[0], modules
+            )
             for start in range(0, len(rows), size):
                 part = rows[start : start + size]
                 with torch.no_grad():
@@ -136,16 +145,31 @@ def stacked(images: Tensor | Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 def to_8_bit(pixels: Tensor) -> Tensor:
-    """Clamp to [0, 1] and round to multiples of 1/255, with the gradient of the clamp alone."""
-    clamped = pixels.clamp(0, 1)
-    return clamped + ((clamped * 255).round() / 255 - clamped).detach()
+    """Clamp to [0, 1] and round to multiples of 1/255, half up, with the gradient of the clamp alone."""
+    return _to_levels(pixels * 255) / 255
 
 
-def resize(images: Tensor, height: int, width: int) -> Tensor:
-    """Resize `[B, C, h, w]` as PIL does an 8-bit image: bicubic, antialiased, clamped, rounded."""
-    if tuple(images.shape[-2:]) == (height, width):
-        return to_8_bit(images)
-    return to_8_bit(F.interpolate(images, (height, width), mode="bicubic", antialias=True, align_corners=False))
+def _to_levels(levels: Tensor) -> Tensor:
+    clamped = levels.clamp(0, 255)
+    return clamped + ((clamped + 0.5).floor() - clamped).detach()
+
+
+def resize(images: Tensor, height: int, width: int, *, resample: str = "bicubic", eight_bit: bool = True) -> Tensor:
+    """Resize `[B, C, h, w]` with antialiasing, as PIL does the 8-bit image that these pixels would be saved as.
+
+    PIL resizes rows, then columns, and clamps and rounds half up after each: so does this, in whole levels of 0 to
+    255, which floats hold exactly.
+
+    Args:
+        resample: "bicubic" or "bilinear".
+        eight_bit: clamp and round; without it, as torchvision resizes a float tensor.
+    """
+    levels = _to_levels(images * 255) if eight_bit else images
+    for size in ((images.shape[-2], width), (height, width)):
+        if tuple(levels.shape[-2:]) != size:
+            levels = F.interpolate(levels, size, mode=resample, antialias=True, align_corners=False)
+            levels = _to_levels(levels) if eight_bit else levels
+    return levels / 255 if eight_bit else levels
 
 
 def normalise(images: Tensor, mean: Sequence[float] = OPENAI_MEAN, std: Sequence[float] = OPENAI_STD) -> Tensor:
@@ -154,28 +178,47 @@ def normalise(images: Tensor, mean: Sequence[float] = OPENAI_MEAN, std: Sequence
     return (images - images.new_tensor(mean).view(shape)) / images.new_tensor(std).view(shape)
 
 
-def clip_pixels(images: Tensor, size: int = 224, *, fit: str = "shortest") -> Tensor:
+FITS = ("shortest", "longest", "squash")
+CROPS = ("half_even", "floor")
+
+
+def clip_pixels(
+    images: Tensor,
+    size: int = 224,
+    *,
+    fit: str = "shortest",
+    crop: str = "half_even",
+    resample: str = "bicubic",
+    eight_bit: bool = True,
+) -> Tensor:
     """Return what a CLIP tower sees of images `[B, 3, h, w]`: `[B, 3, size, size]`, normalised.
 
     Args:
         fit: "shortest" scales the shorter side to `size` and crops the centre (CLIP, PickScore, ImageReward);
-            "longest" scales the longer side to `size` and pads the rest with black *before* normalising (HPS).
+            "longest" scales the longer side to `size` and pads the rest with black *before* normalising (HPS);
+            "squash" scales both sides to `size` (DFN5B).
+        crop: where the centre of an odd remainder is: rounded "half_even", as torchvision and CLIP crop, or to the
+            "floor", as transformers' image processors do.
+        resample, eight_bit: see `resize`.
 
     Raises:
-        DataError: another `fit`.
+        DataError: another `fit` or `crop`.
     """
+    for value, known, what in ((fit, FITS, "fit"), (crop, CROPS, "crop")):
+        if value not in known:
+            raise DataError(f"Unknown {what} {value!r}", do=f"Choose one of: {', '.join(known)}")
     height, width = images.shape[-2:]
-    if fit not in ("shortest", "longest"):
-        raise DataError(f"Unknown fit {fit!r}", do="Choose shortest or longest")
-    scale = size / (min if fit == "shortest" else max)(height, width)
-    # torchvision's arithmetic: the other side is truncated, not rounded.
-    sides = [size if side * scale == size else max(1, int(side * scale + 1e-9)) for side in (height, width)]
+    short, long = min(height, width), max(height, width)
+    if fit == "shortest":  # torchvision truncates the other side
+        sides = [size if side == short else size * side // short for side in (height, width)]
+    elif fit == "longest":  # open_clip rounds it, half to even
+        sides = [size if side == long else max(1, round(side / (long / size))) for side in (height, width)]
+    else:
+        sides = [size, size]
+    resized = resize(images, *sides, resample=resample, eight_bit=eight_bit)
+    spare_h, spare_w = (side - size for side in sides)
     if fit == "longest":
-        sides = [size if side == max(height, width) else max(1, round(side * scale)) for side in (height, width)]
-    resized = resize(images, *sides)
-    top, left = (sides[0] - size) / 2, (sides[1] - size) / 2
-    if fit == "shortest":
-        top, left = round(top), round(left)
-        return normalise(resized[..., top : top + size, left : left + size])
-    pad_left, pad_top = int(-left), int(-top)
-    return normalise(F.pad(resized, (pad_left, size - sides[1] - pad_left, pad_top, size - sides[0] - pad_top)))
+        top, left = -spare_h // 2, -spare_w // 2
+        return normalise(F.pad(resized, (left, -spare_w - left, top, -spare_h - top)))
+    top, left = (round(spare / 2) if crop == "half_even" else spare // 2 for spare in (spare_h, spare_w))
+    return normalise(resized[..., top : top + size, left : left + size])

@@ -12,7 +12,16 @@ from align.errors import ConfigError
 from align.registry import suggest
 from align.types import Samples, Scores, join_scores
 from rewards.base import Reward, get_reward, score_safely
-from rewards.compose import Composed, build_transforms, combine, fill_missing, require_scored, transform
+from rewards.compose import (
+    Composed,
+    allowed_missing,
+    build_transforms,
+    combine,
+    fill_missing,
+    require_scored,
+    transform,
+    worst_missing,
+)
 
 
 class Panel:
@@ -66,7 +75,11 @@ class Panel:
 
     def score(self, samples: Samples) -> Scores:
         """Score B samples with every reward: `[B, K]`, raw. What fails is missing."""
-        joined = join_scores([score_safely(reward, samples) for reward in self.rewards])
+        return self.joined([score_safely(reward, samples) for reward in self.rewards])
+
+    def joined(self, scored: Sequence[Scores]) -> Scores:
+        """Return the panel's components of what each of its rewards said of the same samples."""
+        joined = join_scores(scored)
         keep = self._columns
         return Scores(joined.values[:, keep], joined.valid[:, keep], self.names, joined.errors, joined.extras)
 
@@ -81,6 +94,10 @@ class Panel:
             self.transformed(scores, group_size), group_size, self.weights, mode=self.combined.mode, gates=self._gates,
             floor=self.combined.gate_floor,
         )  # fmt: skip
+
+    def too_many_missing(self, scores: Scores) -> bool:
+        """Whether more scores of one component are missing than `combine` allows."""
+        return worst_missing(scores)[1] > allowed_missing(self.combined.missing, self.combined.max_fail_frac)
 
     def require_scored(self, scores: Scores, where: str) -> None:
         """Refuse scores of which more are missing than `combine` allows."""

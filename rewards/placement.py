@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from align.errors import ConfigError
@@ -48,12 +48,28 @@ class Placement:
 
         return torch.device("cuda" if self.policy != "cpu" and torch.cuda.is_available() else "cpu")
 
-    def settle(self, module: nn.Module) -> nn.Module:
-        """Freeze a module, put it where it rests, and return it."""
+    @property
+    def rest(self) -> torch.device:
+        """Where modules lie between two batches."""
         import torch
 
-        rest = torch.device("cpu") if self.policy == "offload" else self.device
-        return module.requires_grad_(False).eval().to(rest)
+        return torch.device("cpu") if self.policy == "offload" else self.device
+
+    def settle(self, module: nn.Module) -> nn.Module:
+        """Freeze a module, put it where it rests, and return it."""
+        return module.requires_grad_(False).eval().to(self.rest)
+
+    def require_graph(self, name: str) -> None:
+        """Refuse to differentiate through modules that leave the device before the backward pass.
+
+        Raises:
+            ConfigError: the policy is "offload", and there is an accelerator.
+        """
+        if self.rest != self.device:
+            raise ConfigError(
+                f"The reward {name!r} keeps no graph while it is offloaded",
+                do="Build it with placement=resident, or cpu, to differentiate through it",
+            )
 
     @contextlib.contextmanager
     def active(self, *modules: nn.Module) -> Iterator[torch.device]:
@@ -72,13 +88,40 @@ class Placement:
             for module in modules if moved else ():
                 module.to("cpu")
 
-    def rows(self, key: str, forward_one: Callable[[], Tensor]) -> int:
-        """Return how many rows to score at once: `batch_size`, or what fits by the first row of this kind.
+    def rows(
+        self,
+        key: str,
+        forward_one: Callable[[], Tensor],
+        forward_two: Callable[[], Tensor] | None = None,
+        modules: Sequence[nn.Module] = (),
+    ) -> int:
+        """Return how many rows to score at once: `batch_size`, or what fits by the first rows of this kind.
 
-        `forward_one` scores one row; what it would keep for a backward pass bounds what it needs without one.
+        What a row would keep for a backward pass bounds what it needs without one.
+
+        Args:
+            forward_one: scores one row of this kind.
+            forward_two: scores two; what it keeps beyond `forward_one` leaves out what is kept once, such as weights
+                in half precision.
+            modules: whose weights put what is computed on the graph; without them frozen modules keep nothing.
         """
         if self.batch_size is not None:
             return self.batch_size
         if key not in self._derived:
-            self._derived[key] = rows_within(saved_bytes(forward_one), self.device, most=256)
+            with _on_the_graph(modules):
+                one = saved_bytes(forward_one)
+                row = saved_bytes(forward_two) - one if forward_two else one
+            self._derived[key] = rows_within(row, self.device)
         return self._derived[key]
+
+
+@contextlib.contextmanager
+def _on_the_graph(modules: Sequence[nn.Module]) -> Iterator[None]:
+    frozen = [p for module in modules for p in module.parameters() if not p.requires_grad and p.is_floating_point()]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
