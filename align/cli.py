@@ -647,7 +647,9 @@ def _rewards_arguments(parser: _Arguments) -> None:
     describe.add_argument("name", metavar="NAME", help="a reward, e.g. digits/legibility")
     serve = actions.add_parser("serve", help="let other machines use rewards of this one")
     serve.add_argument("--reward", action="append", metavar="NAME", help="a reward; may be given again")
-    serve.add_argument("--config", type=Path, metavar="YAML", help="a file whose list `rewards` names more, with args")
+    serve.add_argument(
+        "--config", metavar="FILE", help="a YAML file whose list `rewards` names more, with args; a recipe will do"
+    )
     serve.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: 127.0.0.1)")
     serve.add_argument("--port", type=_whole, default=8765, metavar="N", help="default: 8765; 0 takes a free one")
     serve.add_argument(

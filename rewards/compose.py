@@ -184,23 +184,34 @@ def fill_missing(scores: Scores, group_size: int) -> Scores:
     return Scores(filled, np.isfinite(filled), scores.names, scores.errors, scores.extras)
 
 
+def worst_missing(scores: Scores) -> tuple[int, float]:
+    """Return the component of which the largest share is missing, and that share."""
+    if not scores.valid.size:
+        return 0, 0.0
+    failed = (~scores.valid).mean(0)
+    return int(failed.argmax()), float(failed.max())
+
+
+def allowed_missing(missing: str, max_fail_frac: float) -> float:
+    """Return the share of a component that may be missing: none at all where `missing` is "raise"."""
+    return 0.0 if missing == "raise" else max_fail_frac
+
+
 def require_scored(scores: Scores, *, missing: str, max_fail_frac: float, where: str) -> None:
     """Refuse scores of which too many are missing, in any one component.
 
     Raises:
         RewardError: with the first messages; one missing score is too many where `missing` is "raise".
     """
-    if not len(scores):
-        return
-    failed = (~scores.valid).mean(0)
-    worst = int(failed.argmax())
-    missed = int((~scores.valid[:, worst]).sum())
-    if failed[worst] > (0.0 if missing == "raise" else max_fail_frac):
+    worst, share = worst_missing(scores)
+    allowed = allowed_missing(missing, max_fail_frac)
+    if share > allowed:
         messages = list(dict.fromkeys(filter(None, scores.errors)))[:3]
+        count = int((~scores.valid[:, worst]).sum())
         raise RewardError(
             "Too many rewards failed", where=where,
-            why=f"{scores.names[worst]} is missing for {missed} of {len(scores)} samples, "
-            + (f"{max_fail_frac:.0%} are allowed" if missing != "raise" else "none may be")
+            why=f"{scores.names[worst]} is missing for {count} of {len(scores)} samples, "
+            + (f"{allowed:.0%} are allowed" if allowed else "none may be")
             + f"; {' | '.join(messages) or 'no message was given'}",
             do="Nothing was trained on this step. Mend the reward and resume, or raise combine.max_fail_frac",
         )  # fmt: skip

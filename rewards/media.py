@@ -149,7 +149,9 @@ def to_8_bit(pixels: Tensor) -> Tensor:
     return _to_levels(pixels * 255) / 255
 
 
-def _to_levels(levels: Tensor) -> Tensor:
+def _to_levels(levels: Tensor) -> Tensor:  # written over where no graph needs it: images are large
+    if not levels.requires_grad:
+        return levels.add_(0.5).floor_().clamp_(0, 255)
     clamped = levels.clamp(0, 255)
     return clamped + ((clamped + 0.5).floor() - clamped).detach()
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,11 @@ from align.groupstats import bootstrap_mean, masked_mean, masked_std
 from align.launch import join_world
 from align.run import Run, claim_directory, require_directory
 from align.seeding import permutation
-from align.types import Advantages, Scores, StepStats, max_or_nan, merge_stats, stack_scores
+from align.types import Advantages, Samples, Scores, StepStats, max_or_nan, merge_stats, stack_scores
 from rewards.compose import Composed
 from rewards.panel import Panel
+from rewards.remote import remote_rewards, wait_until_healthy
+from rewards.streaming import ScoreStream
 from trainers.advantages import group_advantages
 from trainers.evaluation import load_policy, resolve_prompts
 from trainers.objectives import Terms, adapt_clip, clip_bounds, gaussian_kl, grpo_clip, velocity_distance
@@ -133,21 +135,26 @@ class DanceGRPO:
             for step in run.steps():
                 clock = _Clock()
                 prompts = self.prompts.at(step, config.prompts_per_step, config.seed)
-                rollout = sample(
-                    policy,
-                    prompts.prompts,
-                    metadata=prompts.metadata,
-                    group_size=config.group_size,
-                    table=self.table,
-                    latent_shape=self.latent_shape,
-                    key=(config.seed, step),
-                    noise_scope=config.sampler.initial_noise,
-                    batch=self._batches(run)[0],
-                    reduction=config.objective.logprob_reduction,
-                    world=self.world,
-                )
-                clock.lap("time/rollout", less=("time/decode", rollout.decode_seconds))
-                scores = stack_scores(self.world.gather(rewards.score(rollout.samples)))
+                with ScoreStream(rewards) as stream:
+                    rollout = sample(
+                        policy,
+                        prompts.prompts,
+                        metadata=prompts.metadata,
+                        group_size=config.group_size,
+                        table=self.table,
+                        latent_shape=self.latent_shape,
+                        key=(config.seed, step),
+                        noise_scope=config.sampler.initial_noise,
+                        batch=self._batches(run)[0],
+                        reduction=config.objective.logprob_reduction,
+                        world=self.world,
+                        deliver=clock.timed("time/reward", stream.submit),
+                    )
+                    clock.lap("time/rollout", less={"time/decode": rollout.decode_seconds})
+                    scores = self._collect(stream, rollout, run, step)
+                if scores is None:  # asked to stop while a reward server was down
+                    run.stop_uncommitted()
+                    continue
                 self._require_sound(rollout, scores, step)
                 composed = rewards.compose(scores, config.group_size)
                 advantages = group_advantages(
@@ -221,6 +228,26 @@ class DanceGRPO:
                 self._require_first_ratio(stats, step)
             run.update(expect_gradient=update == 0)
         return merge_stats(self.world.gather(stats))
+
+    def _collect(self, stream: ScoreStream, rollout: Rollout, run: Run, step: int) -> Scores | None:
+        """Return the scores of all processes; None when asked to stop while waiting for a reward server.
+
+        A server that is down leaves scores missing. While that is more than `combine.max_fail_frac` allows, the run
+        waits until the server is back and has the rollout scored again: nothing is lost, and nothing counts as 0.
+        """
+        scores = stack_scores(self.world.gather(stream.result()))
+        remote = remote_rewards(self.rewards.rewards)
+        while self.rewards.too_many_missing(scores):
+            down = self.world.first([reward.unreachable for reward in remote])
+            if not down:
+                return scores  # the servers answer, so this is for the guard to judge
+            run.say(step, "reward_server", f"the run waits for a reward server: {down}")
+            back = wait_until_healthy(remote, run.asked_to_stop, lambda message: None)
+            if not all(self.world.gather(back)):
+                return None
+            run.say(step, "reward_server", "the reward server is back; the rollout is scored again")
+            scores = stack_scores(self.world.gather(self.rewards.score(rollout.samples)))
+        return scores
 
     def _distance(self, replayed: Replayed, tile: Tile) -> torch.Tensor:
         """How far each term's model output is from the model before training."""
@@ -367,11 +394,23 @@ class _Clock:
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
         self._last = time.perf_counter()
+        self._inside = 0.0
 
-    def lap(self, name: str, less: tuple[str, float] | None = None) -> None:
-        """End the lap `name`; a part of it that has a name of its own is counted there."""
+    def lap(self, name: str, less: Mapping[str, float] = {}) -> None:
+        """End the lap `name`; parts of it that have a name of their own are counted there."""
         now = time.perf_counter()
-        part, seconds = less or ("", 0.0)
-        self.laps[name], self._last = now - self._last - seconds, now
-        if part:
-            self.laps[part] = seconds
+        for part, seconds in less.items():
+            self.laps[part] = self.laps.get(part, 0.0) + seconds
+        whole = now - self._last - sum(less.values()) - self._inside
+        self.laps[name], self._last, self._inside = self.laps.get(name, 0.0) + whole, now, 0.0
+
+    def timed(self, name: str, work: Callable[[Samples], None]) -> Callable[[Samples], None]:
+        """Return `work`, its seconds counted under `name` and not in the lap it runs in."""
+
+        def run(samples: Samples) -> None:
+            began = time.perf_counter()
+            work(samples)
+            seconds = time.perf_counter() - began
+            self.laps[name], self._inside = self.laps.get(name, 0.0) + seconds, self._inside + seconds
+
+        return run
