@@ -267,6 +267,18 @@ def _rewards(config: DanceGRPOConfig) -> list[Finding]:
                 "error", "heldout_is_trained", f"The held-out reward {reward.name!r} is also trained on",
                 "Give it other args (such as split: evaluator), or remove it", f"heldout_rewards.{i}.name",
             ))  # fmt: skip
+    gates = [reward.name for reward in config.rewards if reward.role == "gate"]
+    if (config.combine.mode == "gate") != (0 < len(gates) < len(config.rewards)):
+        found.append(Finding(
+            "error", "gate",
+            f"combine.mode is {config.combine.mode} and {len(gates)} of {len(config.rewards)} rewards have role: gate",
+            "Mode gate needs a gate and a utility; without it, give no reward role: gate", "combine.mode",
+        ))  # fmt: skip
+    if config.combine.gate_floor is not None and config.combine.mode != "gate":
+        found.append(Finding(
+            "note", "gate_floor", "combine.gate_floor changes nothing without combine.mode: gate", "",
+            "combine.gate_floor",
+        ))  # fmt: skip
     if len(identities) < len(config.rewards):
         found.append(Finding(
             "error", "reward_twice", "The same reward is listed twice with the same args",
@@ -316,6 +328,7 @@ def _reward_names(config: DanceGRPOConfig, known: Collection[str]) -> list[Findi
         (f"{part}.{i}.name", r.name)
         for part in ("rewards", "heldout_rewards")
         for i, r in enumerate(getattr(config, part))
+        if ":" not in r.name and r.args.get("placement") != "remote"  # a class by its place; a server's own names
     ]
     return [
         Finding("error", "unknown_reward", f"Unknown reward {name!r}", suggest(name, known).removesuffix("."), key)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from align.errors import AlignError, ConfigError
 
 if TYPE_CHECKING:
+    from align.checks import Finding
     from align.config import DanceGRPOConfig
 
 INTERRUPTED = 130
@@ -235,6 +236,23 @@ def _evaluate(options: argparse.Namespace) -> int:
     return _give(options, found, _flat_text(found))
 
 
+def _score(options: argparse.Namespace) -> int:
+    from align.config import load_rewards
+    from rewards.scoring import plan_scores, score_files
+
+    rewards = [*(options.reward or ()), *(load_rewards(options.config) if options.config else ())]
+    call = {"prompts": options.prompts, "images": options.images, "image_column": options.image_column}
+    call |= {"completion_column": options.completion_column, "overwrite": options.overwrite}
+    out = options.out or Path("scores.parquet")
+    if options.dry_run:
+        return _dry(options, "score", plan_scores(rewards, out, **call)[0])
+    from align.reports.scores import write_contact_sheet
+
+    found = score_files(rewards, out, **call, batch_size=options.batch_size, progress=True)
+    found["page"] = str(write_contact_sheet(out))
+    return _give(options, found, _scores_text(found))
+
+
 def _check(options: argparse.Namespace) -> int:
     from align.checks import check_config, describe_config, describe_prompts
     from align.config import load_config
@@ -248,7 +266,8 @@ def _check(options: argparse.Namespace) -> int:
         config = _run_config(source, options.overrides)
     else:
         config = load_config(options.file, options.overrides)
-    found = describe_config(config, check_config(config, reward_names=_reward_names(), files=True))
+    findings = check_config(config, reward_names=_reward_names(), files=True)
+    found = describe_config(config, [*_bad_transforms(config), *findings])
     _give(options, found, _config_text(found))
     return 0 if found["valid"] else 2
 
@@ -284,12 +303,39 @@ def _rewards(options: argparse.Namespace) -> int:
 
     from rewards import list_rewards
 
+    if options.action == "serve":
+        return _serve(options)
     cards = {card.name: dataclasses.asdict(card) for card in list_rewards()}
     if options.action == "describe":
         _known(options.name, cards, "reward")
         card = cards[options.name]
         return _give(options, card, _table([(key, _word(value)) for key, value in card.items()]))
     return _give(options, list(cards.values()), _table([(name, card["definition"]) for name, card in cards.items()]))
+
+
+def _serve(options: argparse.Namespace) -> int:
+    try:
+        from rewards.serve import read_asked, serve
+    except ModuleNotFoundError as error:
+        raise ConfigError("Serving needs more packages", why=str(error), do="pip install 'align[server]'") from error
+    asked = [*((name, {}) for name in options.reward or ()), *(read_asked(options.config) if options.config else ())]
+    for name, _ in asked:
+        if ":" not in name:
+            _known(name, _reward_names(), "reward")
+    if options.dry_run:
+        return _dry(options, "serve", {"rewards": [name for name, _ in asked], "at": f"{options.host}:{options.port}"})
+
+    def log(line: str) -> None:
+        sys.stderr.write(f"align: {line}\n")
+
+    def ready(where: dict[str, Any]) -> None:
+        if options.host not in ("127.0.0.1", "::1", "localhost"):
+            log("Warning: whoever reaches this address can use the server; there is no authentication.")
+        _give(options, where, f"serving {', '.join(where['rewards'])} at {where['url']}", one_line=True)
+        sys.stdout.flush()
+
+    serve(asked, options.host, options.port, limit_mb=options.limit_mb, ready=ready, log=log)
+    return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -300,6 +346,20 @@ def _doctor(options: argparse.Namespace) -> int:
     rows = [("ok" if c.ok else "PROBLEM", f"{c.name}: {c.found}" + ("" if c.ok else f". {c.do}.")) for c in checks]
     _give(options, [vars(check) for check in checks], "\n".join([*mended, _table(rows)]))
     return 0 if all(check.ok for check in checks) else 2
+
+
+def _bad_transforms(config: DanceGRPOConfig) -> list[Finding]:
+    from align.checks import Finding
+    from rewards.compose import build_transforms
+
+    found = []
+    for part in ("rewards", "heldout_rewards"):
+        for i, reward in enumerate(getattr(config, part)):
+            try:
+                build_transforms(reward.transform, reward.name)
+            except ConfigError as error:
+                found.append(Finding("error", "transform", str(error).removesuffix("."), "", f"{part}.{i}.transform"))
+    return found
 
 
 def _reward_names() -> list[str]:
@@ -323,10 +383,10 @@ def _run_config(folder: Path, overrides: Sequence[str] = ()) -> DanceGRPOConfig:
 # --- output -----------------------------------------------------------------------------------------
 
 
-def _give(options: argparse.Namespace, found: Any, text: str) -> int:
+def _give(options: argparse.Namespace, found: Any, text: str, *, one_line: bool = False) -> int:
     """Write `text` to stdout, or the JSON of `found` to stdout (`--json -`) or to a file besides the text."""
     if options.json is not None:
-        document = json.dumps(found, indent=2, default=str) + "\n"
+        document = json.dumps(found, indent=None if one_line else 2, default=str) + "\n"
         if options.json == "-":
             sys.stdout.write(document)
             return 0
@@ -373,6 +433,19 @@ def _flat_text(found: dict[str, Any]) -> str:
             ]
         else:
             rows.append((key, f"{value:.4g}" if isinstance(value, float) else _word(value)))
+    return _table(rows)
+
+
+def _scores_text(found: dict[str, Any]) -> str:
+    rows = [("scores", found["out"]), ("page", found["page"])]
+    rows.append(("rows", f"{found['rows']}, {found['new_scores']} scores new, {found['seconds']:.3g} s"))
+    if found["missing"]:
+        rows.append(("missing", f"{found['missing']}, see the column error; the same command tries them again"))
+    if found["truncated"]:
+        rows.append(("cut short", f"{found['truncated']} prompts or texts are longer than the model reads"))
+    for name, e in found["components"].items():
+        spread = "no score" if not e["n"] else "{mean:.4g}, from {min:.4g} to {max:.4g}, n {n}".format(**e)
+        rows.append((name, spread))
     return _table(rows)
 
 
@@ -523,6 +596,33 @@ def _evaluate_arguments(parser: _Arguments) -> None:
     _add_json(parser)
 
 
+def _score_arguments(parser: _Arguments) -> None:
+    parser.add_argument("--reward", action="append", metavar="NAME", help="a reward; may be given again")
+    parser.add_argument(
+        "--config", metavar="FILE", help="a YAML file whose list `rewards` names more, with args"
+    )
+    parser.add_argument(
+        "--prompts", metavar="FILE", help="a txt, JSONL, CSV or Parquet file: a row an image, or completions"
+    )
+    parser.add_argument(
+        "--images", metavar="DIR", help="the images, in the natural order of their names (2 before 10) unless named"
+    )
+    parser.add_argument(
+        "--image-column", metavar="NAME", help="column of the prompt table that names them (default: image, if any)"
+    )
+    parser.add_argument(
+        "--completion-column", default="completion", metavar="NAME",
+        help="column of the texts, or lists of turns, that text rewards score (default: completion)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--batch-size", type=_positive, default=32, metavar="N", help="read, scored and kept at once (default: 32)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="start again, forgetting what was scored")
+    _add_out(parser, "the table: Parquet, CSV or JSONL by its ending (default: scores.parquet), with PATH.html")
+    _add_dry_run(parser)
+    _add_json(parser)
+
+
 def _check_arguments(parser: _Arguments) -> None:
     parser.add_argument("file", metavar="FILE", help="a config, a recipe's name, a run folder, or a prompt file")
     _add_overrides(parser)
@@ -556,7 +656,18 @@ def _rewards_arguments(parser: _Arguments) -> None:
     listing = actions.add_parser("list", help="name and definition of every reward")
     describe = actions.add_parser("describe", help="what one reward measures, its range, licence and needs")
     describe.add_argument("name", metavar="NAME", help="a reward, e.g. digits/legibility")
-    for parser_, action in ((listing, "list"), (describe, "describe")):
+    serve = actions.add_parser("serve", help="let other machines use rewards of this one")
+    serve.add_argument("--reward", action="append", metavar="NAME", help="a reward; may be given again")
+    serve.add_argument(
+        "--config", metavar="FILE", help="a YAML file whose list `rewards` names more, with args; a recipe will do"
+    )
+    serve.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: 127.0.0.1)")
+    serve.add_argument("--port", type=_whole, default=8765, metavar="N", help="default: 8765; 0 takes a free one")
+    serve.add_argument(
+        "--limit-mb", type=_positive, default=256, metavar="N", help="the largest request in MB (default: 256)"
+    )
+    _add_dry_run(serve)
+    for parser_, action in ((listing, "list"), (describe, "describe"), (serve, "serve")):
         parser_.set_defaults(action=action)
         _add_json(parser_, argparse.SUPPRESS)
 
@@ -586,6 +697,13 @@ _VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int], Callable[[_Arg
         ("align evaluate runs/digits --samples 1000 --json result.json",
          "align evaluate digits --prompts prompts.txt --reward digits/legibility"),
     ),
+    "score": (
+        "score images or texts of files with rewards; resumes by itself", _score, _score_arguments,
+        ("align score --reward hpsv2.1 --prompts prompts.txt --images made --out scores.parquet",
+         "align score --reward aesthetic --reward jpeg --images made",
+         "align score --config rewards.yaml --prompts completions.jsonl --out scores.csv",
+         "align score --reward digits/legibility --prompts samples/samples.jsonl --dry-run"),
+    ),
     "check": (
         "say what a config or a prompt file will do, and what is wrong with it", _check, _check_arguments,
         ("align check digits/dance_grpo", "align check my.yaml group_size=8", "align check prompts.jsonl"),
@@ -599,8 +717,9 @@ _VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int], Callable[[_Arg
         ("align configs", "align configs show digits/dance_grpo", "align configs copy digits/dance_grpo my.yaml"),
     ),
     "rewards": (
-        "list and describe the rewards", _rewards, _rewards_arguments,
-        ("align rewards", "align rewards describe digits/legibility"),
+        "list, describe and serve the rewards", _rewards, _rewards_arguments,
+        ("align rewards", "align rewards describe digits/legibility",
+         "align rewards serve --reward hpsv2.1 --reward aesthetic --port 8765"),
     ),
     "doctor": (
         "check this installation, and repair it", _doctor, _doctor_arguments, ("align doctor", "align doctor --fix"),

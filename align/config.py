@@ -17,8 +17,8 @@ from align.registry import suggest
 from align.textfiles import Document, dump_value, parse_scalar, parse_yaml, read_text
 
 __all__ = [
-    "AdvantageConfig", "BatchConfig", "CheckpointConfig", "DanceGRPOConfig", "EvaluationConfig", "LoraConfig",
-    "ModelConfig", "ObjectiveConfig", "OptimizerConfig", "PromptsConfig", "RewardConfig", "SamplerConfig",
+    "AdvantageConfig", "BatchConfig", "CheckpointConfig", "CombineConfig", "DanceGRPOConfig", "EvaluationConfig",
+    "LoraConfig", "ModelConfig", "ObjectiveConfig", "OptimizerConfig", "PromptsConfig", "RewardConfig", "SamplerConfig",
     "TrackingConfig", "TrainedStepsConfig", "config_origins", "diff_configs", "list_recipes", "load_config",
     "save_config",
 ]  # fmt: skip
@@ -162,19 +162,13 @@ class ObjectiveConfig(_Section):
         default="mean",
         description="Reduce the log-prob over latent dimensions by mean (DanceGRPO) or by sum (a true density).",
     )
-    min_valid_share: Float = Field(
-        default=0.5,
-        ge=0,
-        le=1,
-        description="The run stops when a smaller share of a rollout than this could be scored.",
-    )
 
 
 class AdvantageConfig(_Section):
     """How rewards become advantages: `(r - mean) / (std + eps)`, summed over rewards by weight, clipped once."""
 
     ddof: Int = Field(default=1, ge=0, le=1, description="Delta degrees of freedom of the standard deviation.")
-    eps: Float = Field(default=1e-8, ge=0, description="Added to the standard deviation, in reward units.")
+    eps: Float = Field(default=1e-4, ge=0, description="Added to the standard deviation, in reward units.")
     scope: Literal["group", "global_std", "global"] = Field(
         default="group",
         description="Centre and scale per group, centre per group and scale over all, or both over all.",
@@ -196,6 +190,34 @@ class RewardConfig(_Section):
     name: str = Field(min_length=1, description="Registered name, as `align rewards list` shows it.")
     weight: Float = Field(default=1.0, description="Weight of its normalised advantage in the sum.")
     args: dict[str, Any] = Field(default={}, description="Arguments of the reward's factory.")
+    components: dict[str, Float] | None = Field(
+        default=None, description="Which components are used, and the weight of each beside `weight`; null is all."
+    )
+    role: Literal["utility", "gate"] = Field(
+        default="utility", description="A utility is maximised; a gate, in combine.mode gate, only opens or closes."
+    )
+    transform: tuple[dict[str, Any], ...] = Field(
+        default=(), description="Transforms of its scores, in order, such as [{clip: [-3, 3]}, {sigmoid: {}}]."
+    )
+
+
+class CombineConfig(_Section):
+    """How several rewards become one advantage, and what a missing score means."""
+
+    mode: Literal["sum_of_advantages", "gdpo", "weighted_sum", "gate", "min"] = Field(
+        default="sum_of_advantages",
+        description="Sum normalised advantages (gdpo: then a batch z-score), or combine rewards and normalise once.",
+    )
+    missing: Literal["mask", "raise", "fill"] = Field(
+        default="mask",
+        description="A missing score is left out, stops the run, or counts as the mean of its group; it is never 0.",
+    )
+    max_fail_frac: Float = Field(
+        default=0.1, ge=0, le=1, description="The run stops when a larger share of a reward than this is missing."
+    )
+    gate_floor: Float | None = Field(
+        default=None, description="Reward of a sample whose gate is closed; null is the least of its group."
+    )
 
 
 class OptimizerConfig(_Section):
@@ -278,6 +300,7 @@ class DanceGRPOConfig(_Section):
     objective: ObjectiveConfig = Field(default=ObjectiveConfig(), description="The objective.")
     advantage: AdvantageConfig = Field(default=AdvantageConfig(), description="The advantages.")
     rewards: tuple[RewardConfig, ...] = Field(min_length=1, description="The rewards that are trained on.")
+    combine: CombineConfig = Field(default=CombineConfig(), description="The combination of the rewards.")
     heldout_rewards: tuple[RewardConfig, ...] = Field(default=(), description="Rewards that are only ever evaluated.")
     optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="The optimizer.")
     evaluation: EvaluationConfig = Field(default=EvaluationConfig(), description="The evaluation.")
@@ -318,6 +341,27 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     for key, _ in _leaves(config):
         config._origins[key] = origins.get(key, "default")
     return config
+
+
+class _RewardsConfig(_Section):
+    """The `rewards` of a configuration, whatever else it says."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    rewards: tuple[RewardConfig, ...] = Field(min_length=1, description="The rewards.")
+
+
+def load_rewards(source: str | Path | Mapping[str, Any]) -> tuple[RewardConfig, ...]:
+    """Return the `rewards` section of a YAML file, a recipe or a mapping, which need not be a whole config.
+
+    Raises:
+        ConfigError: no such file or recipe, not YAML, no `rewards`, or an item that is not right.
+    """
+    value, origins, where = _load(source, ())
+    try:
+        return _RewardsConfig.model_validate(value).rewards
+    except ValidationError as error:
+        raise _explain(error, origins, where) from error
 
 
 def config_origins(config: DanceGRPOConfig) -> dict[str, str]:

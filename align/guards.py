@@ -1,4 +1,4 @@
-"""Invariants that stop a run before it harms the weights: finite numbers, a first ratio of 1, enough rewards, drift."""
+"""Invariants that stop a run before it harms the weights: finite numbers, a first ratio of 1, drift, saturation."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from align.errors import GuardError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from align.groupstats import Estimate
@@ -76,21 +77,6 @@ def require_first_ratio(scaled: float, worst: float, tolerance: float, where: st
         )
 
 
-def require_valid_share(valid: int, total: int, least: float, where: str, example: str) -> None:
-    """Raise when fewer than the share `least` of the samples have a reward.
-
-    Raises:
-        GuardError: too many failed rewards, with one of their messages.
-    """
-    if total and valid < least * total:
-        raise GuardError(
-            "Too many rewards failed",
-            where=where,
-            why=f"{valid} of {total} samples have one, {least:.0%} are required; one says: {example or 'nothing'}",
-            do="Nothing was trained on this step. Mend the reward and resume",
-        )
-
-
 @dataclass(frozen=True)
 class Drift:
     """A drift verdict: `hacked` when the trained reward rose while the held-out one fell."""
@@ -110,3 +96,34 @@ def drift(reward_gain: float, heldout_gain: Estimate) -> Drift:
         f"(95 % CI {heldout_gain.ci_low:+.3f} to {heldout_gain.ci_high:+.3f})"
     )
     return Drift(hacked, ("Reward hacking: " + message) if hacked else message)
+
+
+def saturated(values: np.ndarray, calibration: np.ndarray, share: float = 0.25) -> str:
+    """Return a message when more than `share` of the values lie above the 99.9 percentile of the calibration set.
+
+    Without training one in a thousand does. A reward that has left the range it was seen in is extrapolating.
+    Missing values count on neither side; an empty text means that all is well.
+    """
+    import numpy as np
+
+    seen, now = calibration[np.isfinite(calibration)], values[np.isfinite(values)]
+    if len(seen) < 20 or not len(now):
+        return ""
+    edge = float(np.quantile(seen, 0.999))
+    beyond = float((now > edge).mean())
+    if beyond <= share:
+        return ""
+    return f"{beyond:.0%} of the samples score above {edge:.3g}, which 1 in 1,000 did before training"
+
+
+def displaced(values: np.ndarray, base: np.ndarray) -> str:
+    """Return a message when the mean of a meter has left the central 98 % of single samples before training."""
+    import numpy as np
+
+    seen, now = base[np.isfinite(base)], values[np.isfinite(values)]
+    if len(seen) < 20 or not len(now):
+        return ""
+    low, high, mean = *np.quantile(seen, [0.01, 0.99]), float(now.mean())
+    if low <= mean <= high:
+        return ""
+    return f"its mean is {mean:.3g}; before training 98 % of single samples lay between {low:.3g} and {high:.3g}"

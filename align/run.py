@@ -284,6 +284,21 @@ class Run:
         self._optimizer_seconds += time.perf_counter() - began
         return float(norm)
 
+    def asked_to_stop(self) -> bool:
+        """Whether this process was asked to stop; the others may not know yet."""
+        return bool(self._signal) or launch.asked_to_stop()
+
+    def say(self, step: int, code: str, message: str) -> None:
+        """Tell whoever watches, now, and keep it in the run's log."""
+        self.log.warn(step, "note", code, message)
+        self._progress.say(message)
+
+    def stop_uncommitted(self) -> None:
+        """Stop in the middle of a step: what was last committed is kept. Every process must call it."""
+        self._agree_to_stop()
+        if self.step not in checkpoint.checkpoints(self.directory / "checkpoints"):
+            self.save()
+
     def update_average(self) -> None:
         """Take the weights into their running average, where there is one: once a step, after its updates."""
         if self.average is not None:

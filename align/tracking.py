@@ -367,6 +367,12 @@ class Progress:
             self.stream.flush()
             self._open = False
 
+    def say(self, message: str) -> None:
+        """Write a line of its own, above the one that renews itself."""
+        if not self.silent:
+            self.stream.write(("\r\x1b[K" if self._live else "") + message + "\n")
+            self.stream.flush()
+
     def update(self, row: Mapping[str, Any]) -> None:
         """Show the metrics of a finished step; what a row does not hold is left out."""
         if self.silent:

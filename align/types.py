@@ -18,28 +18,50 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Video:
+    """Frames `[F, C, H, W]` with pixels in [0, 1], and the true frame rate in frames a second.
+
+    A frame rate is never guessed: what a container claims and what a model generates differ, and a video reward
+    that is told the wrong one scores another video.
+    """
+
+    frames: torch.Tensor
+    fps: float
+
+    def __post_init__(self) -> None:
+        if getattr(self.frames, "ndim", 0) != 4 or not len(self.frames):
+            raise DataError(
+                "A video needs frames [F, C, H, W]", why=f"got {tuple(getattr(self.frames, 'shape', ()))}"
+            )
+        if not isinstance(self.fps, (int, float)) or not 0 < self.fps < float("inf"):
+            raise DataError("A video needs its frame rate", why=f"got {self.fps!r}", do="Give Video(frames, fps=24.0)")
+
+
+MEDIA = ("images", "videos", "texts")
+
+
+@dataclass(frozen=True)
 class Samples:
     """What a model produced, and for which prompt: the input of every reward.
 
-    Exactly one of `images`, `videos` and `texts` is given. Pixels are float32 in [0, 1].
+    Exactly one of `images`, `videos` and `texts` is given. Pixels are floats in [0, 1].
 
     Args:
         prompts: the B prompts.
-        images: `[B, C, H, W]`.
-        videos: `[B, F, C, H, W]`, with `fps` the true frame rate.
-        texts: B completions.
+        images: `[B, C, H, W]`, or B tensors `[C, H, W]` of any sizes.
+        videos: B videos, each with its own frame rate.
+        texts: B completions: text, or a chat as a list of `{"role": ..., "content": ...}` turns.
         metadata: B mappings carried along from the prompt file.
     """
 
     prompts: Sequence[str]
-    images: torch.Tensor | None = None
-    videos: torch.Tensor | None = None
-    texts: Sequence[str] | None = None
-    fps: float | None = None
+    images: torch.Tensor | Sequence[torch.Tensor] | None = None
+    videos: Sequence[Video] | None = None
+    texts: Sequence[str | Sequence[Mapping[str, str]]] | None = None
     metadata: Sequence[Mapping[str, Any]] = ()
 
     def __post_init__(self) -> None:
-        given = [n for n in ("images", "videos", "texts") if getattr(self, n) is not None]
+        given = [n for n in MEDIA if getattr(self, n) is not None]
         if len(given) != 1:
             raise DataError(
                 "Samples hold exactly one kind of output",
@@ -52,21 +74,29 @@ class Samples:
                     "Samples disagree in length",
                     why=f"{len(self.prompts)} prompts but {count} {name}",
                 )
-        if self.videos is not None and self.fps is None:
-            raise DataError("A video needs its frame rate", do="Give Samples(..., fps=<frames per second>)")
+        if self.videos is not None and not all(isinstance(video, Video) for video in self.videos):
+            raise DataError("A video needs its frame rate", do="Give Samples(videos=[Video(frames, fps=24.0), ...])")
 
     def __len__(self) -> int:
         return len(self.prompts)
 
+    @property
+    def media(self) -> str:
+        """What was produced: "images", "videos" or "texts"."""
+        return next(name for name in MEDIA if getattr(self, name) is not None)
+
     def select(self, indices: Sequence[int]) -> Samples:
         """Return the samples at `indices`, in that order."""
         index = [int(i) for i in indices]
+
+        def pick(rows: Any) -> Any:
+            return rows[index] if hasattr(rows, "ndim") else None if rows is None else [rows[i] for i in index]
+
         return Samples(
             prompts=[self.prompts[i] for i in index],
-            images=None if self.images is None else self.images[index],
-            videos=None if self.videos is None else self.videos[index],
-            texts=None if self.texts is None else [self.texts[i] for i in index],
-            fps=self.fps,
+            images=pick(self.images),
+            videos=pick(self.videos),
+            texts=pick(self.texts),
             metadata=[self.metadata[i] for i in index] if self.metadata else (),
         )
 
@@ -79,8 +109,8 @@ class Scores:
         values: float64 `[B, K]`; NaN wherever `valid` is False.
         valid: bool `[B, K]`.
         names: the K component names.
-        errors: one message per sample, empty when nothing failed.
-        extras: anything else worth logging, by name.
+        errors: one message per sample, empty when nothing failed; it names the component that did.
+        extras: anything else worth logging, by name; what has one value a sample follows its sample.
     """
 
     values: np.ndarray
@@ -165,7 +195,6 @@ class Advantages:
     invalid_members: int = 0
     dropped_groups: int = 0
     unselected: int = 0
-    raw_std: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +23,16 @@ def _gray(samples: Samples) -> tuple[Tensor, list[str]]:
     Raises:
         DataError: not images, or of another size.
     """
-    images = samples.images
-    if images is None or images.ndim != 4 or images.shape[1] not in (1, 3) or tuple(images.shape[2:]) != (SIZE, SIZE):
-        found = "no images" if images is None else f"images of shape {tuple(images.shape[1:])}"
-        raise DataError("A digits reward needs 16x16 images with 1 or 3 channels", why=f"got {found}")
+    images: Any = samples.images
+    if isinstance(images, Sequence) and len({image.shape for image in images}) == 1:
+        images = torch.stack(list(images))
+    sound = torch.is_tensor(images) and images.ndim == 4 and images.shape[1] in (1, 3)
+    if not sound or tuple(images.shape[2:]) != (SIZE, SIZE):
+        shapes = sorted({tuple(image.shape) for image in (images if images is not None else ())})
+        raise DataError(
+            "A digits reward needs 16x16 images with 1 or 3 channels",
+            why=f"got images of shape {' and '.join(map(str, shapes))}" if shapes else "got no images",
+        )
     gray = images.float().mean(1, keepdim=True)
     wrong = []
     for image in gray:

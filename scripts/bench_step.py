@@ -88,9 +88,10 @@ class Bench:
         with self.part("reward"):
             scores = self.trainer.rewards.score(rollout.samples)
             self.trainer._require_finite(rollout, 1)
-            self.trainer._require_scored(scores, 1)
+            self.trainer.rewards.require_scored(scores, "step 1")
+            composed = self.trainer.rewards.compose(scores, self.config.group_size)
             advantages = group_advantages(
-                scores, self.config.group_size, self.trainer.rewards.weights, **self.config.advantage.model_dump()
+                composed.scores, self.config.group_size, composed.weights, **self.config.advantage.model_dump()
             )
         with self.part("train"):
             stats = self.trainer.learn(self.run, rollout, advantages, 1)
@@ -111,7 +112,8 @@ class Bench:
         with contextlib.ExitStack() as stack:
             for name, instead in out.items():
                 stack.enter_context(mock.patch.object(guards, name, instead))
-            for name in ("_require_finite", "_require_scored", "_require_first_ratio"):
+            stack.enter_context(mock.patch.object(self.trainer.rewards, "require_scored", return_value=None))
+            for name in ("_require_finite", "_require_first_ratio"):
                 stack.enter_context(mock.patch.object(self.trainer, name, return_value=None))
             self.ours()
         self.parts = parts

@@ -1,4 +1,4 @@
-"""Write the tables in docs/ that repeat what the code knows: configuration keys, and metrics.
+"""Write the tables in docs/ that repeat what the code knows: configuration keys, rewards, and metrics.
 
 python scripts/docs_tables.py
 """
@@ -15,6 +15,7 @@ from pydantic_core import PydanticUndefined
 from align.config import DanceGRPOConfig, RewardConfig
 from align.reports.glossary import GLOSSARY, explain
 from align.textfiles import dump_value
+from rewards.catalogue import BUILT_IN
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -41,8 +42,14 @@ def _default(value: Any) -> str:
 
 def metrics() -> list[str]:
     """Return one table row a key of metrics.jsonl."""
-    families = ("reward/NAME/mean", "reward/NAME/std")
+    families = ("reward/NAME/mean", "reward/NAME/std", "reward/NAME/fail_frac")
     return [f"| `{key}` | {explain(key)} |" for key in (*GLOSSARY, *families)]
+
+
+def rewards() -> list[str]:
+    """Return one table row a reward that ships."""
+    cards = [(c.name, c.definition.replace("|", r"\|"), c.range, c.media, c.licence) for c, _ in BUILT_IN]
+    return [f"| `{name}` | {' | '.join(rest)} |" for name, *rest in cards]
 
 
 def write(page: str, head: str, rows: Sequence[str]) -> None:
@@ -55,4 +62,5 @@ def write(page: str, head: str, rows: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     write("cli.md", "| key | default | meaning |\n|---|---|---|\n", configuration(DanceGRPOConfig))
+    write("rewards.md", "| reward | what it is | range | media | licence |\n|---|---|---|---|---|\n", rewards())
     write("training.md", "| metric | what it is |\n|---|---|\n", metrics())

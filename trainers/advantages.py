@@ -6,8 +6,10 @@ The only place advantages are made. With r a reward of one component and valid m
     global_std  A = (r - group mean) / (std over all groups + eps)
     global      A = (r - mean over all) / (std over all + eps)
 
-Several components: each is normalised by itself, then `A = sum_k w_k A_k`, then one clip to
-`+-clip`. Rewards are never summed before normalising: a component with large units would own the sum.
+Several components, mode `sum_of_advantages`: each is normalised by itself, then `A = sum_k w_k A_k`, then one
+clip to `+-clip`, so that a component with large units does not own the sum. Mode `gdpo` adds a z-score of the
+sum over the batch before the clip. (Rewards summed before normalising are `rewards/compose.py`'s: they come here
+as one component.)
 
 Best-of-N comes last: statistics are those of the whole group, of which only the extremes are trained on.
 """
@@ -24,7 +26,7 @@ from align.types import Advantages, Scores
 
 
 def normalise(
-    values: np.ndarray, valid: np.ndarray, *, ddof: int = 1, eps: float = 1e-8, scope: str = "group"
+    values: np.ndarray, valid: np.ndarray, *, ddof: int = 1, eps: float = 1e-4, scope: str = "group"
 ) -> tuple[np.ndarray, np.ndarray]:
     """Normalise one component over groups `[P, G]`.
 
@@ -60,8 +62,9 @@ def group_advantages(
     group_size: int,
     weights: Sequence[float],
     *,
+    mode: str = "sum_of_advantages",
     ddof: int = 1,
-    eps: float = 1e-8,
+    eps: float = 1e-4,
     scope: str = "group",
     clip: float | None = 5.0,
     best_of: int | None = None,
@@ -74,6 +77,7 @@ def group_advantages(
 
     Args:
         weights: one a component, in the order of `scores.names`.
+        mode: "gdpo" z-scores the weighted sum over all members kept, with the same ddof and eps.
         clip: bound on |A| after the weighted sum, None for none. It can bind only below the largest
             possible value, (G - 1) / sqrt(G) for ddof 1 and sqrt(G - 1) for ddof 0, times the weights.
         best_of: keep this many members of each group, see `extremes`; None keeps all.
@@ -82,7 +86,7 @@ def group_advantages(
     Raises:
         ConfigError: B not a multiple of G, G below 2, or a weight missing.
 
-    Source: DanceGRPO (arXiv 2505.07818), algorithm 1; aggregation of section 3.3.
+    Source: DanceGRPO (arXiv 2505.07818), algorithm 1; aggregation of section 3.3. GDPO (arXiv 2601.05242).
     """
     if group_size < 2 or len(scores) % group_size:
         raise ConfigError(
@@ -94,15 +98,14 @@ def group_advantages(
         )
     shape = (len(scores) // group_size, group_size)
     total, kept, flat = np.zeros(shape), np.zeros(shape, bool), np.ones(shape[0], bool)
-    raw_std = {}
-    for k, name in enumerate(scores.names):
+    for k in range(len(scores.names)):
         values, valid = scores.values[:, k].reshape(shape), scores.valid[:, k].reshape(shape)
         advantage, component_kept = normalise(values, valid, ddof=ddof, eps=eps, scope=scope)
         total += weights[k] * advantage
         kept |= component_kept
         flat &= ~(advantage != 0).any(1)
-        within = masked_std(values, valid, axis=1, ddof=ddof)
-        raw_std[name] = float(np.nanmean(within)) if np.isfinite(within).any() else float("nan")
+    if mode == "gdpo":
+        total, _ = normalise(total, kept, ddof=ddof, eps=eps, scope="global")
     if clip is not None:
         total = np.clip(total, -clip, clip)
     some = kept.any(1)
@@ -117,7 +120,6 @@ def group_advantages(
         invalid_members=int((~scores.valid.any(1)).sum()),
         dropped_groups=int((~some).sum()),
         unselected=int((kept & ~chosen).sum()),
-        raw_std=raw_std,
     )
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,15 @@ from align.diffusion.rollout import Replayed, Rollout, Tile, reference_output, r
 from align.diffusion.schedules import trained_subset
 from align.engine import DeepSpeedEngine, require_deepspeed
 from align.errors import ConfigError
-from align.groupstats import bootstrap_mean
+from align.groupstats import bootstrap_mean, masked_mean, masked_std
 from align.launch import join_world
 from align.run import Run, claim_directory, require_directory
 from align.seeding import permutation
-from align.types import Advantages, Scores, StepStats, max_or_nan, merge_stats, stack_scores
+from align.types import Advantages, Samples, Scores, StepStats, max_or_nan, merge_stats, stack_scores
+from rewards.compose import Composed
 from rewards.panel import Panel
+from rewards.remote import remote_rewards, wait_until_healthy
+from rewards.streaming import ScoreStream
 from trainers.advantages import group_advantages
 from trainers.evaluation import load_policy, resolve_prompts
 from trainers.objectives import Terms, adapt_clip, clip_bounds, gaussian_kl, grpo_clip, velocity_distance
@@ -94,7 +97,7 @@ class DanceGRPO:
         if not self.world.leads:
             self.world.wait()  # what the first process builds and caches, the others find
         self.prompts, self.heldout_prompts = resolve_prompts(self.config)
-        self.rewards = rewards or Panel.build(self.config.rewards)
+        self.rewards = rewards or Panel.build(self.config.rewards, self.config.combine)
         self.heldout = Panel.build(self.config.heldout_rewards)
         self.policy = load_policy(self.config)
         sampler = self.config.sampler
@@ -136,32 +139,39 @@ class DanceGRPO:
             for step in run.steps():
                 clock = _Clock()
                 prompts = self.prompts.at(step, config.prompts_per_step, config.seed)
-                rollout = sample(
-                    policy,
-                    prompts.prompts,
-                    metadata=prompts.metadata,
-                    group_size=config.group_size,
-                    table=self.table,
-                    latent_shape=self.latent_shape,
-                    key=(config.seed, step),
-                    noise_scope=config.sampler.initial_noise,
-                    batch=self._batches(run)[0],
-                    reduction=config.objective.logprob_reduction,
-                    world=self.world,
-                )
-                self._require_finite(rollout, step)
-                clock.lap("time/rollout", less=("time/decode", rollout.decode_seconds))
-                scores = stack_scores(self.world.gather(rewards.score(rollout.samples)))
-                self._require_scored(scores, step)
+                with ScoreStream(rewards) as stream:
+                    rollout = sample(
+                        policy,
+                        prompts.prompts,
+                        metadata=prompts.metadata,
+                        group_size=config.group_size,
+                        table=self.table,
+                        latent_shape=self.latent_shape,
+                        key=(config.seed, step),
+                        noise_scope=config.sampler.initial_noise,
+                        batch=self._batches(run)[0],
+                        reduction=config.objective.logprob_reduction,
+                        world=self.world,
+                        deliver=clock.timed("time/reward", stream.submit),
+                    )
+                    self._require_finite(rollout, step)
+                    clock.lap("time/rollout", less={"time/decode": rollout.decode_seconds})
+                    scores = self._collect(stream, rollout, run, step)
+                if scores is None:  # asked to stop while a reward server was down
+                    run.stop_uncommitted()
+                    continue
+                rewards.require_scored(scores, f"step {step}")
+                composed = rewards.compose(scores, config.group_size)
                 advantages = group_advantages(
-                    scores, config.group_size, rewards.weights, **config.advantage.model_dump()
-                )
+                    composed.scores, config.group_size, composed.weights, mode=config.combine.mode,
+                    **config.advantage.model_dump(),
+                )  # fmt: skip
                 clock.lap("time/reward")
                 stats = self.learn(run, rollout, advantages, step)
                 run.update_average()
                 clock.lap("time/train")
                 self._watch_base_rate(scores, run, step)
-                metrics = {**self._metrics(scores, advantages, run), **self._clip_metrics(run, stats)}
+                metrics = {**self._metrics(scores, composed, advantages, run), **self._clip_metrics(run, stats)}
                 run.commit(step, {**metrics, **receipt.during(step), **clock.laps}, stats)
             return self._finish(run, receipt)
 
@@ -226,6 +236,26 @@ class DanceGRPO:
             first = False
         return merge_stats(self.world.gather(stats))
 
+    def _collect(self, stream: ScoreStream, rollout: Rollout, run: Run, step: int) -> Scores | None:
+        """Return the scores of all processes; None when asked to stop while waiting for a reward server.
+
+        A server that is down leaves scores missing. While that is more than `combine.max_fail_frac` allows, the run
+        waits until the server is back and has the rollout scored again: nothing is lost, and nothing counts as 0.
+        """
+        scores = stack_scores(self.world.gather(stream.result()))
+        remote = remote_rewards(self.rewards.rewards)
+        while self.rewards.too_many_missing(scores):
+            down = self.world.first([reward.unreachable for reward in remote])
+            if not down:
+                return scores  # the servers answer, so this is for the guard to judge
+            run.say(step, "reward_server", f"the run waits for a reward server: {down}")
+            back = wait_until_healthy(remote, run.asked_to_stop, lambda message: None)
+            if not all(self.world.gather(back)):
+                return None
+            run.say(step, "reward_server", "the reward server is back; the rollout is scored again")
+            scores = stack_scores(self.world.gather(self.rewards.score(rollout.samples)))
+        return scores
+
     def _distance(self, replayed: Replayed, tile: Tile) -> torch.Tensor:
         """How far each term's model output is from the model before training."""
         reference = reference_output(self.policy, tile, self.table)
@@ -268,20 +298,9 @@ class DanceGRPO:
         found = torch.tensor(0.0 if bool(trajectory) else float("nan"), device=rollout.x.device)
         guards.require_finite(self.world.add(found), "The rollout", f"step {step}")
 
-    def _require_scored(self, scores: Scores, step: int) -> None:
-        """Stop all processes before training on a rollout of which too few samples were scored."""
-        valid = scores.valid.any(1)
-        guards.require_valid_share(
-            int(valid.sum()),
-            len(valid),
-            self.config.objective.min_valid_share,
-            f"step {step}",
-            next(filter(None, scores.errors), ""),
-        )
-
-    def _metrics(self, scores: Scores, advantages: Advantages, run: Run) -> dict[str, float]:
+    def _metrics(self, scores: Scores, composed: Composed, advantages: Advantages, run: Run) -> dict[str, float]:
         config = self.config
-        total = self.rewards.total(scores)
+        total = self.rewards.total(scores, config.group_size)
         reward = bootstrap_mean(total, np.arange(len(total)) // config.group_size, draws=500)
         ledger = self.ledger()
         run.count(samples=len(total), feq=len(total) * ledger["feq_per_sample"])
@@ -291,7 +310,12 @@ class DanceGRPO:
             "reward_ci_low": reward.ci_low,
             "reward_ci_high": reward.ci_high,
             **{f"reward/{name}/mean": float(np.nanmean(scores.column(name))) for name in scores.names},
-            **{f"reward/{name}/std": std for name, std in advantages.raw_std.items()},
+            **{f"reward/{name}/std": std for name, std in zip(scores.names, self._within_std(scores), strict=True)},
+            **{
+                f"reward/{name}/fail_frac": float(failed)
+                for name, failed in zip(scores.names, (~scores.valid).mean(0), strict=True)
+            },
+            "gated": composed.gated,
             "valid_share": float(scores.valid.any(1).mean()),
             "zero_std_groups": advantages.zero_std_groups,
             "invalid_members": advantages.invalid_members,
@@ -301,6 +325,14 @@ class DanceGRPO:
             "feq_total": run.counters["feq"],
             "feq_per_sample": ledger["feq_per_sample"],
         }
+
+    def _within_std(self, scores: Scores) -> list[float]:
+        """Standard deviation of each component within groups, averaged over groups; NaN where no group has two."""
+        shape = (-1, self.config.group_size, len(scores.names))
+        within = masked_std(
+            scores.values.reshape(shape), scores.valid.reshape(shape), axis=1, ddof=self.config.advantage.ddof
+        )
+        return masked_mean(within, np.isfinite(within), axis=0).tolist()
 
     def _watch_base_rate(self, scores: Scores, run: Run, step: int) -> None:
         """Warn when a binary reward says nearly always the same: most groups then teach nothing."""
@@ -376,11 +408,23 @@ class _Clock:
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
         self._last = time.perf_counter()
+        self._inside = 0.0
 
-    def lap(self, name: str, less: tuple[str, float] | None = None) -> None:
-        """End the lap `name`; a part of it that has a name of its own is counted there."""
+    def lap(self, name: str, less: Mapping[str, float] = {}) -> None:
+        """End the lap `name`; parts of it that have a name of their own are counted there."""
         now = time.perf_counter()
-        part, seconds = less or ("", 0.0)
-        self.laps[name], self._last = now - self._last - seconds, now
-        if part:
-            self.laps[part] = seconds
+        for part, seconds in less.items():
+            self.laps[part] = self.laps.get(part, 0.0) + seconds
+        whole = now - self._last - sum(less.values()) - self._inside
+        self.laps[name], self._last, self._inside = self.laps.get(name, 0.0) + whole, now, 0.0
+
+    def timed(self, name: str, work: Callable[[Samples], None]) -> Callable[[Samples], None]:
+        """Return `work`, its seconds counted under `name` and not in the lap it runs in."""
+
+        def run(samples: Samples) -> None:
+            began = time.perf_counter()
+            work(samples)
+            seconds = time.perf_counter() - began
+            self.laps[name], self._inside = self.laps.get(name, 0.0) + seconds, self._inside + seconds
+
+        return run

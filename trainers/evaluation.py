@@ -26,6 +26,7 @@ from align.groupstats import Estimate, bootstrap_mean
 from align.launch import World
 from align.prompts import PromptSet, load_prompts, training_and_heldout
 from align.types import Samples
+from rewards.meters import measure_images
 from rewards.panel import Panel
 
 
@@ -88,6 +89,10 @@ class Measurement:
     seconds: float
     extras: dict[str, np.ndarray] = field(default_factory=dict)
 
+    def column(self, name: str) -> np.ndarray:
+        """Return a value or an extra by its name, `[N]`; empty when there is none."""
+        return self.values.get(name, self.extras.get(name, np.empty(0)))
+
     def estimate(self, name: str) -> Estimate:
         """Return the mean of a value with an interval clustered by prompt."""
         return bootstrap_mean(self.values[name], np.asarray(self.prompts))
@@ -120,7 +125,7 @@ def measure(
     """Generate `members` images a prompt and score them with every panel; each process takes its share of prompts.
 
     Values are named "<panel>" for the panel's weighted sum and "<panel>/<component>"; extras, such as
-    the accuracy of a classifier reward, keep their own name.
+    the accuracy of a classifier reward, "<panel>/<extra>"; what `rewards.meters` sees, "meter/<name>".
     """
     began = time.perf_counter()
     own = [prompts[i] for i in world.share(len(prompts))]
@@ -151,7 +156,7 @@ def _measure_share(
     values, extras = {}, {}
     for panel_name, panel in panels.items():
         scores = panel.score(samples)
-        values[panel_name] = panel.total(scores)
+        values[panel_name] = panel.total(scores, members)
         values.update({f"{panel_name}/{name}": scores.column(name) for name in scores.names})
         extras.update(
             {
@@ -160,6 +165,7 @@ def _measure_share(
                 if np.shape(v) == (len(samples),)
             }
         )
+    extras.update({f"meter/{name}": value for name, value in measure_images(samples.images).items()})
     return {"values": values, "extras": extras, "variances": _variances(samples.images, samples.prompts)}
 
 
@@ -289,7 +295,11 @@ def evaluate(
         **{k: sampler[k] for k in ("seed", "solver_steps", "shift")},
         "sampler": "ode",
         "rewards": {name: measured.estimate(name).as_dict() for name in measured.values},
-        **{name.removeprefix("reward/"): float(np.nanmean(v)) for name, v in measured.extras.items()},
+        **{
+            name.removeprefix("reward/"): float(np.nanmean(v))
+            for name, v in measured.extras.items()
+            if np.isfinite(v).any()
+        },
         "diversity": measured.diversity,
         "seconds": measured.seconds,
     }

@@ -120,6 +120,11 @@ class Receipt:
             "reward": measured.estimate("reward").as_dict(),
             "components": {name: measured.estimate(name).as_dict() for name in measured.values if "/" in name},
             **self._facts(measured),
+            "meters": {
+                name.removeprefix("meter/"): float(np.nanmean(value))
+                for name, value in measured.extras.items()
+                if name.startswith("meter/") and np.isfinite(value).any()
+            },
             "seconds": measured.seconds,
         }
         self.run.log.evaluation(row)
@@ -130,6 +135,14 @@ class Receipt:
         verdict = guards.drift(gain.mean, now.gain(self._base, self.heldout))
         if verdict.hacked:
             self.run.log.warn(step, "alarm", "drift", verdict.message)
+        trained = [name for name in now.values if name.startswith("reward/")]
+        watched = [(name, "saturation", guards.saturated) for name in trained]
+        watched += [(name, "meter", guards.displaced) for name in now.extras if name.startswith("meter/")]
+        for name, code, check in watched:
+            message = check(now.column(name), self._base.column(name))
+            if message and not self.run.counters.get(f"warned/{name}"):
+                self.run.counters[f"warned/{name}"] = 1.0  # once a run
+                self.run.log.warn(step, "warning", code, f"{name.partition('/')[2]}: {message}")
 
     def _grid(self, step: int) -> None:
         if not self.run.world.leads:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +91,6 @@ def solve(
     group_size: int = 1,
     first: int = 0,
     key: tuple[int | str, ...] = (),
-    batch: int | None = None,
     reduction: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run all solver steps from noise `x` `[B, ...]`.
@@ -103,38 +102,22 @@ def solve(
         `(x0, path, logp)`: the final latents `[B, ...]`; with a `reduction`, the trajectories
         `[B, S + 1, ...]` and log-densities `[B, S]`, else empty tensors.
     """
-    finals, paths, logps = [], [], []
     stochastic = set(table.stochastic_steps)
-    for start in range(0, len(prompts), batch or len(prompts)):
-        rows = range(start, min(start + (batch or len(prompts)), len(prompts)))
-        state, names = x[rows.start : rows.stop].to(policy.device), [prompts[r] for r in rows]
-        path, logp = [state], []
-        for s in range(len(table)):
-            timestep = table.timestep[s].to(state.device, torch.float32).expand(len(rows))
-            random = s in stochastic
-            places = range(first + rows.start, first + rows.stop)
-            noise = step_noise(x.shape[1:], places, group_size, s, *key).to(state.device) if random else None
-            moved = transition(
-                state,
-                policy.velocity(state, timestep, names),
-                table,
-                s,
-                noise=noise,
-                reduction=reduction if random else None,
-            )
-            state = moved.x_next
-            if reduction is not None:
-                path.append(state)
-                logp.append(moved.logp if random else torch.full((len(rows),), float("nan"), device=state.device))
-        finals.append(state)
+    state, places = x.to(policy.device), range(first, first + len(prompts))
+    path, logps = [state], []
+    for s in range(len(table)):
+        timestep = table.timestep[s].to(state.device, torch.float32).expand(len(prompts))
+        random = s in stochastic
+        noise = step_noise(x.shape[1:], places, group_size, s, *key).to(state.device) if random else None
+        velocity = policy.velocity(state, timestep, prompts)
+        moved = transition(state, velocity, table, s, noise=noise, reduction=reduction if random else None)
+        state = moved.x_next
         if reduction is not None:
-            paths.append(torch.stack(path, 1))
-            logps.append(torch.stack(logp, 1))
-    return (
-        torch.cat(finals),
-        torch.cat(paths) if paths else torch.empty(0),
-        torch.cat(logps) if logps else torch.empty(0),
-    )
+            path.append(state)
+            logps.append(moved.logp if moved.logp is not None else state.new_full((len(prompts),), float("nan")))
+    if reduction is None:
+        return state, torch.empty(0), torch.empty(0)
+    return state, torch.stack(path, 1), torch.stack([logp.double() for logp in logps], 1)
 
 
 @torch.no_grad()
@@ -157,6 +140,7 @@ def sample(
     batch: int | None = None,
     reduction: str = "mean",
     world: World = World(),
+    deliver: Callable[[Samples], object] | None = None,
 ) -> Rollout:
     """Roll out G members for each prompt, keeping what replay needs.
 
@@ -165,6 +149,8 @@ def sample(
         key: names this rollout, e.g. (run seed, step); all noise is a function of it and of the
             sample's place, so `batch` changes the speed and nothing else.
         metadata: one mapping a prompt, handed to the rewards.
+        deliver: called with the samples of each batch as soon as they are decoded, in order, so that they can be
+            scored while the next batch is sampled.
 
     Raises:
         KernelError: a table without a stochastic step.
@@ -175,27 +161,35 @@ def sample(
             why=f"kernel {table.kind!r} with eta {table.eta:g} has std 0",
         )
     rows = world.share(len(prompts) * group_size)
-    flat = [prompts[r // group_size] for r in rows]
-    noise = initial_noise(latent_shape, rows, group_size, noise_scope, *key, rank=world.rank)
-    x0, path, logp = solve(
-        policy, noise, flat, table, group_size=group_size, first=rows.start, key=key, batch=batch, reduction=reduction
-    )
-    began = time.perf_counter()
-    images = decode(policy, x0)
-    return Rollout(
-        prompts=tuple(flat),
-        rows=rows,
-        group_size=group_size,
-        table=table,
-        x=path,
-        logp=logp,
-        samples=Samples(
+    size = batch or max(1, len(rows))
+    parts, decode_seconds = [], 0.0
+    for start in range(rows.start, rows.stop, size):
+        own = range(start, min(start + size, rows.stop))
+        flat = [prompts[r // group_size] for r in own]
+        noise = initial_noise(latent_shape, own, group_size, noise_scope, *key, rank=world.rank)
+        x0, path, logp = solve(
+            policy, noise, flat, table, group_size=group_size, first=own.start, key=key, reduction=reduction
+        )
+        began = time.perf_counter()
+        made = Samples(
             prompts=flat,
-            images=images,
-            metadata=[metadata[r // group_size] for r in rows] if metadata else (),
-        ),
-        decode_seconds=time.perf_counter() - began,
+            images=decode(policy, x0),
+            metadata=[metadata[r // group_size] for r in own] if metadata else (),
+        )
+        decode_seconds += time.perf_counter() - began
+        if deliver is not None:
+            deliver(made)
+        parts.append((path, logp, made))
+    paths, logps, samples = zip(*parts, strict=True)
+    whole = Samples(
+        prompts=[p for part in samples for p in part.prompts],
+        images=torch.cat([part.images for part in samples]),
+        metadata=[m for part in samples for m in part.metadata],
     )
+    return Rollout(
+        prompts=tuple(whole.prompts), rows=rows, group_size=group_size, table=table, x=torch.cat(paths),
+        logp=torch.cat(logps), samples=whole, decode_seconds=decode_seconds,
+    )  # fmt: skip
 
 
 def tiles(

@@ -130,6 +130,50 @@ def stacked_chart(series: Iterable[Series], *, unit: str = "") -> Markup:
     return _figure(body, shown, unit, x)
 
 
+def histogram(values: Sequence[float], *, marks: Sequence[tuple[str, float]] = ()) -> Markup:
+    """Draw how many values lie where, in bins of one round width.
+
+    Args:
+        marks: labelled values, a dashed line each.
+
+    Returns:
+        an empty Markup when there is no value.
+    """
+    if not values:
+        return Markup()
+    low, high = min(values), max(values)
+    spread = high - low
+    width = _round_step(spread / min(36, max(6, math.isqrt(len(values)) * 2))) if spread else abs(low) or 1.0
+    first = math.floor(low / width + 1e-9) if spread else 0
+    start = first * width if spread else low - width / 2
+    counts = [0] * max(1, math.ceil((high - start) / width - 1e-9))
+    for value in values:
+        counts[min(len(counts) - 1, math.floor((value - start) / width + 1e-9))] += 1
+    x = Axis(start, start + width * len(counts), LEFT, WIDTH - RIGHT)
+    y = Axis(0, max(counts) * 1.12, HEIGHT - BOTTOM, TOP + 6)
+    body = []
+    for value, text in y.ticks(4):
+        if abs(value - round(value)) < 1e-9:
+            body.append(f'<path class="grid" d="M{LEFT} {y(value):.1f}H{WIDTH - RIGHT}"/>')
+            body.append(_text("tick", LEFT - 7, y(value) + 4, "end", text))
+    for i, number in enumerate(counts):
+        if number:
+            a, b, top = x(start + i * width) + 0.7, x(start + (i + 1) * width) - 0.7, y(number)
+            title = f"{start + i * width:.4g} to {start + (i + 1) * width:.4g}: {number}"
+            shape = f'x="{a:.1f}" y="{top:.1f}" width="{max(1.0, b - a):.1f}" height="{HEIGHT - BOTTOM - top:.1f}"'
+            body.append(f'<rect class="bar" {shape} rx="1.5"><title>{title}</title></rect>')
+    body += [_text("tick", x(value), HEIGHT - BOTTOM + 17, "middle", text) for value, text in x.ticks(6)]
+    body.append(f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
+    for label, value in marks:
+        at, side = x(value), "start" if x(value) < WIDTH * 0.7 else "end"
+        body.append(f'<path class="mark" d="M{at:.1f} {TOP - 4}V{HEIGHT - BOTTOM}"/>')
+        text = f"{escape(label)} {value:.4g}".replace("-", "−")
+        body.append(_text("marktext", at + (5 if side == "start" else -5), TOP + 5, side, text))
+    about = escape(f"{len(values)} values from {low:.4g} to {high:.4g}")
+    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{about}">{"".join(body)}</svg>'
+    return Markup(f'<div class="hist">{svg}</div>')
+
+
 def _figure(body: list[str], shown: Sequence[Series], unit: str, x: Axis) -> Markup:
     keys = [f'<span class="key"><i class="c{_colour(s)}"></i>{escape(s.name)}</span>' for s in shown]
     legend = f'<div class="legend">{"".join(keys)}</div>' if len(shown) > 1 else ""

@@ -35,6 +35,10 @@ CHARTS: dict[str, str] = {
         "Pixel standard deviation between images of one prompt. A fall towards 0 means that the model makes "
         "one image a prompt."
     ),
+    "Image meters": (
+        "What a hacked reward usually bends, as multiples of the untrained model's: colour saturation, clipped pixels, "
+        "contrast, sharpness, edges, border. Nothing rewards them; a sudden turn is worth a look at the samples."
+    ),
 }
 
 GLOSSARY: dict[str, str] = {
@@ -50,6 +54,7 @@ GLOSSARY: dict[str, str] = {
     "valid_share": "Share of the samples that every reward could score; a failed score is missing, never 0.",
     "zero_std_groups": "Prompts whose samples all scored the same: they carry no signal in this step.",
     "invalid_members": "Samples left out of training because a score was missing.",
+    "gated": "Samples whose gate was closed: their reward is the floor, whatever their utilities say.",
     "unselected": "Samples that best-of-N left out of training.",
     "dropped_groups": "Prompts left out because too few of their samples had a score.",
     "loss": (
@@ -103,4 +108,6 @@ def explain(key: str) -> str:
         return "Mean of this reward component over the step's samples, before weights."
     if key.startswith("reward/") and key.endswith("/std"):
         return "Standard deviation of this component within a prompt's samples, averaged over prompts."
+    if key.startswith("reward/") and key.endswith("/fail_frac"):
+        return "Share of the step's samples for which this component is missing."
     return GLOSSARY.get(key, "")

@@ -157,12 +157,12 @@ def _geometry(text: Any) -> dict[str, int]:
     return {k: v for k, v in found.items() if isinstance(v, int) and v >= 0} if isinstance(found, dict) else {}
 
 
-def image_uri(image: Any) -> str:
-    """Return a PIL image as a data URI: PNG, or JPEG where PNG would be large."""
+def image_uri(image: Any, *, largest_png: int = LARGEST_PNG) -> str:
+    """Return a PIL image as a data URI: PNG, or JPEG where PNG would be larger than that many bytes."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
     kind = "png"
-    if buffer.tell() > LARGEST_PNG:
+    if buffer.tell() > largest_png:
         buffer, kind = io.BytesIO(), "jpeg"
         image.save(buffer, format="JPEG", quality=88)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

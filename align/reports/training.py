@@ -239,6 +239,19 @@ def _component_names(rows: list[Row], group: str) -> list[str]:
     return picked or ([] if group == "reward" else [n for n in names if not n.startswith("reward/")])
 
 
+def _meters(evaluations: list[Row]) -> list[Series]:
+    """Return the mean of every image meter over the steps, in multiples of the first evaluation's."""
+    steps = [row["step"] for row in evaluations]
+    found = [row["meters"] if isinstance(row.get("meters"), dict) else {} for row in evaluations]
+    curves = []
+    for name in dict.fromkeys(name for row in found for name in row):
+        values = [finite(row.get(name)) for row in found]
+        if values[0]:
+            relative = [None if v is None else v / values[0] for v in values]
+            curves.append(Series(name, steps, relative, (), (), sparse=True))
+    return curves
+
+
 def _tolerance(files: RunFiles) -> tuple[float, str]:
     values = {row["key"]: json.loads(row["value"]) for row in files.config}
     dtype = values.get("model.dtype")
@@ -283,6 +296,7 @@ def _charts(files: RunFiles) -> list[Row]:
         "Distance moved in a step": line_chart([_curve(rows, "approx_kl", "approximate KL", colour=4)], from_zero=True),
         "Gradient norm": line_chart([_curve(rows, "grad_norm", "gradient norm", colour=5)], from_zero=True),
         "Diversity": line_chart([spread], from_zero=True, reference=_least_diversity(evaluations)),
+        "Image meters": line_chart(_meters(evaluations), reference=(1.0, "before training")),
     }
     return [{"title": title, "text": CHARTS[title], "svg": svg} for title, svg in drawn.items() if svg]
 

@@ -19,6 +19,7 @@ def scores(*components: list[list[float]], names: str = "abcdef") -> Scores:
 
 def advantages(*components, weights=None, **options):
     group = len(components[0][0])
+    options = {"eps": 0.0, **options}
     return group_advantages(scores(*components), group, weights or [1.0] * len(components), **options)
 
 

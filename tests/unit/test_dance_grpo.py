@@ -13,7 +13,7 @@ import torch
 import tiny
 from align import checkpoint
 from align.config import load_config
-from align.errors import ConfigError, GuardError
+from align.errors import ConfigError, GuardError, RewardError
 from align.types import Scores
 from rewards.base import RewardCard
 from rewards.panel import Panel
@@ -61,7 +61,9 @@ def trainer(folder, out, *overrides, reward=None, **options):
         "evaluation": {"every": 2, "samples": 8, "final_samples": 16, "solver_steps": 5},
         "checkpoint": {"every": 2}, "tracking": {"samples_every": 3},
     }  # fmt: skip
-    return DanceGRPO(load_config(config, overrides), out=out, rewards=Panel([reward or Redness()], [1.0]), **options)
+    config = load_config(config, overrides)
+    panel = Panel([reward or Redness()], [1.0], combined=config.combine)
+    return DanceGRPO(config, out=out, rewards=panel, **options)
 
 
 def metrics(out):
@@ -154,13 +156,14 @@ def test_results_do_not_depend_on_the_batch(folder, tmp_path):
 
 
 def test_t18_failed_rewards_drop_their_samples_and_too_many_stop_the_run(folder, tmp_path):
-    run = trainer(folder, tmp_path / "run", "steps=3", reward=Redness(lambda call: slice(0, 6) if call == 2 else None))
+    fails_once = Redness(lambda call: slice(0, 6) if call == 2 else None)
+    run = trainer(folder, tmp_path / "run", "steps=3", "combine.max_fail_frac=0.3", reward=fails_once)
     run.train()
     rows = metrics(tmp_path / "run")
     assert rows[0]["valid_share"] == 0.75 and rows[0]["invalid_members"] == 6 and rows[0]["dropped_groups"] == 1
     assert rows[1]["valid_share"] == 1.0
     doomed = trainer(folder, tmp_path / "doomed", reward=Redness(lambda call: slice(0, 20) if call == 3 else None))
-    with pytest.raises(GuardError, match="4 of 24 samples"):
+    with pytest.raises(RewardError, match="missing for 20 of 24 samples"):
         doomed.train()
     assert json.loads((tmp_path / "doomed" / "run.json").read_text())["status"] == "failed"
 

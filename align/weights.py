@@ -1,0 +1,319 @@
+"""The only door through which foreign tensors are loaded from disk.
+
+A file is read as safetensors, or as a torch archive by torch's restricted unpickler, which looks up tensors and
+plain containers and nothing else. Nothing a file says is ever run. Where the hash of a published file is known,
+the file is checked against it before it is opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import struct
+import threading
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any
+
+from align.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MOST_HEADER_BYTES = 100 << 20
+_TORCH = (".pt", ".pth", ".bin", ".ckpt")
+_WHOLE = ("model.safetensors", "pytorch_model.bin")
+# What zipfile and torch's restricted unpickler, which is written in Python, run into on bytes that nobody pickled.
+_UNREADABLE = (
+    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError,
+    TypeError, ValueError, struct.error, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A published file of weights: where it is, and how to know it.
+
+    Args:
+        repo: hub repository, "owner/name".
+        file: path inside it.
+        sha256: of the file, or its first digits where no more are known; empty where no hash has been published.
+        bytes: size of the file, 0 where unknown.
+        revision: commit of the repository, the newest when None.
+    """
+
+    repo: str
+    file: str
+    sha256: str = ""
+    bytes: int = 0
+    revision: str | None = None
+
+
+def locate(weights: Weights, path: str | Path | None = None) -> Path:
+    """Return the file of `weights`: at `path`, a file or a folder that holds it, else from the hub or its cache.
+
+    The size and the hash are checked where they are known, also of a local file.
+
+    Raises:
+        ModelError: no such file, a hub that cannot be reached, or a file that is not the published one.
+    """
+    if path is not None:
+        found = Path(path).expanduser()
+        inside = [found / name for name in (weights.file, Path(weights.file).name)]
+        found = next((p for p in inside if p.is_file()), found)
+        if not found.is_file():
+            raise ModelError(
+                "The weights are not there", where=str(path),
+                why=f"there is no {Path(weights.file).name} in it" if Path(path).is_dir() else "there is no such file",
+                do=f"Give the file {weights.file} of {weights.repo}",
+            )  # fmt: skip
+    else:
+        found = download(weights.repo, weights.file, weights.revision)
+    require_file(found, weights)
+    return found
+
+
+def download(repo: str, file: str, revision: str | None = None) -> Path:
+    """Return a hub file from the local cache, fetched on first use.
+
+    Raises:
+        ModelError: the hub cannot be reached, or has no such file.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repo, file, revision=revision))
+    except (OSError, ValueError, RuntimeError) as error:  # what the hub client raises derives from one of these
+        raise ModelError(
+            "Weights could not be fetched", where=f"{repo}, {file}", why=str(error).strip().splitlines()[0],
+            do="Download the file where there is a network, and give its path",
+        ) from error  # fmt: skip
+
+
+def download_folder(repo: str, revision: str | None = None) -> Path:
+    """Return the folder of a hub repository's safetensors, configuration and tokenizer; no code, nothing pickled.
+
+    Raises:
+        ModelError: the hub cannot be reached, or the repository holds no safetensors.
+    """
+    from huggingface_hub import snapshot_download
+
+    kinds = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=kinds))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(
+            "There is no such folder, and the hub has no model of that name to be fetched", where=repo,
+            why=(str(error).strip().splitlines() or [type(error).__name__])[0],
+            do="Give the path of a folder, or download the repository where there is a network",
+        ) from error  # fmt: skip
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError("The repository holds no safetensors", where=repo, do="Convert its weights, and give a folder")
+    return folder
+
+
+def require_file(path: Path, weights: Weights) -> None:
+    """Refuse a file that is not the published one.
+
+    Raises:
+        ModelError: another size or another sha256.
+    """
+    size = path.stat().st_size
+    if weights.bytes and size != weights.bytes:
+        raise ModelError(
+            "These are not the published weights", where=str(path), why=f"{size:,} bytes instead of {weights.bytes:,}",
+            do=f"Fetch {weights.file} of {weights.repo} again",
+        )  # fmt: skip
+    if weights.sha256 and not (digest := file_sha256(path)).startswith(weights.sha256):
+        raise ModelError(
+            "These are not the published weights", where=str(path),
+            why=f"its sha256 begins {digest[:12]}, that of the published file {weights.sha256[:12]}",
+            do=f"Fetch {weights.file} of {weights.repo} again",
+        )  # fmt: skip
+
+
+def file_sha256(path: str | Path) -> str:
+    """Return the sha256 of a file; worked out once while it does not change."""
+    stat = os.stat(path)
+    return _file_sha256(str(path), stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _file_sha256(path: str, size: int, changed: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_sha256(path: str | Path) -> str:
+    """Return the sha256 of a file of weights; of a folder, that over the names and hashes of its files of weights."""
+    path = Path(path)
+    if not path.is_dir():
+        return file_sha256(path)
+    files = [p for p in sorted(path.iterdir()) if p.suffix in (".safetensors", *_TORCH)]
+    return hashlib.sha256("\n".join(f"{p.name} {file_sha256(p)}" for p in files).encode()).hexdigest()
+
+
+def load_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of a file, or of a folder of shards, by name, on the CPU.
+
+    A checkpoint that keeps its weights one level down, under "state_dict", "model" or "module", is opened there.
+
+    Raises:
+        ModelError: a truncated or foreign file, one that asks for anything but tensors, or a missing shard.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _load_folder(path)
+    if not path.is_file():
+        raise ModelError("The weights are not there", where=str(path), why="there is no such file")
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path)
+    if path.suffix in _TORCH:
+        return _tensors_in(_load_torch(path), path)
+    raise ModelError(
+        "This is no file of weights", where=str(path), why=f"its name ends in {path.suffix or 'nothing'}",
+        do=f"Give a .safetensors file, or one of {', '.join(_TORCH)}",
+    )  # fmt: skip
+
+
+def _load_folder(folder: Path) -> dict[str, Tensor]:
+    for name in _WHOLE:
+        if (folder / name).is_file():
+            return load_tensors(folder / name)
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            try:
+                shards = list(dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise ModelError("An index of shards cannot be read", where=str(index), why=str(error)) from error
+            for shard in shards:  # by name: in a hub cache the file itself is a link to elsewhere
+                if not isinstance(shard, str) or Path(shard).name != shard or not (folder / shard).is_file():
+                    raise ModelError(
+                        "An index names what is no file of its folder", where=str(index), why=f"it names {shard!r}"
+                    )
+            return {key: value for shard in shards for key, value in load_tensors(folder / shard).items()}
+    raise ModelError(
+        "This folder holds no weights", where=str(folder), why=f"it has neither {' nor '.join(_WHOLE)}, nor an index"
+    )
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if size < 8 or header > min(size - 8, MOST_HEADER_BYTES):
+        raise ModelError(
+            "A safetensors file is truncated or foreign", where=str(path),
+            why=f"its header would be {header:,} bytes in a file of {size:,}",
+        )  # fmt: skip
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError("A safetensors file cannot be read", where=str(path), why=str(error)) from error
+
+
+def _load_torch(path: Path) -> Any:
+    import torch
+
+    try:
+        archive = zipfile.is_zipfile(path)
+        if archive:
+            with zipfile.ZipFile(path) as members:
+                stated = sum(member.file_size for member in members.infolist())
+            if stated > 2 * path.stat().st_size + (1 << 20):  # torch stores, it never compresses
+                raise ModelError("A torch archive is compressed", where=str(path), why=f"it claims {stated:,} bytes")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+    except (UnpicklingError, *_UNREADABLE) as error:
+        asked = next((line for line in str(error).splitlines() if "global" in line.lower()), "")
+        if isinstance(error, UnpicklingError) and asked:
+            raise ModelError(
+                "A file of weights asks for more than tensors", where=str(path), why=asked.strip()[:200],
+                do="Do not trust it. Ask for a safetensors file",
+            ) from error  # fmt: skip
+        raise ModelError(
+            "A file of weights cannot be read", where=str(path),
+            why=(str(error).strip().splitlines() or ["it ends early"])[0][:200], do="Fetch it again",
+        ) from error  # fmt: skip
+
+
+def _tensors_in(found: Any, path: Path) -> dict[str, Tensor]:
+    import torch
+
+    for _ in range(3):
+        if isinstance(found, Mapping) and found and all(torch.is_tensor(value) for value in found.values()):
+            claimed = sum(value.numel() * value.element_size() for value in found.values())
+            if claimed > 4 * path.stat().st_size + (1 << 20):  # a few may be tied; none repeats itself
+                raise ModelError(
+                    "A file claims more weights than it holds", where=str(path), why=f"it claims {claimed:,} bytes"
+                )
+            return {str(key): value for key, value in found.items()}
+        if not isinstance(found, Mapping):
+            break
+        found = next((found[key] for key in ("state_dict", "model", "module") if key in found), None)
+    raise ModelError("A file holds no table of tensors", where=str(path), why=f"found {type(found).__name__}")
+
+
+def structure_sha256(state: Mapping[str, Any]) -> str:
+    """Return the sha256 of a model's shape: one line `key [d0, d1, ...]` a tensor, sorted by key.
+
+    It tells two architectures apart without their weights, and can be worked out on the meta device.
+    """
+    lines = [f"{key} {list(state[key].shape)}" for key in sorted(state)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def without_storage() -> Iterator[None]:
+    """Build modules whose parameters take no memory (the meta device), for `load_into` to fill; buffers are real.
+
+    What a checkpoint does not hold, such as tables of frequencies, is a buffer that no file would fill. Only the
+    thread that enters is affected.
+    """
+    from torch.nn import Module, Parameter
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    owner = threading.get_ident()
+
+    def to_meta(module: Module, name: str, parameter: Parameter | None) -> Any:
+        if parameter is None or threading.get_ident() != owner:
+            return None
+        return Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+    handle = register_module_parameter_registration_hook(to_meta)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def load_into(module: Any, state: Mapping[str, Tensor], where: str, *, unused: Iterable[str] = ()) -> None:
+    """Load `state` into a torch module, every key and every shape accounted for.
+
+    Args:
+        unused: keys of `state` that the module knowingly does without.
+
+    Raises:
+        ModelError: naming the first key that is missing, left over, or of another shape.
+    """
+    own, given = dict(module.state_dict()), {k: v for k, v in state.items() if k not in set(unused)}
+    for what, keys in (("lacks", own.keys() - given.keys()), ("has a foreign", given.keys() - own.keys())):
+        if keys:
+            first, more = min(keys), f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise ModelError("Weights of another model", where=where, why=f"the file {what} tensor {first}{more}")
+    for key, value in given.items():
+        if own[key].shape != value.shape:
+            raise ModelError(
+                "Weights of another model", where=f"{where}, {key}",
+                why=f"shape {tuple(value.shape)} instead of {tuple(own[key].shape)}",
+            )  # fmt: skip
+    module.load_state_dict(given, assign=any(p.is_meta for p in own.values()))

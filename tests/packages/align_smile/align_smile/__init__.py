@@ -1,0 +1,1 @@
+"""A package of someone else that adds rewards."""
