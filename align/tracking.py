@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TextIO
@@ -59,13 +59,19 @@ class RunLog:
         self._mirror(row)
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
-        """Append one held-out evaluation to evaluation.jsonl; of two at the same step the later one counts."""
+        """Append one held-out evaluation to evaluation.jsonl, in place of an earlier one at the same step.
+
+        A run that was killed before its first checkpoint, or after its last, measures that step again.
+        """
+        self._forget("evaluation.jsonl", lambda earlier: earlier.get("step") == row.get("step"))
         self._append("evaluation.jsonl", row)
         self._mirror(row, "evaluation/")
 
     def warn(self, step: int, level: Level, code: str, message: str) -> None:
-        """Append what a person should know to warnings.jsonl; `code` is a short fixed word such as "drift"."""
-        self._append("warnings.jsonl", {"step": step, "level": level, "code": code, "message": message})
+        """Append what a person should know to warnings.jsonl, once; `code` is a short fixed word such as "drift"."""
+        row = {"step": step, "level": level, "code": code, "message": message}
+        self._forget("warnings.jsonl", lambda earlier: earlier == row)
+        self._append("warnings.jsonl", row)
 
     def write_run(self, record: Mapping[str, Any]) -> None:
         """Replace run.json as a whole."""
@@ -107,6 +113,16 @@ class RunLog:
                     kept.append(line + "\n")
             if "".join(kept) != text:
                 _replace(path, "".join(kept))
+
+    def _forget(self, name: str, outdated: Callable[[dict[str, Any]], bool]) -> None:
+        """Drop the rows of a log that are outdated; the file is replaced as a whole."""
+        path = self.directory / name
+        if self.silent or not path.is_file():
+            return
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if (row := _parse(line)) is None or not outdated(row)]
+        if len(kept) < len(lines):
+            _replace(path, "".join(kept))
 
     def close(self) -> None:
         """Flush the mirror, when there is one."""

@@ -78,7 +78,8 @@ def fingerprint(run: Path) -> dict[str, Any]:
     state = json.loads((last / "state.json").read_text(encoding="utf-8"))
     logs = {
         name: [timeless(json.loads(line)) for line in (run / name).read_text(encoding="utf-8").splitlines()]
-        for name in ("metrics.jsonl", "evaluation.jsonl")
+        for name in ("metrics.jsonl", "evaluation.jsonl", "warnings.jsonl")
+        if (run / name).is_file()
     }
     summary = timeless(json.loads((run / "summary.json").read_text(encoding="utf-8")))
     return {"steps": list(steps), **hashes, "counters": timeless(state["counters"]), **logs, "summary": summary}

@@ -33,6 +33,20 @@ def test_thirty_kills_change_nothing(tmp_path):
     require_killed_runs_equal(30, tmp_path)
 
 
+def test_a_run_killed_in_its_last_evaluation_draws_the_same_conclusion(tmp_path):
+    """Nothing is left to train: the process that measures has encoded and measured nothing before."""
+    from align.config import load_config
+    from trainers import DanceGRPO
+
+    config = load_config("digits/smoke", fault_injection.RECIPE)
+    out = tmp_path / "run"
+    DanceGRPO(config, out=out).train()
+    before = fault_injection.fingerprint(out)
+    (out / "summary.json").unlink()
+    DanceGRPO(config, out=out).train()
+    assert fault_injection.fingerprint(out) == before
+
+
 def test_a_killed_save_tears_and_loses_nothing(tmp_path):
     require_no_save_lost(25, tmp_path)
 
@@ -47,19 +61,17 @@ def test_a_save_that_writes_in_place_would_be_seen_to_tear(tmp_path, monkeypatch
     """The same kills find the damage that a save without the final rename does."""
 
     def naive(root, step, tensors, state, keep=2):
-        made = written(root / "elsewhere", step, tensors, state, keep)
-        target = root / made.name
-        target.mkdir()
-        for file in sorted(made.iterdir()):  # the manifest comes before the tensors
+        target = root / f"step_{step:06d}"
+        target.mkdir(parents=True)
+        for file in sorted(written(root / "elsewhere", step, tensors, state, keep).iterdir()):
             shutil.copy(file, target)
         for old in list(checkpoint.checkpoints(root).values())[:-keep]:
             shutil.rmtree(old)
 
     written = checkpoint.save
     monkeypatch.setattr(checkpoint, "save", naive)
-    monkeypatch.setattr(checkpoint, "load_latest", lambda root: None)
-    found = fault_injection.saves(12, 1, tmp_path)
-    assert found["torn"] and found["lost"]
+    monkeypatch.setattr(checkpoint, "load_latest", lambda root: None)  # which would refuse what is torn
+    assert fault_injection.saves(12, 1, tmp_path)["torn"]
 
 
 def test_a_changed_bit_of_a_run_would_be_seen(tmp_path):

@@ -14,7 +14,7 @@ import torch
 import trainers.dance_grpo as loop
 from align import checkpoint
 from align.config import load_config
-from align.errors import GuardError
+from align.errors import GuardError, RewardError
 from align.types import Scores
 from rewards.panel import Panel
 from trainers import DanceGRPO
@@ -48,7 +48,7 @@ class Injected(DanceGRPO):
     def open_run(self):
         run = self.run = super().open_run()
         predict, score, replay, clip, update = (
-            self.policy.family.predict, self.rewards.score, loop.replay, loop.grpo_clip, run.update,
+            self.policy.family.predict, self.rewards.joined, loop.replay, loop.grpo_clip, run.update,
         )  # fmt: skip
 
         def predicted(x, timestep, conditioning):
@@ -57,8 +57,8 @@ class Injected(DanceGRPO):
                 out[-1].view(-1)[0] = self.value
             return out
 
-        def scored(samples):
-            found = score(samples)
+        def scored(parts):
+            found = score(parts)
             if self.armed("reward"):
                 return Scores(np.full_like(found.values, self.value), np.ones_like(found.valid), found.names)
             return found
@@ -81,7 +81,7 @@ class Injected(DanceGRPO):
             self.states.append(self.state())
             return norm
 
-        self.policy.family.predict, self.rewards.score, run.update = predicted, scored, updated
+        self.policy.family.predict, self.rewards.joined, run.update = predicted, scored, updated
         loop.replay, loop.grpo_clip = replayed, clipped
         first = next(iter(self.policy.trainable().values()))
         first.register_hook(lambda g: g * self.value if self.armed("gradient") else g)
@@ -126,7 +126,7 @@ def stopped(out, site, **options):
     trainer = Injected(out, site, **options)
     try:
         trainer.train()
-    except GuardError as error:
+    except (GuardError, RewardError) as error:
         return {"error": str(error), "step": trainer.step, "updates": trainer.updates, "last": trainer.states[-1],
                 "after": trainer.state() if options.get("settings") is None else [trainer.state()[0], None]}  # fmt: skip
     return {"error": "", "updates": trainer.updates}
@@ -176,7 +176,7 @@ def test_a_nan_on_one_process_stops_both_alike(tmp_path, site, settings):
     assert [rank.code for rank in ranks] == [0, 0], ranks
     for rank in ranks:
         if site == "reward":  # half of the samples are left, which is too few
-            assert "7 of 15 samples have one" in rank.value["error"]
+            assert "missing for 8 of 15 samples" in rank.value["error"]
         require_stopped({**rank.value, "after": rank.value["after"][:1]}, SITES[site], out)
     assert (
         ranks[0].value["error"] == ranks[1].value["error"] and ranks[0].value["after"][0] == ranks[1].value["after"][0]
@@ -197,10 +197,10 @@ def test_a_few_missing_rewards_drop_their_members_and_nothing_else(tmp_path):
     """One NaN of 15 is a missing score: its member leaves its group, and the run goes on."""
 
     class OneMissing(Panel):
-        def score(self, samples):
-            found = super().score(samples)
+        def joined(self, scored):
+            found = super().joined(scored)
             values = found.values.copy()
-            if len(samples) == 15:  # a rollout, not an evaluation
+            if len(found) == 15:  # a rollout, not an evaluation
                 values[4] = np.nan
             return Scores(values, np.ones_like(found.valid), found.names)
 
@@ -216,13 +216,13 @@ def test_the_launched_command_says_what_stopped_it(tmp_path):
     """Through the command line: one sentence, exit code 2, no traceback."""
 
     def poison():
-        score = Panel.score
-        Panel.score = lambda self, samples: Scores(
-            np.full_like((found := score(self, samples)).values, np.nan if len(samples) == 15 else 0.0),
+        joined = Panel.joined
+        Panel.joined = lambda self, scored: Scores(
+            np.full_like((found := joined(self, scored)).values, np.nan if len(found) == 15 else 0.0),
             np.ones_like(found.valid), found.names,
         )  # fmt: skip
 
     arguments = ["train", "digits/smoke", *SETTINGS, "--out", str(tmp_path / "run")]
     ended = processes.align(tmp_path / "cli", *arguments, before=poison)
     assert ended.value == 2 and "Traceback" not in ended.output
-    assert "align: Too many rewards failed (step 1): 0 of 15 samples have one" in ended.output
+    assert "align: Too many rewards failed (step 1): legibility is missing for 15 of 15 samples" in ended.output

@@ -22,7 +22,7 @@ SETTINGS = [
     "model.path=digits/random", f"steps={STEPS}", "checkpoint.every=1", "evaluation.every=0",
     "evaluation.final_samples=20", "tracking.samples_every=0",
 ]  # fmt: skip
-WITHIN = 45  # seconds in which survivors and launchers must be gone
+WITHIN = 60  # seconds in which survivors and launchers must be gone
 
 
 def arguments(out):

@@ -111,14 +111,15 @@ def test_t19_stop_and_resume_equal_one_go_bit_for_bit(folder, tmp_path):
     whole = trainer(folder, tmp_path / "a" / "run")
     whole.train()
     first = trainer(folder, tmp_path / "b" / "run")
-    commit = first.rewards.score
+    reward = first.rewards.rewards[0]
+    commit = reward.score
 
     def stop_in_step_3(samples):
-        if first.rewards.rewards[0].calls == 1 + 3:  # one call for the evaluation before training
+        if reward.calls == 1 + 3:  # one call for the evaluation before training
             os.kill(os.getpid(), signal.SIGTERM)
         return commit(samples)
 
-    first.rewards.score = stop_in_step_3
+    reward.score = stop_in_step_3
     # The prompt file of the other folder has the same content but another name, which is part of the configuration.
     result = first.train()
     assert result.status == "stopped"
