@@ -1,9 +1,9 @@
 """What was shown to whom, and what they said about it: the two values everything in this room is made of.
 
-An `Item` is content: a prompt with a response, or with an image or video file. Its id is a hash of the content, so the same
-content has one id wherever it comes from. A `FeedbackEvent` is one thing one annotator said at one moment about one or
-several items, or that they were merely shown them. Events are never changed: a later event supersedes an earlier one
-of the same `identifier`, and a tombstone takes it back.
+An `Item` is content: a prompt with a response, or with an image or video file. Its id is a hash of the content, so
+the same content has one id wherever it comes from. A `FeedbackEvent` is one thing one annotator said at one moment
+about one or several items, or that they were merely shown them. Events are never changed: a later event supersedes an
+earlier one of the same `identifier`, and a tombstone takes it back.
 
 | kind       | items | value                                                                                        |
 |------------|-------|----------------------------------------------------------------------------------------------|
