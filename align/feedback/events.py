@@ -108,6 +108,8 @@ class FeedbackEvent:
         session: conversation or sitting.
         reply: an AI annotator's raw reply, or a person's comment.
         ts: when, in milliseconds since 1970; 0 lets the store fill it in.
+        id: names this very event, so that a retry is known as one; "" lets the store give it. Events that come out of
+            a store have one.
     """
 
     kind: str
@@ -128,6 +130,7 @@ class FeedbackEvent:
     session: str = ""
     reply: str = ""
     ts: int = 0
+    id: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "items", tuple(self.items))
