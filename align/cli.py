@@ -7,14 +7,22 @@ from __future__ import annotations
 
 import argparse
 import errno
-import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from align.errors import AlignError, ConfigError
+from align.output import add_dry_run as _add_dry_run
+from align.output import add_json as _add_json
+from align.output import dry as _dry
+from align.output import give as _give
+from align.output import positive as _positive
+from align.output import table as _table
+from align.output import whole as _whole
+from align.output import word as _word
 
 if TYPE_CHECKING:
     from align.checks import Finding
@@ -72,8 +80,13 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(**options, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
-        sentence = message[:1].upper() + message[1:]
-        sys.stderr.write(f"align: {sentence}. `{self.prog} --help` shows what it takes.\n")
+        sentence, advice = message[:1].upper() + message[1:], f"`{self.prog} --help` shows what it takes."
+        if found := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            from align.registry import suggest
+
+            options = [option.strip(" '") for option in found[2].split(",")]
+            sentence, advice = f"{self.prog} does not know {found[1]!r}", suggest(found[1], options)
+        sys.stderr.write(f"align: {sentence}. {advice}\n")
         raise _Exit(2)
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
@@ -338,6 +351,22 @@ def _serve(options: argparse.Namespace) -> int:
     return 0
 
 
+def _feedback(options: argparse.Namespace) -> int:
+    raise ConfigError("`align feedback` needs an action", do="See `align feedback --help`")
+
+
+def _feedback_report(options: argparse.Namespace) -> int:
+    from align.reports.feedback import page_of, write_report
+
+    if options.dry_run:
+        return _dry(options, "report", {"store": str(options.store), "page": str(page_of(options.store, options.out))})
+    path, found = write_report(
+        options.store, options.out, quality=options.quality, outcome=options.outcome, draws=options.draws,
+        seed=options.seed,
+    )  # fmt: skip
+    return _give(options, {"report": str(path), **found}, str(path))
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from align import doctor
 
@@ -383,28 +412,6 @@ def _run_config(folder: Path, overrides: Sequence[str] = ()) -> DanceGRPOConfig:
 # --- output -----------------------------------------------------------------------------------------
 
 
-def _give(options: argparse.Namespace, found: Any, text: str, *, one_line: bool = False) -> int:
-    """Write `text` to stdout, or the JSON of `found` to stdout (`--json -`) or to a file besides the text."""
-    if options.json is not None:
-        document = json.dumps(found, indent=None if one_line else 2, default=str) + "\n"
-        if options.json == "-":
-            sys.stdout.write(document)
-            return 0
-        path = Path(options.json)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(document, encoding="utf-8")
-        except OSError as error:
-            raise ConfigError("The JSON file cannot be written", where=str(path), why=error.strerror or "") from error
-    sys.stdout.write(text + "\n")
-    return 0
-
-
-def _dry(options: argparse.Namespace, verb: str, call: dict[str, Any]) -> int:
-    given = [(key, _word(value)) for key, value in call.items() if value is not None]
-    return _give(options, call, f"would {verb}:\n{_table(given)}")
-
-
 def _prompts_plan(prompts: Any) -> str:
     """What `prompts` stands for, the file read, so that a dry run refuses what the run would refuse."""
     if prompts is None:
@@ -413,15 +420,6 @@ def _prompts_plan(prompts: Any) -> str:
 
     loaded = load_prompts(prompts)
     return f"{len(loaded)} from {loaded.source}"
-
-
-def _word(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def _table(rows: Sequence[tuple[str, str]]) -> str:
-    width = max((len(left) for left, _ in rows), default=0)
-    return "\n".join(f"{left:<{width}}  {right}".rstrip() for left, right in rows)
 
 
 def _flat_text(found: dict[str, Any]) -> str:
@@ -484,21 +482,6 @@ def _config_text(found: dict[str, Any]) -> str:
 _Arguments = argparse.ArgumentParser
 
 
-def _add_json(parser: _Arguments, default: str | None = None) -> None:
-    parser.add_argument(
-        "--json",
-        metavar="FILE",
-        default=default,
-        help="also write the result as JSON to FILE; - writes it to stdout instead",
-    )
-
-
-def _add_dry_run(parser: _Arguments) -> None:
-    parser.add_argument(
-        "--dry-run", action="store_true", help="read and check everything, say what would be done, do nothing"
-    )
-
-
 def _add_out(parser: _Arguments, what: str) -> None:
     parser.add_argument("--out", type=Path, metavar="PATH", help=f"where to write {what}")
 
@@ -537,18 +520,6 @@ def _add_sampling(parser: _Arguments) -> None:
     )
     parser.add_argument("--guidance-scale", type=float, metavar="W", help="classifier-free guidance scale; 1 is none")
     _add_seed(parser)
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if _whole(text) < 1:
-        raise argparse.ArgumentTypeError("it must be 1 or more")
-    return int(text)
 
 
 def _train_arguments(parser: _Arguments) -> None:
@@ -672,6 +643,14 @@ def _rewards_arguments(parser: _Arguments) -> None:
         _add_json(parser_, argparse.SUPPRESS)
 
 
+def _feedback_arguments(parser: _Arguments) -> None:
+    from align.feedback.commands import add_commands
+
+    actions = parser.add_subparsers(metavar="ACTION", required=True, parser_class=_Parser, dest="action")
+    add_commands(actions)
+    actions.choices["report"].set_defaults(run=_feedback_report)
+
+
 def _doctor_arguments(parser: _Arguments) -> None:
     parser.add_argument("--fix", action="store_true", help="repair what can be repaired")
     _add_dry_run(parser)
@@ -720,6 +699,10 @@ _VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int], Callable[[_Arg
         "list, describe and serve the rewards", _rewards, _rewards_arguments,
         ("align rewards", "align rewards describe digits/legibility",
          "align rewards serve --reward hpsv2.1 --reward aesthetic --port 8765"),
+    ),
+    "feedback": (
+        "collect what people say of outputs, audit it, convert it", _feedback, _feedback_arguments,
+        ("align feedback serve task.yaml", "align feedback stats feedback.db"),
     ),
     "doctor": (
         "check this installation, and repair it", _doctor, _doctor_arguments, ("align doctor", "align doctor --fix"),

@@ -19,4 +19,9 @@ case "$home" in "$work"/*) ;; *) echo "the wheel's align was not the one importe
 "$bin/align" configs
 "$bin/align" train digits/smoke --out "$work/run"
 test -s "$work/run/report.html" && test -s "$work/run/summary.json"
+"$bin/python" - <<'END'
+from align.feedback.server.app import HERE, STATIC
+missing = [n for n in (*(f"static/{n}" for n in STATIC), "static/htmx.LICENSE.txt", "templates/screen.html") if not (HERE / n).is_file()]
+raise SystemExit(f"the wheel lacks {missing}" if missing else 0)
+END
 echo "wheel: ok"

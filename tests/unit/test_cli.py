@@ -86,7 +86,7 @@ def test_a_flag_reads_the_same_everywhere(capsys, flag: str):
         (["resume", "nowhere"], "This is not a run folder (nowhere): there is no such folder"),
         (["report", "nowhere"], "This is not a run folder"),
         (["configs", "show", "digits/smok"], "Did you mean 'digits/smoke'?"),
-        (["configs", "lst"], "invalid choice: 'lst'"),
+        (["configs", "lst"], "align configs does not know 'lst'. Did you mean 'list'?"),
         (["check", "nope.txt"], "There is no such file (nope.txt)"),
         (["doctor", "x"], "has no use for 'x'"),
     ],

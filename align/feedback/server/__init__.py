@@ -1,0 +1,1 @@
+"""The annotation page and the product endpoint. Minting tokens (`tokens`) needs no web framework."""

@@ -1,0 +1,172 @@
+"""A feedback log whose truth is known, for testing what claims to recover it.
+
+Real logs have no ground truth: nobody knows how good a response was, how severe a user is, or why silence was silence.
+Here every response has a latent quality, every user an effect, and reacting has a probability that may depend on both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from align.feedback.events import FeedbackEvent, Item
+
+DAY = 86_400_000
+START = 1_760_000_000_000
+
+
+@dataclass(frozen=True)
+class SimulationConfig:
+    """What the simulated world is like.
+
+    Args:
+        prompts, responses: how many prompts, and responses of each, one a model.
+        users: how many honest users.
+        shown_per_user: responses each is shown.
+        user_spread: standard deviation of user effects on the scale of the latent.
+        reaction_rate: chance of reacting at an indifferent response.
+        annoyed: how much the logit of reacting grows per unit of dislike; 0 is missing at random.
+        pleased: how much it grows per unit of liking.
+        position_slope: how much the logit of reacting falls with each place further down.
+        raters: annotators who rate and compare besides.
+        pairs_per_rater, ratings_per_rater: how much each does.
+        first_place: advantage of the response shown first, in units of the latent.
+        nu: Davidson's tie parameter of comparisons.
+        rating_noise: standard deviation of a rating's noise on the scale of the latent.
+        severity: standard deviation of annotators' severities, in points of the scale.
+        constant, coordinated: annotators who always give one rating, and who copy one another.
+    """
+
+    prompts: int = 60
+    responses: int = 4
+    users: int = 200
+    shown_per_user: int = 40
+    user_spread: float = 0.8
+    reaction_rate: float = 0.1
+    annoyed: float = 0.0
+    pleased: float = 0.0
+    position_slope: float = 0.0
+    raters: int = 6
+    pairs_per_rater: int = 200
+    ratings_per_rater: int = 120
+    first_place: float = 0.0
+    nu: float = 0.6
+    rating_noise: float = 0.5
+    severity: float = 0.5
+    constant: int = 0
+    coordinated: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """A log and its truth: latent quality of each item, effect of each user, severity of each rater."""
+
+    items: dict[str, Item]
+    events: list[FeedbackEvent]
+    quality: dict[str, float]
+    user_effect: dict[str, float]
+    severity: dict[str, float] = field(default_factory=dict)
+
+
+def simulate(config: SimulationConfig | None = None) -> Simulation:
+    """Return a log drawn from the world that `config` describes; the same config gives the same log."""
+    config = config or SimulationConfig()
+    rng = np.random.default_rng(config.seed)
+    items, quality, by_prompt = _content(config, rng)
+    users = {f"user-{u:04d}": float(e) for u, e in enumerate(rng.normal(0, config.user_spread, config.users))}
+    events = _reactions(config, rng, by_prompt, quality, users)
+    severity = {f"rater-{r}": float(s) for r, s in enumerate(rng.normal(0, config.severity, config.raters))}
+    for name, shift in severity.items():
+        events += _ratings(config, rng, quality, name, shift)
+        events += _pairs(config, rng, by_prompt, quality, name)
+    names = list(quality)
+    for r in range(config.constant):
+        picks = rng.permutation(len(names))[: config.ratings_per_rater]
+        events += [_rating(names[p], 7, f"constant-{r}", 1000 * r + i) for i, p in enumerate(picks)]
+    script = {name: int(rng.integers(1, 8)) for name in names}
+    shared = rng.permutation(len(names))[: config.ratings_per_rater]
+    for r in range(config.coordinated):
+        events += [_rating(names[p], script[names[p]], f"copy-{r}", 400 * i + 7 * r) for i, p in enumerate(shared)]
+    return Simulation(items, events, quality, users, severity)
+
+
+def _content(
+    config: SimulationConfig, rng: np.random.Generator
+) -> tuple[dict[str, Item], dict[str, float], list[list[str]]]:
+    items: dict[str, Item] = {}
+    quality: dict[str, float] = {}
+    by_prompt = []
+    skill = np.linspace(-0.6, 0.6, config.responses)
+    for p in range(config.prompts):
+        row = []
+        for m in range(config.responses):
+            latent = float(skill[m] + rng.normal(0, 0.8))
+            words = int(np.exp(3 + 0.3 * latent + rng.normal(0, 0.4)))
+            text = f"Answer {m} to {p}: " + "word " * words + ("🙂" if rng.random() < 0.1 else "")
+            item = Item(f"Prompt number {p}", text.strip(), metadata={"model": f"model-{m}"})
+            items[item.id], quality[item.id] = item, latent
+            row.append(item.id)
+        by_prompt.append(row)
+    return items, quality, by_prompt
+
+
+def _reactions(
+    config: SimulationConfig, rng: np.random.Generator, by_prompt: list[list[str]], quality: dict[str, float],
+    users: dict[str, float],
+) -> list[FeedbackEvent]:  # fmt: skip
+    base, events = np.log(config.reaction_rate / (1 - config.reaction_rate)), []
+    for user, effect in users.items():
+        start = int(rng.integers(0, 7 * DAY))
+        for n in range(config.shown_per_user):
+            row = by_prompt[rng.integers(len(by_prompt))]
+            item, position = row[rng.integers(len(row))], int(rng.integers(4))
+            ts = START + start + n * 60_000
+            latent = quality[item] + effect
+            about = {"annotator": user, "source": "user", "session": f"{user}/{n}", "position": position, "ts": ts}
+            events.append(FeedbackEvent("exposure", (item,), key="shown", exposure="shown", **about))
+            logit = base + config.annoyed * max(0.0, -latent) + config.pleased * max(0.0, latent)
+            if rng.random() < _sigmoid(logit - config.position_slope * position):
+                liked = bool(rng.random() < _sigmoid(2 * latent))
+                about["ts"] += int(rng.integers(2_000, 50_000))
+                events.append(FeedbackEvent("binary", (item,), liked, key="thumb", exposure="shown", **about))
+    return events
+
+
+def _rating(item: str, value: int, rater: str, ts: int) -> FeedbackEvent:
+    return FeedbackEvent("ordinal", (item,), value, key="quality", scale=(1, 7), annotator=rater, ts=START + ts)
+
+
+def _ratings(
+    config: SimulationConfig, rng: np.random.Generator, quality: dict[str, float], rater: str, shift: float
+) -> list[FeedbackEvent]:
+    names, events, ts = list(quality), [], 0
+    for p in rng.permutation(len(names))[: config.ratings_per_rater]:
+        latent = quality[names[p]] + rng.normal(0, config.rating_noise)
+        ts += int(rng.integers(4_000, 40_000))
+        events.append(_rating(names[p], int(np.clip(round(4 + 1.3 * latent + shift), 1, 7)), rater, ts))
+    return events
+
+
+def _pairs(
+    config: SimulationConfig,
+    rng: np.random.Generator,
+    by_prompt: list[list[str]],
+    quality: dict[str, float],
+    rater: str,
+) -> list[FeedbackEvent]:
+    events, ts = [], START + DAY
+    for n in range(config.pairs_per_rater):
+        row = by_prompt[rng.integers(len(by_prompt))]
+        a, b = (row[i] for i in rng.permutation(len(row))[:2])
+        d = 2 * (quality[a] - quality[b]) + config.first_place
+        parts = np.array([np.exp(d / 2), config.nu, np.exp(-d / 2)])
+        value = ("a", "tie", "b")[rng.choice(3, p=parts / parts.sum())]
+        ts += int(rng.integers(4_000, 40_000))
+        events.append(FeedbackEvent("pairwise", (a, b), value, annotator=rater, session=f"s{n}", ts=ts))
+    return events
+
+
+def _sigmoid(x: float) -> float:
+    return float(1 / (1 + np.exp(-x)))

@@ -1,0 +1,77 @@
+"""What verbs share: their result as text or JSON, and the arguments that mean the same in every verb."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from align.errors import ConfigError
+
+
+def give(options: argparse.Namespace, found: Any, text: str, *, one_line: bool = False) -> int:
+    """Write `text` to stdout, or the JSON of `found` to stdout (`--json -`) or to a file besides the text."""
+    if options.json is not None:
+        document = json.dumps(found, indent=None if one_line else 2, default=str) + "\n"
+        if options.json == "-":
+            sys.stdout.write(document)
+            return 0
+        path = Path(options.json)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(document, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError("The JSON file cannot be written", where=str(path), why=error.strerror or "") from error
+    sys.stdout.write(text + "\n")
+    return 0
+
+
+def dry(options: argparse.Namespace, verb: str, call: dict[str, Any]) -> int:
+    """Say what a verb would do, and do nothing."""
+    given = [(key, word(value)) for key, value in call.items() if value is not None]
+    return give(options, call, f"would {verb}:\n{table(given)}")
+
+
+def word(value: Any) -> str:
+    """Return a value as people read it: a list with commas."""
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def table(rows: Sequence[tuple[str, str]]) -> str:
+    """Return rows of two columns, the first set to its widest."""
+    width = max((len(left) for left, _ in rows), default=0)
+    return "\n".join(f"{left:<{width}}  {right}".rstrip() for left, right in rows)
+
+
+def add_json(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Add `--json FILE`."""
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        default=default,
+        help="also write the result as JSON to FILE; - writes it to stdout instead",
+    )
+
+
+def add_dry_run(parser: argparse.ArgumentParser) -> None:
+    """Add `--dry-run`."""
+    parser.add_argument(
+        "--dry-run", action="store_true", help="read and check everything, say what would be done, do nothing"
+    )
+
+
+def whole(text: str) -> int:
+    """Parse a whole number from 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """Parse a whole number from 1."""
+    if whole(text) < 1:
+        raise argparse.ArgumentTypeError("it must be 1 or more")
+    return int(text)
