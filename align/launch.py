@@ -7,22 +7,45 @@ meets the others only to exchange scores, to add up gradients and to agree on a 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
+import signal
 import socket
+import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from align.errors import ConfigError
+from align.errors import AlignError, ConfigError
 from align.registry import suggest
 
 if TYPE_CHECKING:
     import torch
 
 LAUNCHERS = ("deepspeed", "torchrun")
+_STOP_FILE = "ALIGN_STOP_FILE"
+
+
+@contextlib.contextmanager
+def meeting() -> Iterator[None]:
+    """Say what it means when processes cannot meet, in place of a socket's words.
+
+    Raises:
+        AlignError: torch.distributed failed, as it does when another process has died.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # torch.distributed raises nothing more specific
+        raise AlignError(
+            "Another process of the run is gone", why=str(error).strip().splitlines()[0],
+            do="The last checkpoint is whole: `align resume` goes on from it; what that process said stands elsewhere",
+        ) from error  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,8 +76,24 @@ class World:
         import torch.distributed as dist
 
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
+        with meeting():
+            dist.all_gather_object(found, value)
         return found
+
+    def led(self, work: Callable[[], Any]) -> None:
+        """Have the leading process do `work` while all wait. Everyone must call it.
+
+        Raises:
+            AlignError: on every process, what `work` raised on that one.
+        """
+        failure = None
+        if self.leads:
+            try:
+                work()
+            except AlignError as error:
+                failure = error
+        if (heard := self.gather(failure)[0]) is not None:
+            raise heard
 
     def first(self, values: Sequence[str]) -> str:
         """Return the first text that is not empty, of those all processes bring: by rank, then in order."""
@@ -65,7 +104,8 @@ class World:
         if self.size > 1:
             import torch.distributed as dist
 
-            dist.all_reduce(tensor)
+            with meeting():
+                dist.all_reduce(tensor)
         return tensor
 
     def wait(self) -> None:
@@ -73,7 +113,8 @@ class World:
         if self.size > 1:
             import torch.distributed as dist
 
-            dist.barrier()
+            with meeting():
+                dist.barrier()
 
 
 def join_world() -> World:
@@ -104,10 +145,13 @@ def join_world() -> World:
 
 
 def leave_world() -> None:
-    """Leave the process group, if this process is in one."""
+    """Leave the process group, if this process is in one, when all have come so far: a launcher ends the others
+    of a process that has ended with an exit code."""
     import torch.distributed as dist
 
     if dist.is_initialized():
+        with meeting():
+            dist.barrier()
         dist.destroy_process_group()
 
 
@@ -135,6 +179,40 @@ def launch_command(launcher: str, processes: int, arguments: Sequence[str]) -> t
         extra["DS_ACCELERATOR"] = "cpu"
     command = [found, "--num_accelerators", str(processes), "--no_local_rank", "--master_port", str(_free_port())]
     return [*command, "--module", "align.cli", *arguments], extra
+
+
+def run_launched(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run a launch command to its end and return its exit code.
+
+    SIGTERM, SIGINT or SIGHUP asks all its processes to stop after the step at hand, however long that is:
+    the launchers themselves would kill them after 30 s, or not pass it on. A second one ends them.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        stop = Path(folder) / "stop"
+        process = subprocess.Popen(
+            command, env={**os.environ, **environment, _STOP_FILE: str(stop)}, start_new_session=True
+        )
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            if stop.exists():
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGTERM)
+            stop.touch()
+
+        before = {}
+        with contextlib.suppress(ValueError):  # only the main thread may set handlers
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                before[number] = signal.signal(number, ask)
+        try:
+            return process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def asked_to_stop() -> bool:
+    """Whether `run_launched`, which started this process, was asked to stop."""
+    return os.path.exists(os.environ.get(_STOP_FILE, ""))
 
 
 def shown(command: Sequence[str], environment: dict[str, str]) -> str:

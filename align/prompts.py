@@ -97,24 +97,33 @@ def load_prompts(
             column, a prompt that is not text, an image that cannot be read; each names file and row.
     """
     if isinstance(source, (str, Path)):
-        path = Path(source)
-        reader = _READERS.get(path.suffix.lower())
-        if reader is None and path.is_file():
-            raise DataError(
-                "A prompt file of an unknown format", where=str(path),
-                why=f"it ends in {path.suffix!r}" if path.suffix else "its name has no ending",
-                do=f"Use {', '.join(f'{ending} ({what})' for ending, what in FORMATS.items())}",
-            )  # fmt: skip
-        if reader is None:
-            raise DataError(
-                "A prompt file is needed, and this is a folder" if path.is_dir() else "There is no such prompt file",
-                where=str(path), do="Give a txt, JSONL, CSV or Parquet file",
-            )  # fmt: skip
-        rows, name, base = reader(path, prompt_column), str(path), path.parent
+        rows, name, base = read_rows(source, prompt_column), str(source), Path(source).parent
     else:
         rows = ((f"item {i}", {prompt_column: v} if isinstance(v, str) else v) for i, v in enumerate(source))
         name, base = "given prompts", Path()
     return _collect(rows, name, base, prompt_column, image_column)
+
+
+def read_rows(source: str | Path, text_column: str = "prompt") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Return (place, row) of every row of a txt, JSONL, CSV or Parquet file; a line of txt is its `text_column`.
+
+    Raises:
+        DataError: no such file or an unknown format; and, while rows are read, a row that cannot be.
+    """
+    path = Path(source)
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None and path.is_file():
+        raise DataError(
+            "A prompt file of an unknown format", where=str(path),
+            why=f"it ends in {path.suffix!r}" if path.suffix else "its name has no ending",
+            do=f"Use {', '.join(f'{ending} ({what})' for ending, what in FORMATS.items())}",
+        )  # fmt: skip
+    if reader is None:
+        raise DataError(
+            "A prompt file is needed, and this is a folder" if path.is_dir() else "There is no such prompt file",
+            where=str(path), do="Give a txt, JSONL, CSV or Parquet file",
+        )  # fmt: skip
+    return reader(path, text_column)
 
 
 def split_heldout(prompts: PromptSet, fraction: float, seed: int = 0) -> tuple[PromptSet, PromptSet]:

@@ -76,7 +76,7 @@ def test_damage_is_refused_by_name_with_the_previous_one_offered(tmp_path, damag
         checkpoint.load_latest(tmp_path)
     assert (
         "step_000002" in str(refused.value)
-        and "Resume from" in str(refused.value)
+        and "goes on from" in str(refused.value)
         and "step_000001" in refused.value.do
     )
 
