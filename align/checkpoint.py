@@ -86,29 +86,67 @@ def save(
             save_file(
                 {n: t.detach().to("cpu").contiguous() for n, t in named.items()}, temporary / f"{group}.safetensors"
             )
-        (temporary / "state.json").write_text(json.dumps(dict(state), sort_keys=True), encoding="utf-8")
-        files = {p.name: {"sha256": _sha256(p), "bytes": p.stat().st_size} for p in sorted(temporary.iterdir())}
-        manifest = {"format": 1, "step": step, "files": files}
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for path in temporary.iterdir():
-            _sync(path)
-        _sync(temporary)
-        if final.exists():
-            final.rename(root / f".replaced_step_{step:06d}")
-        temporary.rename(final)
-        _sync(root)
+        _seal(temporary, final, step, state)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             "A checkpoint could not be written", where=str(final), why=getattr(error, "strerror", None) or str(error),
             do="Earlier checkpoints are intact; free some space and resume",
         ) from error  # fmt: skip
+    _rotate(root, keep)
+    return final
+
+
+def publish(root: str | Path, step: int, folder: str | Path, state: Mapping[str, Any], keep: int = 2) -> Path:
+    """Make a folder that something else wrote, subfolders and all, the checkpoint of `step`; see `save`.
+
+    Args:
+        folder: on the same disk as `root`, as it is moved.
+
+    Raises:
+        CheckpointError: the disk refused; earlier checkpoints are untouched.
+    """
+    root, folder = Path(root), Path(folder)
+    final = root / f"step_{step:06d}"
+    try:
+        _bring_back(root)
+        _seal(folder, final, step, state)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise CheckpointError(
+            "A checkpoint could not be written", where=str(final), why=error.strerror or str(error),
+            do="Earlier checkpoints are intact; free some space and resume",
+        ) from error  # fmt: skip
+    _rotate(root, keep)
+    return final
+
+
+def _seal(temporary: Path, final: Path, step: int, state: Mapping[str, Any]) -> None:
+    """Write the state and, last, the manifest; flush all to disk; and put the folder in its place."""
+    (temporary / "state.json").write_text(json.dumps(dict(state), sort_keys=True), encoding="utf-8")
+    files = {name: {"sha256": _sha256(temporary / name), "bytes": (temporary / name).stat().st_size}
+             for name in _files(temporary)}  # fmt: skip
+    manifest = {"format": 1, "step": step, "files": files}
+    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    for path in temporary.rglob("*"):
+        _sync(path)
+    _sync(temporary)
+    if final.exists():
+        final.rename(final.parent / f".replaced_step_{step:06d}")
+    temporary.rename(final)
+    _sync(final.parent)
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _rotate(root: Path, keep: int) -> None:
     for old in list(checkpoints(root).values())[: -max(keep, 1)]:
         doomed = old.rename(root / f".removed_{old.name}")
         shutil.rmtree(doomed)
     for leftover in root.glob(".replaced_step_*"):
         shutil.rmtree(leftover)
-    return final
 
 
 def _bring_back(root: Path) -> None:
@@ -146,7 +184,7 @@ def verify(path: str | Path) -> dict[str, Any]:
         raise refuse("A checkpoint's manifest cannot be read", "manifest.json", str(error)) from error
     if path.name != f"step_{step:06d}":
         raise refuse("A checkpoint was renamed", "manifest.json", f"it was written as step {step}")
-    present = {p.name for p in path.iterdir()} - {"manifest.json"}
+    present = set(_files(path)) - {"manifest.json"}
     for name in sorted(present ^ set(files)):
         raise refuse("A checkpoint has a foreign file" if name in present else "A checkpoint lost a file", name)
     for name, (expected, sha256) in files.items():
@@ -167,8 +205,14 @@ def load(path: str | Path) -> Checkpoint:
     return Checkpoint(manifest["step"], groups, json.loads((path / "state.json").read_text(encoding="utf-8")))
 
 
-def load_latest(root: str | Path) -> Checkpoint | None:
-    """Read the checkpoint with the highest step number, None where there is none."""
+def latest(root: str | Path) -> Path | None:
+    """Return the checkpoint with the highest step number, None where there is none."""
     _bring_back(Path(root))
     found = checkpoints(root)
-    return load(found[max(found)]) if found else None
+    return found[max(found)] if found else None
+
+
+def load_latest(root: str | Path) -> Checkpoint | None:
+    """Read the checkpoint with the highest step number, None where there is none."""
+    found = latest(root)
+    return load(found) if found else None

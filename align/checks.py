@@ -101,7 +101,7 @@ def clip_nats(config: DanceGRPOConfig, latent_dim: int) -> float:
 
 
 def check_config(
-    config: DanceGRPOConfig, *, reward_names: Collection[str] | None = None, files: bool = False
+    config: Any, *, reward_names: Collection[str] | None = None, files: bool = False
 ) -> list[Finding]:
     """Return every finding on `config`, errors first.
 
@@ -110,6 +110,12 @@ def check_config(
         reward_names: the registered rewards; an unknown name is then an error.
         files: also read the prompt files and look for the model folder.
     """
+    from align.language_config import LanguageConfig
+
+    if isinstance(config, LanguageConfig):
+        from align.language_checks import check_language_config
+
+        return check_language_config(config, files=files)
     found = [*_sampling(config), *_training(config), *_rewards(config), *_evaluation(config)]
     if reward_names is not None:
         found += _reward_names(config, reward_names)
@@ -119,7 +125,7 @@ def check_config(
     return sorted(found, key=lambda finding: order.index(finding.level))
 
 
-def require_valid(config: DanceGRPOConfig) -> list[Finding]:
+def require_valid(config: Any) -> list[Finding]:
     """Return the warnings and notes on `config`.
 
     Raises:
@@ -387,8 +393,14 @@ def latent_dim(config: DanceGRPOConfig) -> int | None:
     return math.prod(sizes) if len(sizes) == 3 else None
 
 
-def describe_config(config: DanceGRPOConfig, findings: list[Finding]) -> dict[str, Any]:
+def describe_config(config: Any, findings: list[Finding]) -> dict[str, Any]:
     """Return what `align check` says of a config: its name, sizes, ledger, clip range and findings."""
+    from align.language_config import LanguageConfig
+
+    if isinstance(config, LanguageConfig):
+        from align.language_checks import describe_language_config
+
+        return describe_language_config(config, findings)
     dim = latent_dim(config)
     return {
         "kind": "config",

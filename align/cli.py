@@ -143,9 +143,9 @@ def _train(options: argparse.Namespace) -> int:
     for finding in findings if _leads() else ():
         if finding.level == "warning":
             sys.stderr.write(f"align: Warning: {finding.message}. {finding.do}.\n")
-    from trainers import DanceGRPO
+    from trainers import trainer_for
 
-    trainer = DanceGRPO(config, out=out, overwrite=options.overwrite, fork=options.fork, deepspeed=options.deepspeed)
+    trainer = trainer_for(config, out=out, overwrite=options.overwrite, fork=options.fork, deepspeed=options.deepspeed)
     return _finished(options, trainer.train())
 
 
@@ -193,9 +193,9 @@ def _resume(options: argparse.Namespace) -> int:
         return _give(options, plan, f"would resume {options.run_folder} up to step {config.steps}")
     if options.launch:
         return _launch(options, ["resume", str(options.run_folder)], options.run_folder)
-    from trainers import DanceGRPO
+    from trainers import trainer_for
 
-    return _finished(options, DanceGRPO.resume(options.run_folder, deepspeed=options.deepspeed).train())
+    return _finished(options, trainer_for(config, out=options.run_folder, deepspeed=options.deepspeed).train())
 
 
 def _finished(options: argparse.Namespace, result: Any) -> int:
@@ -269,9 +269,13 @@ def _score(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> int:
     from align.checks import check_config, describe_config, describe_prompts
     from align.config import load_config
+    from align.preferences import describe_preferences, is_preference_file
     from align.prompts import FORMATS
 
     source = Path(options.file)
+    if is_preference_file(source):
+        found = describe_preferences(source)
+        return _give(options, found, _preferences_text(found))
     if source.suffix.lower() in FORMATS:
         found = describe_prompts(source, image_column=options.image_column)
         return _give(options, found, _prompts_text(found))
@@ -383,7 +387,7 @@ def _bad_transforms(config: DanceGRPOConfig) -> list[Finding]:
 
     found = []
     for part in ("rewards", "heldout_rewards"):
-        for i, reward in enumerate(getattr(config, part)):
+        for i, reward in enumerate(getattr(config, part, ())):
             try:
                 build_transforms(reward.transform, reward.name)
             except ConfigError as error:
@@ -456,6 +460,34 @@ def _prompts_text(found: dict[str, Any]) -> str:
 
 
 def _config_text(found: dict[str, Any]) -> str:
+    rows = _language_rows(found) if "ledger" not in found else _visual_rows(found)
+    for finding in found["findings"]:
+        advice = f" {finding['do'].removesuffix('.')}." if finding["do"] else ""
+        where = f" ({finding['key']})" if finding["key"] else ""
+        rows.append((finding["level"], f"{finding['message']}{where}.{advice}"))
+    return _table(rows)
+
+
+def _language_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    length = f"{found['steps']} steps" if found["steps"] else f"{found['epochs']} epochs"
+    return [
+        ("run", f"{found['name']}: {found['trainer']}, {length}, {found['batch_size']} rows an update"),
+        ("batches", f"{found['accumulation']} microbatches of {found['microbatch']} rows over all processes"),
+        ("cost", f"{found['forwards']} forwards a row, a backward pass counted as two"),
+    ]
+
+
+def _preferences_text(found: dict[str, Any]) -> str:
+    rows = [("rows", f"{found['rows']} in {found['source']}"), ("prompts", str(found["prompts"]))]
+    rows += [("thumbs", f"{found['up']} up, {found['down']} down, {found['unlabelled']} without a label")]
+    rows += [(name, str(found[name])) for name in ("pairs", "scored", "chats", "empty_completions") if found[name]]
+    rows.append(("trains", _word(found["trainers"])))
+    if found["one_class"]:
+        rows.append(("warning", "all thumbs are of one kind; kto and bco refuse that without data.allow_one_class"))
+    return _table(rows)
+
+
+def _visual_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     ledger = found["ledger"]
     clip = f"{found['clip_range']:g} nats " + (
         "per latent dimension" if found["logprob_reduction"] == "mean" else "in all"
@@ -463,18 +495,13 @@ def _config_text(found: dict[str, Any]) -> str:
     if found["clip_nats"] is not None:
         clip += f"; {found['clip_nats']:.3g} nats over {found['latent_dim']} dimensions"
     cost = "{feq_per_sample:g} F_eq a sample = {rollout_forwards} + {train_forwards:g} x {k:g}".format(**ledger)
-    rows = [
+    return [
         ("run", f"{found['name']}: {found['steps']} steps of {ledger['samples_per_step']} samples"),
         ("updates", f"{ledger['updates_per_step']} of each rollout"),
         ("cost", cost + (f" + {ledger['free_forwards']:g}" if ledger["free_forwards"] else "")),
         ("trains", f"{ledger['trained_steps']} of {ledger['solver_steps']} solver steps"),
         ("clip", clip),
     ]  # fmt: skip
-    for finding in found["findings"]:
-        advice = f" {finding['do'].removesuffix('.')}." if finding["do"] else ""
-        where = f" ({finding['key']})" if finding["key"] else ""
-        rows.append((finding["level"], f"{finding['message']}{where}.{advice}"))
-    return _table(rows)
 
 
 # --- arguments --------------------------------------------------------------------------------------

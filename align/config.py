@@ -18,9 +18,9 @@ from align.textfiles import Document, dump_value, parse_scalar, parse_yaml, read
 
 __all__ = [
     "AdvantageConfig", "BatchConfig", "CheckpointConfig", "CombineConfig", "DanceGRPOConfig", "EvaluationConfig",
-    "LoraConfig", "ModelConfig", "ObjectiveConfig", "OptimizerConfig", "PromptsConfig", "RewardConfig", "SamplerConfig",
-    "TrackingConfig", "TrainedStepsConfig", "config_origins", "diff_configs", "list_recipes", "load_config",
-    "save_config",
+    "LoraConfig", "ModelConfig", "ObjectiveConfig", "OptimizerConfig", "PromptsConfig", "RewardConfig", "RunConfig",
+    "SamplerConfig", "Section", "TrackingConfig", "TrainedStepsConfig", "config_origins", "config_types",
+    "diff_configs", "list_recipes", "load_config", "save_config",
 ]  # fmt: skip
 
 
@@ -40,11 +40,25 @@ Float = Annotated[float, BeforeValidator(_number), Strict(), Field(allow_inf_nan
 Bool = Annotated[bool, Strict()]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A part of a config: unknown keys are refused, values do not change."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
-class LoraConfig(_Section):
+class RunConfig(Section):
+    """A whole config of one training loop; it knows where each value came from."""
+
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def __eq__(self, other: object) -> bool:
+        """Two configs are equal when their values are, wherever those came from."""
+        return type(other) is type(self) and self.model_dump() == other.model_dump()
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class LoraConfig(Section):
     """Low-rank adapters `W + (alpha / rank) B A` on the denoiser's linear layers."""
 
     rank: Int = Field(default=16, ge=1, description="Rank of each adapter.")
@@ -54,7 +68,7 @@ class LoraConfig(_Section):
     )
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The model to align and which of its weights move."""
 
     path: str = Field(min_length=1, description="A diffusers pipeline folder, or `digits` for the embedded model.")
@@ -75,7 +89,7 @@ class ModelConfig(_Section):
     )
 
 
-class PromptsConfig(_Section):
+class PromptsConfig(Section):
     """What the model is asked for while training and at evaluation."""
 
     path: str = Field(
@@ -94,7 +108,7 @@ class PromptsConfig(_Section):
     )
 
 
-class SamplerConfig(_Section):
+class SamplerConfig(Section):
     """How rollouts are sampled: replay uses the same kernel on the same trajectory."""
 
     kernel: Literal["ode", "dance_sde", "flow_sde", "cps", "precise", "dance_precise", "ddim"] = Field(
@@ -122,7 +136,7 @@ class SamplerConfig(_Section):
     width: Int | None = Field(default=None, ge=1, description="Image width in pixels; null is the model's native size.")
 
 
-class TrainedStepsConfig(_Section):
+class TrainedStepsConfig(Section):
     """Which solver steps of a sample are trained: a random subset of its own for each sample."""
 
     fraction: Float = Field(default=0.6, ge=0, le=1, description="Share of the solver steps that is trained.")
@@ -132,7 +146,7 @@ class TrainedStepsConfig(_Section):
     )
 
 
-class ObjectiveConfig(_Section):
+class ObjectiveConfig(Section):
     """The clipped policy-gradient objective."""
 
     clip_range: Float = Field(
@@ -164,7 +178,7 @@ class ObjectiveConfig(_Section):
     )
 
 
-class AdvantageConfig(_Section):
+class AdvantageConfig(Section):
     """How rewards become advantages: `(r - mean) / (std + eps)`, summed over rewards by weight, clipped once."""
 
     ddof: Int = Field(default=1, ge=0, le=1, description="Delta degrees of freedom of the standard deviation.")
@@ -184,7 +198,7 @@ class AdvantageConfig(_Section):
     )
 
 
-class RewardConfig(_Section):
+class RewardConfig(Section):
     """One reward by its registered name."""
 
     name: str = Field(min_length=1, description="Registered name, as `align rewards list` shows it.")
@@ -201,7 +215,7 @@ class RewardConfig(_Section):
     )
 
 
-class CombineConfig(_Section):
+class CombineConfig(Section):
     """How several rewards become one advantage, and what a missing score means."""
 
     mode: Literal["sum_of_advantages", "gdpo", "weighted_sum", "gate", "min"] = Field(
@@ -220,7 +234,7 @@ class CombineConfig(_Section):
     )
 
 
-class OptimizerConfig(_Section):
+class OptimizerConfig(Section):
     """The optimizer of the trained weights."""
 
     name: Literal["adamw"] = Field(default="adamw", description="Optimizer.")
@@ -239,7 +253,7 @@ class OptimizerConfig(_Section):
     )  # fmt: skip
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     """Evaluation on held-out prompts with the ODE sampler and the held-out rewards."""
 
     every: Int = Field(default=10, ge=0, description="Steps between evaluations; 0 evaluates only before and after.")
@@ -251,7 +265,7 @@ class EvaluationConfig(_Section):
     final_samples: Int = Field(default=2000, ge=1, description="Samples of the evaluations before and after training.")
 
 
-class BatchConfig(_Section):
+class BatchConfig(Section):
     """How work is cut up. Results do not depend on it; null is derived from the memory at hand."""
 
     rollout: Int | None = Field(default=None, ge=1, description="Samples sampled at once; null is derived.")
@@ -260,14 +274,14 @@ class BatchConfig(_Section):
     )
 
 
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     """When full training state is written."""
 
     every: Int = Field(default=10, ge=0, description="Steps between checkpoints; 0 writes only the last.")
     keep: Int = Field(default=2, ge=1, description="Checkpoints kept, newest first.")
 
 
-class TrackingConfig(_Section):
+class TrackingConfig(Section):
     """What is logged besides metrics.jsonl."""
 
     samples_every: Int = Field(
@@ -276,7 +290,7 @@ class TrackingConfig(_Section):
     tensorboard: Bool = Field(default=False, description="Mirror the metrics to TensorBoard files in the run folder.")
 
 
-class DanceGRPOConfig(_Section):
+class DanceGRPOConfig(RunConfig):
     """A DanceGRPO run. `prompts_per_step` and `group_size` are the user's; batches are derived from them."""
 
     about: str = Field(default="", description="One line on what the recipe is for, shown by `align configs list`.")
@@ -308,17 +322,21 @@ class DanceGRPOConfig(_Section):
     checkpoint: CheckpointConfig = Field(default=CheckpointConfig(), description="The checkpoints.")
     tracking: TrackingConfig = Field(default=TrackingConfig(), description="The tracking.")
 
-    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
 
-    def __eq__(self, other: object) -> bool:
-        """Two configs are equal when their values are, wherever those came from."""
-        return isinstance(other, DanceGRPOConfig) and self.model_dump() == other.model_dump()
+def config_types() -> dict[str, type[RunConfig]]:
+    """Return the config of every training loop, by the value of its `trainer` key."""
+    from align.language_config import BCOConfig, DPOConfig, KTOConfig, SFTConfig
 
-    __hash__ = None  # type: ignore[assignment]
+    kinds = (DanceGRPOConfig, KTOConfig, BCOConfig, DPOConfig, SFTConfig)
+    return {str(kind.model_fields["trainer"].default): kind for kind in kinds}
 
 
-def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> DanceGRPOConfig:
+def load_config(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, kind: type[RunConfig] | None = None
+) -> Any:
     """Return the validated config of a YAML file, a shipped recipe ("digits/dance_grpo") or a mapping.
+
+    Its `trainer` key, dance_grpo without one, decides its type; see `config_types`.
 
     A config may begin with `extends: NAME`, another recipe or a file beside it, and then says only what differs:
     sections are merged key by key, everything else, lists included, is replaced.
@@ -327,23 +345,25 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         source: path, recipe name or nested mapping.
         overrides: "dotted.key=value" items, applied last; values are YAML, list items are numbered
             from 0 ("rewards.0.weight=2").
+        kind: the type it has to be; any when None.
 
     Raises:
-        ConfigError: no such file or recipe, not YAML, an unknown key, a wrong type or value.
+        ConfigError: no such file or recipe, not YAML, an unknown key, a wrong type or value, another trainer.
     """
     value, origins, where = _load(source, ())
     for override in overrides:
         _override(value, origins, override)
+    model = _model(value, origins, where, kind)
     try:
-        config = DanceGRPOConfig.model_validate(value)
+        config = model.model_validate(value)
     except ValidationError as error:
-        raise _explain(error, origins, where) from error
+        raise _explain(error, origins, where, model) from error
     for key, _ in _leaves(config):
         config._origins[key] = origins.get(key, "default")
     return config
 
 
-class _RewardsConfig(_Section):
+class _RewardsConfig(Section):
     """The `rewards` of a configuration, whatever else it says."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -364,12 +384,34 @@ def load_rewards(source: str | Path | Mapping[str, Any]) -> tuple[RewardConfig, 
         raise _explain(error, origins, where) from error
 
 
-def config_origins(config: DanceGRPOConfig) -> dict[str, str]:
+def _model(
+    value: Mapping[str, Any], origins: Mapping[str, str], where: str, kind: type[RunConfig] | None
+) -> type[RunConfig]:
+    """Return the config type that `trainer` names."""
+    kinds = config_types()
+    name = value.get("trainer", "dance_grpo" if kind is None else kind.model_fields["trainer"].default)
+    place = origins.get("trainer") or where or "config"
+    if not isinstance(name, str) or name not in kinds:
+        raise ConfigError(
+            "The value of 'trainer' is wrong", where=place,
+            why=f"found {_found(name)}, expected one of {', '.join(map(repr, kinds))}",
+            do=suggest(name, kinds) if isinstance(name, str) else "Meaning: the training loop",
+        )  # fmt: skip
+    if kind is not None and not issubclass(kinds[name], kind):
+        raise ConfigError(
+            f"This is a config of the trainer {name!r}",
+            where=place,
+            do="`align train` starts the trainer a config names",
+        )
+    return kinds[name]
+
+
+def config_origins(config: RunConfig) -> dict[str, str]:
     """Return, for each leaf by dotted key, "default", "FILE:LINE", "command line" or "Python"."""
     return {key: config._origins.get(key, "Python") for key, _ in _leaves(config)}
 
 
-def save_config(config: DanceGRPOConfig, path: str | Path) -> None:
+def save_config(config: RunConfig, path: str | Path) -> None:
     """Write `config` as YAML that loads again, a comment on each line saying where the value came from."""
     origins = config_origins(config)
     rows = [f"# align config, resolved; values {_digest(config.model_dump(mode='json'))}"]
@@ -377,7 +419,7 @@ def save_config(config: DanceGRPOConfig, path: str | Path) -> None:
     Path(path).write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
-def diff_configs(a: DanceGRPOConfig, b: DanceGRPOConfig) -> list[tuple[str, Any, Any]]:
+def diff_configs(a: RunConfig, b: RunConfig) -> list[tuple[str, Any, Any]]:
     """Return (dotted key, value in `a`, value in `b`) of every leaf that differs; None where there is none."""
     left, right = dict(_leaves(a)), dict(_leaves(b))
     keys = list(left) + [key for key in right if key not in left]
@@ -564,7 +606,7 @@ def _found(value: Any) -> str:
     return f"{value!r} ({name})"
 
 
-def _explain(error: ValidationError, origins: Mapping[str, str], where: str) -> ConfigError:
+def _explain(error: ValidationError, origins: Mapping[str, str], where: str, model: type[RunConfig]) -> ConfigError:
     """One sentence for the first problem: file and line, dotted key, found, expected, or the closest key."""
     problems = error.errors(include_url=False)
     first = problems[0]
@@ -573,20 +615,23 @@ def _explain(error: ValidationError, origins: Mapping[str, str], where: str) -> 
     inside = (origin for name, origin in origins.items() if name.startswith(f"{key}."))
     place = origins.get(key) or next(inside, "") or where or "config"
     if first["type"] == "extra_forbidden":
-        return ConfigError(f"Unknown key {key!r}", where=place, do=_closest(first["loc"]) + more)
+        return ConfigError(f"Unknown key {key!r}", where=place, do=_closest(first["loc"], model) + more)
     if first["type"] == "missing" and isinstance(first["loc"][-1], int):
         pair = ".".join(map(str, first["loc"][:-1]))
         return ConfigError(
             f"The value of {pair!r} is wrong", where=origins.get(pair) or where or "config",
-            why=f"found {dump_value(first['input'])}, expected 2 numbers", do=_described(first["loc"][:-1]) + more,
+            why=f"found {dump_value(first['input'])}, expected 2 numbers",
+            do=_described(first["loc"][:-1], model) + more,
         )  # fmt: skip
     if first["type"] == "missing":
-        return ConfigError(f"The key {key!r} is missing", where=where or "config", do=_described(first["loc"]) + more)
+        return ConfigError(
+            f"The key {key!r} is missing", where=where or "config", do=_described(first["loc"], model) + more
+        )
     return ConfigError(
         f"The value of {key!r} is wrong",
         where=place,
         why=f"found {_found(first['input'])}, expected " + _expected(first["type"], first.get("ctx", {}), first["msg"]),
-        do=_described(first["loc"]) + more,
+        do=_described(first["loc"], model) + more,
     )
 
 
@@ -606,17 +651,17 @@ def _generic(loc: Sequence[int | str]) -> list[str]:
     return ["0" if isinstance(part, int) else part for part in loc]
 
 
-def _described(loc: Sequence[int | str]) -> str:
-    text = dict(_keys(DanceGRPOConfig)).get(".".join(_generic(loc)), "")
+def _described(loc: Sequence[int | str], model: type[RunConfig]) -> str:
+    text = dict(_keys(model)).get(".".join(_generic(loc)), "")
     return (
         f"Meaning: {text[0].lower() if text[1:2].islower() else text[:1]}{text[1:].removesuffix('.')}" if text else ""
     )
 
 
-def _closest(loc: Sequence[int | str]) -> str:
+def _closest(loc: Sequence[int | str], model: type[RunConfig]) -> str:
     """Suggest the key of that name in another section, else the closest one in the same section."""
     *parents, last = _generic(loc)
-    known = dict(_keys(DanceGRPOConfig))
+    known = dict(_keys(model))
     section = ".".join(parents)
     elsewhere = [key for key in known if key.rpartition(".")[2] == last and not re.search(r"\.0\.", key)]
     if len(elsewhere) == 1:

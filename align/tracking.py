@@ -416,6 +416,10 @@ def progress_line(row: Mapping[str, Any], total: int, seconds_per_step: float) -
     reward, low, high = number("reward"), number("reward_ci_low"), number("reward_ci_high")
     if reward is not None:
         parts.append(f"reward {reward:.3f}" + ("" if low is None or high is None else f" ±{(high - low) / 2:.3f}"))
+    shown = {"loss": "loss", "rewards/margin": "margin", "auc": "AUC", "z0": "z0", "delta": "delta"}
+    for name, label in shown.items():
+        if reward is None and (value := number(name)) is not None:
+            parts.append(f"{label} {value:.3f}")
     if (share := number("valid_share")) is not None:
         parts.append(f"valid {share:.0%}")
     if (error := number("first_ratio_error")) is not None:

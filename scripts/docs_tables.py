@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from align.config import DanceGRPOConfig, RewardConfig
+from align.config import DanceGRPOConfig, RewardConfig, config_types
 from align.reports.glossary import GLOSSARY, explain
 from align.textfiles import dump_value
 from rewards.catalogue import BUILT_IN
@@ -20,18 +20,29 @@ from rewards.catalogue import BUILT_IN
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def configuration(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Return one table row a configuration key."""
+def configuration(model: type[BaseModel], prefix: str = "", section: BaseModel | None = None) -> list[str]:
+    """Return one table row a configuration key, with the defaults of `section` where it is given."""
     found = []
     for name, info in model.model_fields.items():
         key, inner = f"{prefix}{name}", info.annotation
+        default = info.default if section is None else getattr(section, name)
         if isinstance(inner, type) and issubclass(inner, BaseModel):
-            found += configuration(inner, f"{key}.")
+            found += configuration(inner, f"{key}.", default if isinstance(default, BaseModel) else None)
             continue
-        found.append(f"| `{key}` | {_default(info.default)} | {info.description} |")
+        found.append(f"| `{key}` | {_default(default)} | {info.description} |")
         if inner == tuple[RewardConfig, ...]:
             found += configuration(RewardConfig, f"{key}.0.")
     return found
+
+
+def language_configuration() -> list[str]:
+    """Return one table row a key of the language-model trainers, with the trainers that have it."""
+    found: dict[str, list[str]] = {}
+    kinds = {name: kind for name, kind in config_types().items() if kind is not DanceGRPOConfig}
+    for name, kind in kinds.items():
+        for row in configuration(kind):
+            found.setdefault(row, []).append(name)
+    return [f"| {'all' if len(names) == len(kinds) else ', '.join(names)} {row}" for row, names in found.items()]
 
 
 def _default(value: Any) -> str:
@@ -63,4 +74,5 @@ def write(page: str, head: str, rows: Sequence[str]) -> None:
 if __name__ == "__main__":
     write("cli.md", "| key | default | meaning |\n|---|---|---|\n", configuration(DanceGRPOConfig))
     write("rewards.md", "| reward | what it is | range | media | licence |\n|---|---|---|---|---|\n", rewards())
+    write("cli.md", "| trainers | key | default | meaning |\n|---|---|---|---|\n", language_configuration())
     write("training.md", "| metric | what it is |\n|---|---|\n", metrics())

@@ -5,17 +5,37 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainers.dance_grpo import DanceGRPO, RunResult
+    from trainers.bco import BCO
+    from trainers.dance_grpo import DanceGRPO
+    from trainers.dpo import DPO
     from trainers.evaluation import evaluate, sample_images
+    from trainers.kto import KTO
+    from trainers.result import RunResult
+    from trainers.sft import SFT
 
-__all__ = ["DanceGRPO", "RunResult", "evaluate", "sample_images"]
+__all__ = ["BCO", "DPO", "KTO", "SFT", "DanceGRPO", "RunResult", "evaluate", "sample_images", "trainer_for"]
 
 _HOMES = {
+    "BCO": "trainers.bco",
+    "DPO": "trainers.dpo",
     "DanceGRPO": "trainers.dance_grpo",
-    "RunResult": "trainers.dance_grpo",
+    "KTO": "trainers.kto",
+    "RunResult": "trainers.result",
+    "SFT": "trainers.sft",
     "evaluate": "trainers.evaluation",
     "sample_images": "trainers.evaluation",
 }
+_TRAINERS = {"dance_grpo": "DanceGRPO", "kto": "KTO", "bco": "BCO", "dpo": "DPO", "sft": "SFT"}
+
+
+def trainer_for(config: Any, **options: Any) -> Any:
+    """Return the trainer that a config names, with a `train()` that returns a `RunResult`.
+
+    Args:
+        config: of `align.load_config`.
+        options: `out`, `overwrite`, `fork`, `deepspeed`.
+    """
+    return __getattr__(_TRAINERS[config.trainer])(config, **options)
 
 
 def __getattr__(name: str) -> Any:

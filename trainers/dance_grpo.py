@@ -22,7 +22,6 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +50,7 @@ from trainers.advantages import group_advantages
 from trainers.evaluation import load_policy, resolve_prompts
 from trainers.objectives import Terms, adapt_clip, clip_bounds, gaussian_kl, grpo_clip, velocity_distance
 from trainers.receipt import Receipt
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """How a run ended: its folder, its status ("complete" or "stopped") and its summary, if complete."""
-
-    directory: Path
-    status: str
-    summary: dict[str, Any]
+from trainers.result import RunResult
 
 
 class DanceGRPO:
@@ -86,7 +77,7 @@ class DanceGRPO:
         rewards: Panel | None = None,
         deepspeed: str | None = None,
     ) -> None:
-        self.config = config if isinstance(config, DanceGRPOConfig) else load_config(config)
+        self.config = config if isinstance(config, DanceGRPOConfig) else load_config(config, kind=DanceGRPOConfig)
         require_valid(self.config)
         if deepspeed is not None:
             require_deepspeed(deepspeed)

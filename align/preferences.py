@@ -1,0 +1,406 @@
+"""Rows of prompts and completions with what people thought of them, in the forms TRL documents.
+
+    {"prompt": ..., "completion": ..., "label": true}       a thumb                        kto, bco, sft
+    {"prompt": ..., "chosen": ..., "rejected": ...}         a pair; two thumbs for kto and bco        dpo
+    {"chosen": ..., "rejected": ...}                        a pair whose prompt is what both begin with
+    {"prompt": ..., "completion": ...}, {"messages": ...}, {"text": ...}                   sft
+
+A prompt or completion is text, or a list of `{"role": ..., "content": ...}` messages. `tools` (a list or its JSON),
+`chat_template_kwargs`, `score`, `weight` and `udm_weight` may stand beside them. Other fields are left alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from align.errors import DataError
+from align.prompts import read_rows
+from align.registry import suggest
+from align.seeding import seed as derive_seed
+
+Text = str | tuple[Mapping[str, Any], ...]
+_LABELS = {1: True, 0: False, -1: False}  # True and False among them
+_WORDS = {"up": True, "down": False, "true": True, "false": False, "1": True, "0": False, "-1": False, "+1": True}
+_FIELDS = ("prompt", "completion", "chosen", "rejected", "messages", "text", "label", "score", "tools")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One completion of one prompt.
+
+    Args:
+        prompt: text or messages; empty text where there is none.
+        completion: text or messages.
+        label: thumbs up or down; None where nobody said.
+        score: a number for it, such as a rating; None where there is none.
+        pair: number of the pair it comes from, -1 for none; the two of a pair follow one another, chosen first.
+        weight: of an undesirable row's loss (`udm_weight`) times that of any row (`weight`).
+        tools: tool definitions for the chat template.
+        template: further arguments of the chat template.
+        place: where the row stands, for messages.
+    """
+
+    prompt: Text
+    completion: Text
+    label: bool | None = None
+    score: float | None = None
+    pair: int = -1
+    weight: float = 1.0
+    tools: tuple[Mapping[str, Any], ...] = ()
+    template: Mapping[str, Any] | None = None
+    place: str = ""
+
+
+@dataclass(frozen=True)
+class PreferenceSet:
+    """Completions in file order, and where they came from."""
+
+    rows: tuple[Completion, ...]
+    source: str = ""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def counts(self) -> dict[str, int]:
+        """Return how many rows are up, down, unlabelled, scored and how many pairs there are."""
+        labels = [row.label for row in self.rows]
+        return {
+            "up": labels.count(True),
+            "down": labels.count(False),
+            "unlabelled": labels.count(None),
+            "scored": sum(row.score is not None for row in self.rows),
+            "pairs": sum(row.pair >= 0 for row in self.rows) // 2,
+        }
+
+    def require_labels(self, *, threshold: float | None = None, soft: bool = False) -> PreferenceSet:
+        """Return the rows with a label each: their own, or `score >= threshold`, or with `soft` `score > .5`.
+
+        Raises:
+            DataError: a row without a label, or with `soft` a score outside 0 to 1.
+        """
+        return replace(self, rows=tuple(self._labelled(row, threshold, soft) for row in self.rows))
+
+    def _labelled(self, row: Completion, threshold: float | None, soft: bool) -> Completion:
+        if soft and row.score is not None:
+            if not 0 <= row.score <= 1:
+                raise DataError(
+                    "A soft label is a score from 0 to 1",
+                    where=f"{row.place}, field 'score'",
+                    why=f"found {row.score:g}",
+                )
+            return replace(row, label=row.score > 0.5)
+        if row.label is not None:
+            return row
+        if threshold is not None and row.score is not None:
+            return replace(row, label=row.score >= threshold)
+        has_score = row.score is not None
+        raise DataError(
+            "A row has a score and no label" if has_score else "A row has no label",
+            where=f"{row.place}, field 'label'",
+            why=f"found the score {row.score:g}, expected true or false" if has_score else "expected true or false",
+            do="Set data.score_threshold, or objective.soft_labels with bco" if has_score
+            else "Give each row a label (thumbs), or chosen and rejected (pairs)",
+        )  # fmt: skip
+
+    def require_both_classes(self) -> PreferenceSet:
+        """Return the rows, unless all carry one label.
+
+        Raises:
+            DataError: naming the side that is missing and how to come by it.
+        """
+        found = self.counts()
+        missing = "down" if found["up"] and not found["down"] else "up" if found["down"] and not found["up"] else ""
+        if missing:
+            raise DataError(
+                f"There is no thumb {missing} in the data", where=f"{self.source}, field 'label'",
+                why=f"found {found['up']} up and {found['down']} down; these objectives learn from the difference",
+                do="Add rows people disliked: regenerated, edited or reported answers, low ratings"
+                if missing == "down" else "Add rows people liked: accepted or copied answers, high ratings",
+            )  # fmt: skip
+        return self
+
+    def pairs(self) -> PreferenceSet:
+        """Return the rows that come in pairs.
+
+        Raises:
+            DataError: there is none.
+        """
+        rows = tuple(row for row in self.rows if row.pair >= 0)
+        if not rows:
+            raise DataError(
+                "There is no pair in the data", where=self.source, why="dpo needs the fields chosen and rejected",
+                do="Train with trainer: kto or bco on thumbs, or convert with `align feedback convert`",
+            )  # fmt: skip
+        return replace(self, rows=rows)
+
+    def split(self, fraction: float) -> tuple[PreferenceSet, PreferenceSet]:
+        """Return (training, held-out) rows: whole prompts, lowest in a hash of their text, are held out.
+
+        Raises:
+            DataError: too few distinct prompts to leave one on each side.
+        """
+        keys = [_key(row.prompt) for row in self.rows]
+        ranked = sorted(set(keys), key=lambda key: (derive_seed("heldout", 0, key), key))
+        count = max(1, round(fraction * len(ranked))) if fraction else 0
+        if count >= len(ranked):
+            raise DataError(
+                "Too few prompts to hold any out", where=self.source, why=f"{len(ranked)} distinct prompts",
+                do="Add rows, set data.heldout_fraction: 0, or give data.heldout_path",
+            )  # fmt: skip
+        held = set(ranked[:count])
+        sides = [
+            tuple(r for r, key in zip(self.rows, keys, strict=True) if (key in held) is side) for side in (False, True)
+        ]
+        return replace(self, rows=sides[0]), replace(self, rows=sides[1])
+
+
+def load_preferences(source: str | Path | Iterable[Mapping[str, Any]]) -> PreferenceSet:
+    """Return the completions of a JSONL, CSV or Parquet file, of a folder written by `datasets`, or of mappings.
+
+    Raises:
+        DataError: a file that cannot be read, or a row that is none of the forms above; each names the file, the
+            row and the field, what was found and what was expected.
+    """
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        rows, name = (_dataset_rows(path) if path.is_dir() else read_rows(path)), str(path)
+    else:
+        rows, name = ((f"item {i}", row) for i, row in enumerate(source)), "given rows"
+    found: list[Completion] = []
+    pairs = 0
+    for place, row in rows:
+        made = parse_row(row, f"{name}, {place}", pairs)
+        pairs += made[0].pair >= 0
+        found += made
+    if not found:
+        raise DataError("There is no row", where=name, why="it is empty")
+    return PreferenceSet(tuple(found), name)
+
+
+def parse_row(row: Any, where: str, pair: int = 0) -> list[Completion]:
+    """Return the one or two completions of a row.
+
+    Args:
+        row: a mapping with the fields of one of the forms above; a null field counts as absent.
+        where: file and row, for messages.
+        pair: number to give the pair, if it is one.
+
+    Raises:
+        DataError: see `load_preferences`.
+    """
+    if not isinstance(row, Mapping):
+        raise DataError("A row is not an object with named fields", where=where, why=f"found {_short(row)}")
+    given = {str(k): v for k, v in row.items() if v is not None and not (v == "" and k not in ("completion", "prompt"))}
+    read = _Reader(given, where)
+    common: dict[str, Any] = {
+        "tools": read.tools(), "template": read.mapping("chat_template_kwargs"), "place": where,
+    }  # fmt: skip
+    weight = read.number("weight", 1.0, least=0.0)
+    if "chosen" in given or "rejected" in given:
+        prompt, chosen, rejected = read.pair()
+        up = Completion(prompt, chosen, True, read.number("score_chosen"), pair, weight, **common)
+        down = Completion(prompt, rejected, False, read.number("score_rejected"), pair, weight, **common)
+        return [up, replace(down, weight=weight * read.number("udm_weight", 1.0, least=0.0))]
+    label, score = read.label(), read.number("score")
+    if label is False:
+        weight *= read.number("udm_weight", 1.0, least=0.0)
+    if "completion" in given:
+        prompt = read.text("prompt", empty=True)
+        return [Completion(prompt, read.text("completion", empty=True), label, score, -1, weight, **common)]
+    if "messages" in given:
+        messages = read.text("messages")
+        if isinstance(messages, str) or messages[-1]["role"] != "assistant":
+            raise read.wrong("messages", "messages of which the last is the assistant's")
+        return [Completion(messages[:-1], messages[-1:], label, score, -1, weight, **common)]
+    if "text" in given:
+        return [Completion("", read.text("text"), label, score, -1, weight, **common)]
+    near = next((hint for field in given if (hint := suggest(field, _FIELDS)) and field not in _FIELDS), "")
+    raise DataError(
+        "A row has no completion", where=f"{where}, field 'completion'",
+        why=f"found {', '.join(map(repr, given)) or 'no field'}, expected completion, chosen and rejected, or messages",
+        do=near or "Rename the columns; `align feedback convert` knows many forms",
+    )  # fmt: skip
+
+
+class _Reader:
+    """The fields of one row."""
+
+    def __init__(self, row: Mapping[str, Any], where: str) -> None:
+        self.row, self.where = row, where
+
+    def wrong(self, field: str, expected: str) -> DataError:
+        found = f"found {_short(self.row[field])}" if field in self.row else "found nothing"
+        return DataError(
+            "A field is wrong", where=f"{self.where}, field {field!r}", why=f"{found}, expected {expected}"
+        )
+
+    def text(self, field: str, *, empty: bool = False) -> Text:
+        value = self.row.get(field)
+        if isinstance(value, str) and value.lstrip().startswith("[{"):
+            value = _json(value, value)
+        if value is None and empty and field == "prompt":
+            return ""
+        if isinstance(value, str):
+            if value or empty:
+                return value
+            raise self.wrong(field, "text or a list of messages")
+        if not isinstance(value, Sequence) or not value:
+            raise self.wrong(field, "text or a list of messages")
+        for i, message in enumerate(value):
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                shown = _short(message)
+                raise DataError(
+                    "A message is wrong", where=f"{self.where}, field {field!r}, message {i}",
+                    why=f"found {shown}, expected an object with role and content",
+                )  # fmt: skip
+        return tuple({k: v for k, v in message.items() if v is not None} for message in value)
+
+    def pair(self) -> tuple[Text, Text, Text]:
+        chosen, rejected = self.text("chosen"), self.text("rejected")
+        if isinstance(chosen, str) != isinstance(rejected, str):
+            raise self.wrong(
+                "rejected", f"the same form as chosen, {'text' if isinstance(chosen, str) else 'messages'}"
+            )
+        if "prompt" in self.row:
+            prompt = self.text("prompt", empty=True)
+            shared = len(prompt)
+            if not isinstance(prompt, str) and prompt and chosen[:shared] == prompt == rejected[:shared]:
+                chosen, rejected = chosen[shared:], rejected[shared:]  # the whole chat stands in both
+            return prompt, chosen, rejected
+        shared = _shared(chosen, rejected)
+        if shared in (len(chosen), len(rejected)):
+            raise self.wrong("prompt", "a prompt, as chosen and rejected do not differ after a common beginning")
+        return chosen[:shared], chosen[shared:], rejected[shared:]
+
+    def label(self) -> bool | None:
+        value = self.row.get("label")
+        if value is None:
+            return None
+        if isinstance(value, str) and value.strip().lower() in _WORDS:
+            return _WORDS[value.strip().lower()]
+        if isinstance(value, (bool, int, float)) and value in _LABELS:
+            return _LABELS[value]
+        raise self.wrong("label", "true or false, 1 or 0, 1 or -1, up or down")
+
+    def number(self, field: str, default: Any = None, *, least: float | None = None) -> Any:
+        value = self.row.get(field)
+        if value is None:
+            return default
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = float("nan")
+        if isinstance(value, bool) or not abs(number) < float("inf") or (least is not None and number < least):
+            raise self.wrong(field, "a finite number" + ("" if least is None else f" from {least:g}"))
+        return number
+
+    def mapping(self, field: str) -> Mapping[str, Any] | None:
+        value = _json(self.row.get(field), self.row.get(field))
+        if value is not None and not isinstance(value, Mapping):
+            raise self.wrong(field, "an object")
+        return value
+
+    def tools(self) -> tuple[Mapping[str, Any], ...]:
+        value = _json(self.row.get("tools"), self.row.get("tools"))
+        if value is None:
+            return ()
+        if not isinstance(value, Sequence) or not all(isinstance(tool, Mapping) for tool in value):
+            raise self.wrong("tools", "a list of tool definitions, or its JSON")
+        return tuple(value)
+
+
+def _json(value: Any, otherwise: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return otherwise
+
+
+def _shared(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Return how much two texts (to the end of a word) or chats have in common at their beginning."""
+    shared = next((i for i, (left, right) in enumerate(zip(a, b, strict=False)) if left != right), min(len(a), len(b)))
+    if isinstance(a, str):
+        while 0 < shared < min(len(a), len(b)) and not a[shared - 1].isspace():
+            shared -= 1
+    return shared
+
+
+def _key(text: Text) -> str:
+    """Return a prompt as text that two prompts share when they differ in case or spaces alone."""
+    whole = text if isinstance(text, str) else json.dumps(text, sort_keys=True, default=str)
+    return " ".join(whole.split()).casefold()
+
+
+def prompt_key(row: Completion) -> str:
+    """Return what rows of one prompt have in common."""
+    return _key(row.prompt)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _dataset_rows(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    """Rows of a folder of `datasets`, or of the one table a folder holds."""
+    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        try:
+            from datasets import DatasetDict, load_from_disk
+        except ImportError as error:
+            raise DataError("Reading this folder needs datasets", where=str(path), do="pip install datasets") from error
+        dataset = load_from_disk(str(path))
+        if isinstance(dataset, DatasetDict):
+            if "train" not in dataset:
+                raise DataError("A folder of splits has none called train", where=str(path), why=", ".join(dataset))
+            dataset = dataset["train"]
+        return ((f"row {i}", row) for i, row in enumerate(dataset))
+    tables = sorted(p for p in path.iterdir() if p.suffix.lower() in (".jsonl", ".parquet", ".csv"))
+    if not tables:
+        raise DataError(
+            "A folder holds no data", where=str(path), why="neither a dataset nor a JSONL, CSV or Parquet file",
+            do="Give a file, or a folder written by Dataset.save_to_disk",
+        )  # fmt: skip
+    return ((f"{table.name}, {place}", row) for table in tables for place, row in read_rows(table))
+
+
+def describe_preferences(source: str | Path) -> dict[str, Any]:
+    """Return what `align check` says of a file of rows: forms, labels, prompts, and what they can train.
+
+    Raises:
+        DataError: see `load_preferences`.
+    """
+    found = load_preferences(source)
+    counts = found.counts()
+    prompts = len({prompt_key(row) for row in found.rows})
+    both = bool(counts["up"] and counts["down"])
+    trainers = [
+        name
+        for name, can in (("kto", both and not counts["unlabelled"]), ("bco", both and not counts["unlabelled"]),
+                          ("dpo", counts["pairs"] == len(found) / 2), ("sft", True))
+        if can
+    ]  # fmt: skip
+    empty = sum(not row.completion for row in found.rows)
+    return {
+        "kind": "preferences", "source": found.source, "rows": len(found), **counts, "prompts": prompts,
+        "chats": sum(not isinstance(row.completion, str) for row in found.rows), "empty_completions": empty,
+        "one_class": not both and not counts["unlabelled"], "trainers": trainers, "valid": True,
+    }  # fmt: skip
+
+
+def is_preference_file(path: str | Path, peek: Callable[[Path], Iterable[tuple[str, Any]]] = read_rows) -> bool:
+    """Return whether a table's first row has completions, rather than prompts alone."""
+    path = Path(path)
+    if path.is_dir():
+        return (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
+    if path.suffix.lower() == ".txt" or not path.is_file():
+        return False
+    _, first = next(iter(peek(path)), ("", {}))
+    return isinstance(first, Mapping) and any(
+        first.get(name) is not None for name in ("completion", "chosen", "rejected", "messages")
+    )

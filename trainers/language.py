@@ -1,0 +1,216 @@
+"""What the language-model trainers share: a run folder, data, tokens, the plan, the reference, a Trainer.
+
+trainers/kto.py, bco.py, dpo.py, sft.py     an objective each, and the function that makes a run of it
+trainers/language.py                        the run
+trainers/language_trainer.py                transformers.Trainer with our batches, guards and checkpoints
+trainers/language_session.py                signals, the log, the record
+trainers/language_objective.py              a microbatch's tensors and losses
+trainers/language_measures.py               metrics and held-out evaluation
+trainers/language_model.py                  log-probs at completion tokens, the model before training
+trainers/preference_data.py                 tokens, and the plan of an epoch
+trainers/preference.py                      the objectives as pure functions
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from align import checkpoint
+from align.checks import require_valid
+from align.errors import CheckpointError, ConfigError
+from align.language_config import LanguageConfig
+from align.launch import join_world
+from align.preferences import PreferenceSet, load_preferences
+from align.run import claim_directory, require_directory
+from align.tracking import RunLog
+from trainers.language_measures import LanguageEvaluation
+from trainers.language_model import LogpCache, Reference, load_language_model, load_tokenizer, reference_mode
+from trainers.language_objective import Objective
+from trainers.language_session import Session
+from trainers.language_trainer import AlignTrainer, training_arguments
+from trainers.preference_data import Plan, Tokens, plan_epoch, tokenise
+from trainers.result import RunResult
+from trainers.tiny_language import toy_thumbs
+
+
+class LanguageRun:
+    """Train a language model with one objective.
+
+    Args:
+        config: of the trainer.
+        objective: what it optimises.
+        out: the run folder, `runs/<name>` when None. An unfinished run there is resumed.
+        overwrite: start again, replacing a run that is there.
+        fork: go on with a run that is there under a changed configuration.
+        deepspeed: name or file of DeepSpeed settings.
+        rows: training rows in place of `data.path`, and held-out ones in place of `data.heldout_path`.
+    """
+
+    def __init__(
+        self,
+        config: LanguageConfig,
+        objective: Objective,
+        *,
+        out: str | Path | None = None,
+        overwrite: bool = False,
+        fork: bool = False,
+        deepspeed: str | None = None,
+        rows: tuple[PreferenceSet, PreferenceSet | None] | None = None,
+    ) -> None:
+        self.config, self.objective, self.deepspeed = config, objective, deepspeed
+        self.findings = require_valid(config)
+        self.world = join_world()
+        self._require_divisible()
+        self.directory = Path(out or Path("runs") / config.name)
+        self.world.led(lambda: require_directory(self.directory, config, overwrite=overwrite, fork=fork))
+        if not self.world.leads:
+            self.world.wait()  # what the first process builds and caches, the others find
+        self.tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
+        training, heldout = rows if rows is not None else read_data(config)
+        self.tokens = self._tokenise(training, training=True)
+        self.heldout = self._tokenise(heldout, training=False) if heldout is not None else None
+        if self.world.leads:
+            self.world.wait()
+        self.about = {**objective.prepare(self.tokens), "tokens": self._about_data()}
+        self._plan: tuple[int, Plan] | None = None
+        self.per_epoch = len(self.plan(0).rows)
+        self.steps = config.steps or config.epochs * self.per_epoch // self.accumulation
+        self._changed: list[tuple[str, Any, Any]] = []
+        self.world.led(
+            lambda: self._changed.extend(claim_directory(self.directory, config, overwrite=overwrite, fork=fork))
+        )
+
+    @property
+    def accumulation(self) -> int:
+        """Microbatches of an optimizer step."""
+        return self.config.batch_size // self.config.microbatch
+
+    def _require_divisible(self) -> None:
+        if self.config.microbatch % self.world.size:
+            raise ConfigError(
+                f"A microbatch of {self.config.microbatch} does not divide over {self.world.size} processes",
+                where="microbatch",
+                do=f"Set it to a multiple of {self.world.size}; it counts the rows of all processes",
+            )  # fmt: skip
+
+    def _tokenise(self, rows: PreferenceSet, *, training: bool) -> Tokens:
+        config, objective = self.config, self.objective
+        soft = objective.soft
+        if objective.paired:
+            rows = rows.pairs()
+        elif objective.labelled:
+            rows = rows.require_labels(threshold=config.data.score_threshold, soft=soft)
+            if training and not config.data.allow_one_class:
+                rows.require_both_classes()
+        else:
+            rows = PreferenceSet(tuple(row for row in rows.rows if row.label is not False), rows.source)
+        return tokenise(
+            rows, self.tokenizer, max_length=config.data.max_length, soft=soft, workers=config.data.workers,
+            max_prompt_length=config.data.max_prompt_length,
+            reload=_Reload(config.model.path, config.model.chat_template),
+        )  # fmt: skip
+
+    def _about_data(self) -> dict[str, Any]:
+        tokens = self.tokens
+        return {
+            "rows": len(tokens), "up": int(tokens.desirable.sum()), "down": int((tokens.label <= 0.5).sum()),
+            "heldout_rows": 0 if self.heldout is None else len(self.heldout), "dropped": tokens.dropped,
+            "truncated": tokens.truncated, "longest": int(tokens.length.max()),
+        }  # fmt: skip
+
+    @property
+    def reference(self) -> str:
+        """How the model before training is had: lora_off, copy, precomputed, or none."""
+        if not self.objective.referenced:
+            return "none"
+        return reference_mode(self.config.reference.mode, self.config.model.train)
+
+    def plan(self, epoch: int) -> Plan:
+        """Return the plan of an epoch; every epoch has `per_epoch` microbatches."""
+        if self._plan is None or self._plan[0] != epoch:
+            config, objective = self.config, self.objective
+            made = plan_epoch(
+                self.tokens, microbatch=config.microbatch, batch_size=config.batch_size, seed=config.seed, epoch=epoch,
+                paired=objective.paired, oversample=objective.oversample,
+                fixed=self.reference == "precomputed" and objective.mismatched,
+            )  # fmt: skip
+            self._plan = (epoch, made)
+        return self._plan[1]
+
+    def train(self) -> RunResult:
+        """Train to the configured number of steps, or until asked to stop."""
+        began = time.perf_counter()
+        found = checkpoint.latest(self.directory / "checkpoints")
+        saved = _read_state(found) if found is not None else None
+        model = load_language_model(self.config.model, seed=self.config.seed)
+        reference = Reference(self.reference, model) if self.objective.referenced else None
+        cache = self._precompute(model) if self.reference == "precomputed" else None
+        log = RunLog(self.directory, tensorboard=self.config.tracking.tensorboard, silent=not self.world.leads)
+        with Session(self, log, saved, began) as session:
+            arguments = training_arguments(self, session.directory / "checkpoints" / ".staging")
+            trainer = AlignTrainer(self, session, cache, reference, model=model, args=arguments)
+            session.evaluation = LanguageEvaluation(self, trainer.models, cache, log)
+            session.before()
+            if session.step < self.steps:
+                trainer.train(resume_from_checkpoint=None if found is None else str(found))
+            return session.after()
+
+    def _precompute(self, model: nn.Module) -> LogpCache:
+        """Compute the reference's log-probs of everything the run will ask for, once."""
+        cache = LogpCache(self.config.reference.cache, self.config.model.path, self.config.model.dtype)
+        wanted = [(i, i) for i in range(len(self.tokens))]
+        if self.objective.mismatched:
+            plan = self.plan(0)
+            wanted += list(zip(plan.rows.flatten().tolist(), plan.partners.flatten().tolist(), strict=True))
+        reference = Reference("precomputed", model)
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        model.to(device)
+
+        def score(batch: Mapping[str, Tensor]) -> Tensor:
+            half = torch.autocast(device.type, torch.bfloat16, enabled=self.config.model.dtype == "bf16")
+            with half:
+                return reference.logps({k: v.to(device) for k, v in batch.items()}).per_row().cpu()
+
+        model.eval()
+        pad = self.tokenizer.pad_token_id
+        cache.fill(self.tokens, wanted, score, world=self.world, pad=pad)
+        if self.heldout is not None:
+            cache.fill(self.heldout, [(i, i) for i in range(len(self.heldout))], score, world=self.world, pad=pad)
+        return cache
+
+
+@dataclass(frozen=True)
+class _Reload:
+    """Loads the tokenizer again, in a worker."""
+
+    path: str
+    template: str | None
+
+    def __call__(self) -> Any:
+        return load_tokenizer(self.path, self.template)
+
+
+def read_data(config: LanguageConfig) -> tuple[PreferenceSet, PreferenceSet | None]:
+    """Return the training and the held-out rows of a configuration."""
+    data = config.data
+    rows = toy_thumbs() if data.path == "toy" else load_preferences(data.path)
+    if data.heldout_path is not None:
+        return rows, load_preferences(data.heldout_path)
+    return rows.split(data.heldout_fraction) if data.heldout_fraction else (rows, None)
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    """Verify a checkpoint and return its state."""
+    checkpoint.verify(folder)
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    if not isinstance(state, dict) or "objective" not in state:
+        raise CheckpointError("A checkpoint is not one of a language model's run", where=str(folder))
+    return state

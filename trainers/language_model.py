@@ -1,0 +1,423 @@
+"""Language models as the objectives see them: log-probs of completions, and the model before training.
+
+Log-probs are worked out at completion tokens alone: hidden states are picked before the output layer, and its logits
+exist for a chunk of tokens at a time. `model(..., logp_labels=labels)` returns them from any wrapped model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from align.diffusion.digits_data import cache_directory
+from align.errors import ModelError
+from align.language_config import LanguageModelConfig
+from align.launch import World
+from trainers.preference_data import Tokens, collate
+from trainers.tiny_language import tiny_model
+
+LOGIT_BYTES = 256 << 20
+"""Logits of so many bytes at most exist at once, in float32, before chunks are recomputed in the backward pass."""
+
+Batch = Mapping[str, Tensor]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the libraries' own bars off the terminal: a run shows one line of its own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def resolve_language_model(path: str) -> str:
+    """Return the folder of a model that goes by a name of ours, else `path`."""
+    if path != "tiny":
+        return path
+    with quiet():
+        return str(tiny_model())
+
+
+def load_tokenizer(path: str, chat_template: str | None = None) -> Any:
+    """Load the tokenizer of a model folder; padding falls back to the end-of-sequence token.
+
+    Raises:
+        ModelError: not a tokenizer, or one without an end of sequence.
+    """
+    from transformers import AutoTokenizer
+
+    folder = resolve_language_model(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        if chat_template is not None:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            "A tokenizer cannot be loaded", where=chat_template or path, why=str(error).strip().splitlines()[0],
+            do="Give a folder written by save_pretrained, or `tiny`",
+        ) from error  # fmt: skip
+    if tokenizer.eos_token_id is None:
+        raise ModelError("A tokenizer has no end-of-sequence token", where=path, do="Add eos_token to its config")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_language_model(config: LanguageModelConfig, *, seed: int) -> nn.Module:
+    """Load the model of a configuration, ready to train: adapters on, dropout off, `logp_labels` understood.
+
+    Trained weights are float32. The frozen ones of a LoRA run take `dtype`.
+
+    Raises:
+        ModelError: not a causal language model, or adapters that fit no layer of it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder, lora = resolve_language_model(config.path), config.train == "lora"
+    half = lora and config.dtype == "bf16"
+    try:
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if half else torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            "A language model cannot be loaded", where=config.path, why=str(error).strip().splitlines()[0],
+            do="Give a folder written by save_pretrained, or `tiny`",
+        ) from error  # fmt: skip
+    model.config.use_cache = False
+    without_dropout(model)
+    if lora:
+        model = _with_adapters(model, config, seed)
+    if config.gradient_checkpointing and lora:
+        model.enable_input_require_grads()
+    return with_completion_logps(model)
+
+
+def _with_adapters(model: nn.Module, config: LanguageModelConfig, seed: int) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    targets = list(config.lora.targets) if config.lora.targets else "all-linear"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(
+                model,
+                LoraConfig(
+                    r=config.lora.rank,
+                    lora_alpha=config.lora.alpha,
+                    lora_dropout=0.0,
+                    target_modules=targets,
+                    task_type="CAUSAL_LM",
+                ),
+            )
+        except ValueError as error:
+            raise ModelError(
+                "The adapters fit no layer of the model", where="model.lora.targets", why=str(error).splitlines()[0]
+            ) from error
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Switch every dropout of a model off, also those that are numbers of its attention layers."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "attn_dropout", "dropout", "hidden_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+# Log-probs at completion tokens
+
+
+class _LogProb(torch.autograd.Function):
+    """`logit_target - logsumexp(logits)` in float32, `[N, V]` and `[N]` to `[N]`; one buffer in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
+        normaliser = logits.float().logsumexp(-1, keepdim=True)
+        ctx.save_for_backward(logits, normaliser, target)
+        return logits.gather(-1, target[:, None]).float().sub_(normaliser)[:, 0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        logits, normaliser, target = ctx.saved_tensors
+        gradient = gradients[0][:, None]
+        result = (logits.float() - normaliser).exp_().mul_(-gradient)
+        return result.scatter_add_(-1, target[:, None], gradient.to(result.dtype)).to(logits.dtype), None
+
+
+def token_logps(hidden: Tensor, target: Tensor, head: Callable[[Tensor], Tensor], chunk: int) -> Tensor:
+    """Return `log softmax(head(hidden))[target]` of N tokens, float32 `[N]`, logits existing `chunk` tokens at a time.
+
+    With more than one chunk the output layer runs again in the backward pass.
+
+    Args:
+        hidden: `[N, H]`.
+        target: `[N]`.
+        head: `[n, H]` to logits `[n, V]`.
+        chunk: tokens.
+    """
+
+    def piece(part: Tensor, ids: Tensor) -> Tensor:
+        return _LogProb.apply(head(part), ids)
+
+    if len(target) <= chunk:
+        return piece(hidden, target)
+    again = torch.is_grad_enabled() and hidden.requires_grad
+    pieces = zip(hidden.split(chunk), target.split(chunk), strict=True)
+    return torch.cat([checkpoint(piece, h, t, use_reentrant=False) if again else piece(h, t) for h, t in pieces])
+
+
+def completion_mask(labels: Tensor) -> Tensor:
+    """Return where completion tokens are predicted, `[B, T - 1]`."""
+    return labels[:, 1:] != -100
+
+
+def with_completion_logps(model: nn.Module, chunk: int | None = None) -> nn.Module:
+    """Teach a causal language model the argument `logp_labels`, and return it.
+
+    `model(input_ids, attention_mask, logp_labels=labels)` then returns the log-probs of all completion tokens, row
+    after row, `[N]`; without that argument the model is as before, through any wrapper.
+
+    Args:
+        model: of transformers, with or without adapters of PEFT.
+        chunk: tokens whose logits exist at once; as many as `LOGIT_BYTES` hold when None.
+
+    Raises:
+        ModelError: the model scales its logits in a way that is not known here.
+    """
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain, body, head = inner.forward, inner.get_decoder(), inner.get_output_embeddings()
+    if head is None or body is inner:
+        raise ModelError("This is not a causal language model", where=type(inner).__name__)
+    text = inner.config.get_text_config()
+    size = chunk or max(1, LOGIT_BYTES // (4 * int(text.vocab_size)))
+    cap, scale = getattr(text, "final_logit_softcapping", None), getattr(text, "logit_scale", None)
+    divisor = getattr(text, "logits_scaling", None)
+
+    def logits(part: Tensor) -> Tensor:
+        found = head(part)
+        found = found if not scale else found * scale
+        found = found if not divisor else found / divisor
+        return found if not cap else torch.tanh(found / cap) * cap
+
+    def forward(*args: Any, logp_labels: Tensor | None = None, **options: Any) -> Any:
+        if logp_labels is None:
+            return plain(*args, **options)
+        for unused in ("labels", "logits_to_keep"):
+            options.pop(unused, None)
+        hidden = body(*args, **{**options, "use_cache": False}).last_hidden_state
+        mask = completion_mask(logp_labels)
+        return token_logps(hidden[:, :-1][mask], logp_labels[:, 1:][mask], logits, size)
+
+    inner.forward = forward
+    _require_same_logps(inner, plain, text.vocab_size)
+    return model
+
+
+def _require_same_logps(inner: Any, plain: Callable[..., Any], vocabulary: int) -> None:
+    """Compare with the logits the model itself returns, once, on a few tokens."""
+    device = next(inner.parameters()).device
+    if device.type == "meta":
+        return
+    ids = (torch.arange(12, device=device) * 7919 % vocabulary)[None]
+    training = inner.training
+    inner.eval()
+    with torch.no_grad():
+        ours = inner.forward(input_ids=ids, attention_mask=torch.ones_like(ids), logp_labels=ids)
+        own = plain(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, :-1].float().log_softmax(-1)
+    inner.train(training)
+    error = float((ours - own.gather(-1, ids[0, 1:, None])[:, 0]).abs().max())
+    if not error <= (1e-3 if next(inner.parameters()).dtype == torch.float32 else 0.2):
+        raise ModelError(
+            "Log-probs of this model cannot be had from its hidden states", where=type(inner).__name__,
+            why=f"they differ from its own logits by up to {error:.2g} nats", do="Report the model's name",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TokenLogps:
+    """Log-probs of the completion tokens of B rows: `values [N]`, row after row, and `mask [B, T - 1]`."""
+
+    values: Tensor
+    mask: Tensor
+
+    def per_row(self, values: Tensor | None = None) -> Tensor:
+        """Return the sum over each row's tokens, float32 `[B]`, of these log-probs or of other token values."""
+        found = self.values if values is None else values
+        return torch.zeros(self.mask.shape, device=found.device).masked_scatter(self.mask, found.float()).sum(1)
+
+
+def completion_logps(model: nn.Module, batch: Batch) -> TokenLogps:
+    """Run a model that `with_completion_logps` has taught over a batch of `collate`."""
+    values = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], logp_labels=batch["labels"])
+    return TokenLogps(values, completion_mask(batch["labels"]))
+
+
+# The model before training
+
+
+class Reference:
+    """Log-probs under the model before training, without gradient.
+
+    Args:
+        mode: "lora_off" switches the adapters off, "copy" keeps a frozen copy, "precomputed" has none: see `LogpCache`.
+        model: the model in training, not yet wrapped.
+    """
+
+    def __init__(self, mode: str, model: nn.Module) -> None:
+        self.mode, self._model = mode, model
+        self.copy: nn.Module | None = frozen_copy(model) if mode == "copy" else None
+
+    @contextlib.contextmanager
+    def model(self) -> Iterator[nn.Module]:
+        """Have the reference model within the block."""
+        if self.copy is not None:
+            yield self.copy
+        elif hasattr(self._model, "disable_adapter"):
+            with self._model.disable_adapter():
+                yield self._model
+        else:
+            yield self._model
+
+    def logps(self, batch: Batch) -> TokenLogps:
+        """Return the reference's log-probs."""
+        with torch.no_grad(), self.model() as model:
+            if self.copy is not None:
+                self.copy.to(batch["input_ids"].device)
+            return completion_logps(model, batch)
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of a model without adapters that does not train."""
+    taught = model.__dict__.pop("forward", None)  # it holds on to the original's layers
+    try:
+        import copy
+
+        made = copy.deepcopy(model)
+    finally:
+        if taught is not None:
+            model.forward = taught
+    return with_completion_logps(made.requires_grad_(False).eval())
+
+
+def reference_mode(mode: str, train: str) -> str:
+    """Return what `auto` means: adapters off where there are adapters, else a copy.
+
+    Raises:
+        ModelError: adapters to be switched off of a model that has none.
+    """
+    if mode == "auto":
+        return "lora_off" if train == "lora" else "copy"
+    if mode == "lora_off" and train != "lora":
+        raise ModelError("There are no adapters to switch off", where="reference.mode", do="Use copy or precomputed")
+    return mode
+
+
+class LogpCache:
+    """Reference log-probs on disk, by what they are of: the model's files, and the tokens of prompt and completion.
+
+    A folder per model holds shards of a few thousand rows, each written whole, so that an interrupted computation
+    goes on where it stopped, and runs of any objective share what they have in common.
+
+    Args:
+        folder: where caches live; `reference/` in align's cache when None.
+        model: folder of the model's files, or a hub name.
+        dtype: precision of its matrix products.
+    """
+
+    SHARD = 2048
+
+    def __init__(self, folder: str | Path | None, model: str, dtype: str) -> None:
+        root = Path(folder) if folder is not None else cache_directory() / "reference"
+        self.folder = root / model_digest(model, dtype)
+        self.known: dict[bytes, float] = {}
+        self.computed = 0
+
+    def read(self) -> None:
+        """Read every shard there is."""
+        from safetensors.numpy import load_file
+
+        for shard in sorted(self.folder.glob("*.safetensors")):
+            found = load_file(shard)
+            self.known.update(zip((key.tobytes() for key in found["key"]), found["logp"].tolist(), strict=True))
+
+    def fill(
+        self, tokens: Tokens, wanted: Sequence[tuple[int, int]], score: Callable[[Batch], Tensor], *, world: World,
+        pad: int, batch: int = 16,
+    ) -> None:  # fmt: skip
+        """Compute what is missing, each process its share, and have all of it known to every process.
+
+        Args:
+            tokens: the rows.
+            wanted: (row of the prompt, row of the completion).
+            score: log-probs `[B]` of a batch.
+            world: the processes.
+            pad: token id of padding.
+            batch: rows at once, of like length.
+        """
+        self.read()
+        keys = {tokens.digest(*pair): pair for pair in wanted}
+        missing = [(key, pair) for key, pair in sorted(keys.items()) if key not in self.known]
+        world.wait()  # nobody writes while another still reads
+        mine = [missing[i] for i in world.share(len(missing))]
+        for start in range(0, len(mine), self.SHARD):
+            shard = sorted(mine[start : start + self.SHARD], key=lambda item: self._length(tokens, item[1]))
+            values: list[float] = []
+            for i in range(0, len(shard), batch):
+                rows = [tokens.sequence(*pair) for _, pair in shard[i : i + batch]]
+                values += score(collate(rows, pad)).double().tolist()
+            self._write([key for key, _ in shard], values)
+        self.computed += len(missing)
+        world.wait()
+        self.read()
+
+    @staticmethod
+    def _length(tokens: Tokens, pair: tuple[int, int]) -> int:
+        return len(tokens.prompts[pair[0]]) + len(tokens.completions[pair[1]])
+
+    def _write(self, keys: Sequence[bytes], values: Sequence[float]) -> None:
+        from safetensors.numpy import save_file
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = hashlib.sha256(b"".join(keys)).hexdigest()[:24]
+        with tempfile.TemporaryDirectory(prefix=".writing_", dir=self.folder) as temporary:
+            path = Path(temporary) / "shard.safetensors"
+            table = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(len(keys), 16).copy()
+            save_file({"key": table, "logp": np.array(values, dtype=np.float64)}, path)
+            path.replace(self.folder / f"{name}.safetensors")
+
+    def lookup(self, tokens: Tokens, pairs: Sequence[tuple[int, int]]) -> Tensor:
+        """Return the log-probs of (row of the prompt, row of the completion) pairs, float32 `[B]`."""
+        return torch.tensor([self.known[tokens.digest(*pair)] for pair in pairs], dtype=torch.float32)
+
+
+def model_digest(model: str, dtype: str) -> str:
+    """Return 24 hex digits that name a model by its files' content, and the precision it runs at."""
+    folder = Path(resolve_language_model(model))
+    digest = hashlib.sha256(json.dumps([dtype, "" if folder.is_dir() else model]).encode())
+    files = (
+        [f for f in folder.iterdir() if f.name == "config.json" or f.suffix == ".safetensors"]
+        if folder.is_dir()
+        else []
+    )
+    for file in sorted(files):
+        with file.open("rb") as handle:
+            digest.update(file.name.encode() + hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()[:24]

@@ -1,0 +1,188 @@
+"""Between the trainers and `transformers.Trainer`: a microbatch's tensors, the models that see it, its losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from align.errors import ConfigError
+from align.launch import World
+from trainers.language_model import LogpCache, Reference, TokenLogps, completion_logps
+from trainers.preference_data import Tokens, collate
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What an optimizer batch holds over accumulation and processes: rows, of each class, and completion tokens."""
+
+    rows: int
+    up: int
+    down: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """Losses of this process's rows of a microbatch.
+
+    Args:
+        loss: the part of the global batch's loss that these rows are: its sum over all processes and microbatches
+            is the loss.
+        rows: `[B]`, each row's own loss, to name what is not finite.
+        measures: per-row values `[B]` by name, for the log.
+    """
+
+    loss: Tensor
+    rows: Tensor
+    measures: Mapping[str, Tensor]
+
+
+@dataclass
+class Models:
+    """The policy, wrapped as it trains and not, and the reference."""
+
+    policy: nn.Module
+    plain: nn.Module
+    reference: Reference | None
+
+    def logps(self, batch: Mapping[str, Tensor]) -> TokenLogps:
+        """Log-probs under the policy, with gradient."""
+        return completion_logps(self.policy, batch)
+
+    def free_logps(self, batch: Mapping[str, Tensor]) -> TokenLogps:
+        """Log-probs under the policy, without gradient."""
+        with torch.no_grad():
+            return completion_logps(self.plain, batch)
+
+    def reference_logps(self, batch: Mapping[str, Tensor]) -> TokenLogps:
+        """Log-probs under the model before training."""
+        if self.reference is None:
+            raise ConfigError("This run has no reference model", where="reference")
+        return self.reference.logps(batch)
+
+
+class Objective(Protocol):
+    """What one trainer file adds to this one.
+
+    `paired` rows are read in pairs, `mismatched` asks for each prompt with another's completion, `labelled` needs a
+    thumb a row, `soft` takes scores for labels, `referenced` compares with the model before training, `oversample`
+    evens the classes out. `beta` makes rewards of log-ratios.
+    """
+
+    paired: bool
+    mismatched: bool
+    labelled: bool
+    referenced: bool
+    oversample: bool
+    soft: bool
+    beta: float
+
+    def prepare(self, tokens: Tokens) -> dict[str, Any]:
+        """Look at the training rows once; return what the run's record should say of it."""
+
+    def losses(self, models: Models, batch: Mapping[str, Any], totals: Totals, world: World) -> RowLosses:
+        """Return the losses of a microbatch."""
+
+    def finish(self, world: World) -> dict[str, float]:
+        """Bring running state up to date after an optimizer step, all processes together; return metrics."""
+
+    def state(self) -> dict[str, Any]:
+        """Return the running state as JSON."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Set what `state` returned."""
+
+
+def microbatch(
+    tokens: Tokens,
+    every: np.ndarray,
+    rows: Sequence[int],
+    partners: Sequence[int],
+    cache: LogpCache | None,
+    *,
+    pad: int,
+    paired: bool = False,
+    mismatched: bool = False,
+) -> dict[str, Any]:
+    """Return the tensors of some rows of a microbatch.
+
+    Args:
+        tokens: all rows.
+        every: the rows of the whole microbatch, over all processes, for `totals`.
+        rows: this process's; `paired` rejected rows follow the chosen ones.
+        partners: rows whose completions go with the prompts of `rows`, when `mismatched`.
+        cache: reference log-probs, if they were computed before.
+        pad: token id of padding.
+
+    Returns:
+        `sequences`, a batch of `collate`: the rows, then the mismatched pairs; `count` of the former; `label`,
+        `weight`, `index` `[B]`; `reference` `[B or 2 B]` with a cache; `totals`.
+    """
+    own = [*rows, *(r + 1 for r in rows)] if paired else list(rows)
+    pairs = [(i, i) for i in own] + (list(zip(rows, partners, strict=True)) if mismatched else [])
+    everyone = np.concatenate([every, every + 1]) if paired else every
+    up = tokens.desirable[everyone]
+    found: dict[str, Any] = {
+        "sequences": collate([tokens.sequence(*pair) for pair in pairs], pad),
+        "count": len(own),
+        "label": torch.tensor(tokens.label[own], dtype=torch.float32),
+        "weight": torch.tensor(tokens.weight[own], dtype=torch.float32),
+        "index": torch.tensor(own),
+        "totals": Totals(
+            len(every), int(up.sum()), int((~up).sum()), sum(len(tokens.completions[i]) for i in everyone)
+        ),
+    }  # fmt: skip
+    if cache is not None:
+        found["reference"] = cache.lookup(tokens, pairs)
+    return found
+
+
+def part(batch: Mapping[str, Tensor], start: int, stop: int | None) -> dict[str, Tensor]:
+    """Return some rows of a batch of `collate`, without columns that are padding in all of them."""
+    mask = batch["attention_mask"][start:stop]
+    width = int(mask.sum(1).max()) if len(mask) else 0
+    return {name: value[start:stop, :width] for name, value in batch.items()}
+
+
+def log_ratios(
+    models: Models, batch: Mapping[str, Any], clamp: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return the log-ratios to the reference of a microbatch's rows `[B]`, of its mismatched pairs, and log-probs.
+
+    The reference sees rows and mismatched pairs in one call. Only the rows' log-ratios carry a gradient.
+
+    Args:
+        models: policy and reference.
+        batch: of `microbatch`.
+        clamp: applied to each token's log-ratio; needs a live reference.
+
+    Returns:
+        log-ratios, those of the mismatched pairs or None without any, and the policy's log-probs, detached.
+    """
+    sequences, count = batch["sequences"], batch["count"]
+    total = len(sequences["input_ids"])
+    live = None if "reference" in batch else models.reference_logps(sequences)
+    reference = batch["reference"] if live is None else live.per_row()
+    mismatched = None
+    if total > count:
+        free = models.free_logps(part(sequences, count, None))
+        mismatched = free.per_row() - reference[count:]
+        if clamp is not None and live is not None:
+            mismatched = free.per_row(clamp(free.values - live.values[-len(free.values) :]))
+    own = models.logps(part(sequences, 0, count))
+    if live is None:
+        ratio = own.per_row() - reference[:count]
+    else:
+        difference = own.values - live.values[: len(own.values)]
+        ratio = own.per_row(difference if clamp is None else clamp(difference))
+    return ratio, mismatched, own.per_row(own.values.detach())
+
+
+def add_totals(parts: Sequence[Totals]) -> Totals:
+    """Add up the microbatches of an optimizer step."""
+    return Totals(*(sum(getattr(p, name) for p in parts) for name in ("rows", "up", "down", "tokens")))

@@ -1,0 +1,186 @@
+"""One sitting of a language run: signals, run.json, the log of its steps, how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import shutil
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from align import launch
+from align.run import describe_machine, peak_memory_mb
+from align.tracking import Progress, RunLog
+from trainers.language_engine import deepspeed_arguments
+from trainers.language_measures import LanguageEvaluation, update_metrics
+from trainers.language_objective import RowLosses
+from trainers.result import RunResult
+
+if TYPE_CHECKING:
+    from trainers.language import LanguageRun
+
+
+@dataclass
+class Session:
+    """One sitting of a run: signals, the log, what the steps measured, how it ended."""
+
+    run: LanguageRun
+    log: RunLog
+    saved: dict[str, Any] | None
+    began: float
+    step: int = 0
+    evaluation: LanguageEvaluation | None = None
+    _signal: str = ""
+    _stopping: str = ""
+    _measures: list[dict[str, np.ndarray]] = field(default_factory=list)
+    _loss: float = 0.0
+    _real: list[int] = field(default_factory=lambda: [0, 0])
+
+    @property
+    def directory(self) -> Path:
+        """The run folder."""
+        return self.run.directory
+
+    def __enter__(self) -> Session:
+        run, saved = self.run, self.saved or {}
+        self.step = int(saved.get("step", 0))
+        self.counters: dict[str, float] = dict(saved.get("counters", {}))
+        if saved:
+            run.objective.restore(saved["objective"])
+        self.log.truncate_after(self.step if saved or (self.directory / "metrics.jsonl").is_file() else -1)
+        for key, old, new in run._changed:
+            self.log.warn(self.step, "note", "fork", f"from here on {key} is {new!r}; it was {old!r}")
+        for finding in run.findings:
+            if not saved and finding.level == "warning":
+                self.log.warn(0, "warning", finding.code, f"{finding.message}. {finding.do}")
+        if not saved:
+            for message in run.about.get("warnings", ()):
+                self.log.warn(0, "warning", "data", message)
+        self._handlers: dict[int, Any] = {}
+        with contextlib.suppress(ValueError):  # only the main thread may set handlers
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._handlers[number] = signal.signal(number, self._ask)
+        self._mark = (time.perf_counter(), time.process_time())
+        self._elapsed = (self.counters.get("seconds", 0.0), self.counters.get("cpu_seconds", 0.0))
+        self.progress = Progress(run.steps, initial=self.step, silent=not run.world.leads)
+        self.progress.__enter__()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self.progress.__exit__(kind, error, trace)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        shutil.rmtree(self.directory / "checkpoints" / ".staging", ignore_errors=True)
+        if kind is not None:
+            with contextlib.suppress(OSError):
+                self.finish("failed")
+        self.log.close()
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self._signal == "SIGINT" and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._signal = signal.Signals(number).name
+
+    def before(self) -> None:
+        """Write the run's record, and measure the model before training."""
+        run = self.run
+        existing = self.directory / "run.json"
+        first = json.loads(existing.read_text(encoding="utf-8")).get("started") if existing.is_file() else None
+        model = run_model(self.evaluation)
+        self.record = {
+            "trainer": run.config.trainer, "name": run.config.name, "seed": run.config.seed,
+            "started": first or _now(), "finished": None, "status": "running", "steps_planned": run.steps,
+            "engine": engine_name(run), "processes": run.world.size, "reference": run.reference,
+            "model": {"path": run.config.model.path, "train": run.config.model.train, **model}, **run.about,
+            **describe_machine(),
+        }  # fmt: skip
+        self.log.write_run(self.record)
+        self.evaluation.before(self.step)
+
+    def collect(self, found: RowLosses, inputs: Mapping[str, Any]) -> None:
+        """Keep what a microbatch measured until its step is logged."""
+        self._loss += float(found.loss.detach())
+        self._measures.append({name: v.detach().float().cpu().numpy() for name, v in found.measures.items()})
+        mask = inputs["sequences"]["attention_mask"]
+        self._real[0] += int(mask.sum())
+        self._real[1] += mask.numel()
+
+    def commit(self, step: int, numbers: Mapping[str, float]) -> str:
+        """Bring state up to date after an optimizer step and log it; return why to stop, if so. All together."""
+        run = self.run
+        parts = run.world.gather((self._loss, self._measures, self._real))
+        rows = [measure for _, measures, _ in parts for measure in measures]
+        merged = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]} if rows else {}
+        state = run.objective.finish(run.world)
+        now, cpu = time.perf_counter(), time.process_time()
+        self.step = step
+        row = {
+            "step": step, "loss": sum(loss for loss, _, _ in parts), **numbers, **update_metrics(merged), **state,
+            "epoch": step * run.accumulation / run.per_epoch,
+            "real_token_share": sum(r[0] for *_, r in parts) / max(1, sum(r[1] for *_, r in parts)),
+            "seconds": now - self._mark[0], "cpu_seconds": cpu - self._mark[1],
+            "seconds_total": self._elapsed[0] + now - self.began, "cpu_seconds_total": self._elapsed[1] + cpu,
+            "peak_memory_mb": peak_memory_mb(),
+        }  # fmt: skip
+        self._measures, self._loss, self._real = [], 0.0, [0, 0]
+        self._mark = (now, cpu)
+        self.counters["seconds"], self.counters["cpu_seconds"] = row["seconds_total"], row["cpu_seconds_total"]
+        self.log.metrics(row)
+        self.progress.update(row)
+        self.evaluation.during(step)
+        asked = self._signal or ("launcher" if launch.asked_to_stop() else "")
+        self._stopping = run.world.first([asked])
+        return self._stopping
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps beside the Trainer's files."""
+        run = self.run
+        return {
+            "step": self.step, "objective": run.objective.state(), "counters": self.counters,
+            "config": run.config.model_dump(mode="json"),
+        }  # fmt: skip
+
+    def after(self) -> RunResult:
+        """Measure the trained model and write the summary; or say that the run was stopped."""
+        if self._stopping and self.step < self.run.steps:
+            self.finish("stopped")
+            return RunResult(self.directory, "stopped", {})
+        summary = self.evaluation.after(self.step)
+        summary |= {"cpu_seconds": self.counters.get("cpu_seconds"), "seconds": self.counters.get("seconds")}
+        if self.run.world.leads:
+            path = self.directory / "summary.json"
+            path.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        self.finish("complete")
+        return RunResult(self.directory, "complete", summary)
+
+    def finish(self, status: str) -> None:
+        """Record how the run ended: complete, stopped or failed."""
+        if hasattr(self, "record"):
+            self.record.update(status=status, finished=_now())
+            self.log.write_run(self.record)
+
+
+def engine_name(run: LanguageRun) -> str:
+    """Return what carries the updates out, as run.json names it."""
+    if run.deepspeed:
+        return f"deepspeed_zero{deepspeed_arguments(run.deepspeed)['zero_optimization']['stage']}"
+    return "single" if run.world.size == 1 else "data_parallel"
+
+
+def run_model(evaluation: LanguageEvaluation | None) -> dict[str, int]:
+    """Return the number of weights and of those that train."""
+    weights = list(evaluation.models.plain.parameters()) if evaluation is not None else []
+    trained = sum(p.numel() for p in weights if p.requires_grad)
+    return {"parameters": sum(p.numel() for p in weights), "trained_parameters": trained}
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,215 @@
+"""`transformers.Trainer` with our batches, losses, guards and checkpoints.
+
+It owns the loop: accumulation, distribution, mixed precision, schedules. Everything it would print, send, rotate or
+write outside a staging folder is off.
+
+A loss that is not finite is refused before its backward pass, and a gradient before the optimizer. Under DeepSpeed the
+optimizer steps inside the backward pass of the last microbatch: there a gradient that is not finite is seen after it,
+and stops the run before the step is logged or saved.
+"""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from align import checkpoint, guards
+from align.errors import GuardError
+from trainers.language_engine import deepspeed_arguments
+from trainers.language_model import LogpCache, Reference, quiet
+from trainers.language_objective import Models, RowLosses, add_totals, microbatch
+
+if TYPE_CHECKING:
+    from trainers.language import LanguageRun
+    from trainers.language_session import Session
+
+REFERENCE_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+"""Largest |log-ratio| a token, in nats, before the first update."""
+
+
+def training_arguments(run: LanguageRun, staging: Path) -> TrainingArguments:
+    """Return what `transformers.Trainer` is told: everything it would write, print, send or rotate is off."""
+    config, optimizer = run.config, run.config.optimizer
+    schedule = {"constant": "constant_with_warmup"}.get(optimizer.schedule, optimizer.schedule)
+    cpu = not torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(staging), per_device_train_batch_size=config.microbatch // run.world.size,
+        gradient_accumulation_steps=run.accumulation, max_steps=run.steps, learning_rate=optimizer.lr,
+        lr_scheduler_type=schedule, warmup_steps=round(optimizer.warmup * run.steps), adam_beta1=optimizer.betas[0],
+        adam_beta2=optimizer.betas[1], adam_epsilon=optimizer.eps, weight_decay=optimizer.weight_decay,
+        max_grad_norm=(optimizer.max_grad_norm or 0.0) if run.deepspeed else 0.0, seed=config.seed % 2**32,
+        bf16=config.model.dtype == "bf16", use_cpu=cpu, ddp_backend="gloo" if cpu and run.world.size > 1 else None,
+        ddp_find_unused_parameters=False,
+        deepspeed=deepspeed_arguments(run.deepspeed) if run.deepspeed else None, logging_nan_inf_filter=False,
+        save_strategy="no", logging_strategy="no", eval_strategy="no", report_to=[], disable_tqdm=True,
+        remove_unused_columns=False,
+        **_checkpointing(config.model.gradient_checkpointing),
+    )  # fmt: skip
+
+
+def _checkpointing(wanted: bool) -> dict[str, Any]:
+    """Return how this release of transformers is told to recompute activations."""
+    if not wanted:
+        return {}
+    new = "activation_checkpointing" in inspect.signature(TrainingArguments.__init__).parameters
+    name = "activation_checkpointing" if new else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+
+
+class Microbatches(Dataset):
+    """This process's part of every microbatch of a run, in order over all epochs."""
+
+    def __init__(self, run: LanguageRun, cache: LogpCache | None) -> None:
+        self.run, self.cache = run, cache
+
+    def __len__(self) -> int:
+        return self.run.steps * self.run.accumulation
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        run = self.run
+        epoch, place = divmod(index, run.per_epoch)
+        plan, share = run.plan(epoch), run.world.share(run.config.microbatch)
+        rows, partners = plan.rows[place], plan.partners[place]
+        return microbatch(
+            run.tokens, rows, rows[share.start : share.stop].tolist(), partners[share.start : share.stop].tolist(),
+            self.cache, pad=run.tokenizer.pad_token_id, paired=run.objective.paired,
+            mismatched=run.objective.mismatched,
+        )  # fmt: skip
+
+
+class AlignTrainer(transformers.Trainer):
+    """`transformers.Trainer` with our batches, losses, guards and checkpoints.
+
+    Args:
+        run: what is trained.
+        session: where it is written down.
+        cache: reference log-probs that were computed before.
+        reference: the model before training.
+    """
+
+    def __init__(
+        self, run: LanguageRun, session: Session, cache: LogpCache | None, reference: Reference | None, **options: Any
+    ) -> None:
+        super().__init__(**options, callbacks=[_Commit(run, session, self)])
+        self.remove_callback(PrinterCallback)
+        self.loss_is_scaled_for_ga = True
+        self.run, self.session, self.cache = run, session, cache
+        self.models = Models(self.model, self.model, reference)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return this process's microbatches of the whole run, one at a time; resuming skips them unread."""
+        data = Microbatches(self.run, self.cache)
+        return DataLoader(data, batch_size=1, sampler=SequentialSampler(data), collate_fn=lambda items: items[0])
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """Return the microbatches of an optimizer step and their `Totals`, which are those of all processes."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        return batches, add_totals([batch["totals"] for batch in batches]) if batches else None
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Return 0: nothing here is called input_ids, which the Trainer counts by."""
+        return 0
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Return this process's part of the global batch's loss, refused when any process's is not finite."""
+        self.models.policy = model
+        found = self.run.objective.losses(self.models, inputs, num_items_in_batch, self.run.world)
+        self._require_finite(found, inputs)
+        if self.state.global_step == 0:
+            self._require_reference(found, inputs)
+        self.session.collect(found, inputs)
+        return found.loss * self.run.world.size  # gradients are averaged over processes
+
+    def _require_finite(self, found: RowLosses, inputs: Mapping[str, Any]) -> None:
+        bad = ~found.rows.detach().isfinite()
+        flag = self.run.world.add(bad.any().float() + (~found.loss.detach().isfinite()).float())
+        if not float(flag):
+            return
+        names = [self.run.tokens.place[int(i)] for i in inputs["index"][: len(bad)][bad].tolist()]
+        raise GuardError(
+            "The loss is not finite", where=f"step {self.state.global_step + 1}",
+            why=self.run.world.first([", ".join(names[:4])]) or "the sum of its rows overflowed",
+            do="The weights are unchanged. Lower optimizer.lr, use fp32, or look at those rows",
+        )  # fmt: skip
+
+    def _require_reference(self, found: RowLosses, inputs: Mapping[str, Any]) -> None:
+        """Before the first update the policy is the reference, so every log-ratio is 0 up to rounding."""
+        ratio = found.measures.get("log_ratio")
+        if ratio is None:
+            return
+        tokens = torch.tensor([len(self.run.tokens.completions[int(i)]) for i in inputs["index"]], device=ratio.device)
+        error = (ratio.abs() / tokens[: len(ratio)]).max().reshape(1)
+        worst = max(float(e) for e in self.run.world.gather(float(error)))
+        if worst > REFERENCE_TOLERANCE[self.run.config.model.dtype]:
+            raise GuardError(
+                "The policy is not the reference before the first update", where="step 1",
+                why=f"a log-ratio of {worst:.2g} nats a token, where rounding leaves "
+                f"{REFERENCE_TOLERANCE[self.run.config.model.dtype]:.0e}",
+                do="Look for dropout, another precision, or a reference cache of another model",
+            )  # fmt: skip
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Have the Trainer write into a staging folder, and publish it whole."""
+        staging = Path(self.args.output_dir)
+        self.run.world.led(lambda: shutil.rmtree(staging, ignore_errors=True))
+        with quiet():
+            super()._save_checkpoint(model, trial)
+        self.run.world.wait()
+        self.run.world.led(lambda: self._publish(staging))
+
+    def _publish(self, staging: Path) -> None:
+        folder = staging / f"checkpoint-{self.state.global_step}"
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says it all
+        self.run.tokenizer.save_pretrained(folder)
+        checkpoint.publish(
+            self.session.directory / "checkpoints", self.state.global_step, folder, self.session.state(),
+            keep=self.run.config.checkpoint.keep,
+        )  # fmt: skip
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+class _Commit(TrainerCallback):
+    """Guards the gradient before each optimizer step; logs, evaluates and asks for checkpoints after it."""
+
+    def __init__(self, run: LanguageRun, session: Session, trainer: AlignTrainer) -> None:
+        self.run, self.session, self.trainer = run, session, trainer
+        self.norm, self.lr = float("nan"), float("nan")
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Refuse a gradient that is not finite, then clip it."""
+        self.lr = float(self.trainer.lr_scheduler.get_last_lr()[0])
+        if self.trainer.is_deepspeed_enabled:
+            return control  # it has stepped already; see on_step_end
+        parameters = [p for p in self.trainer.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters]) if parameters else torch.zeros(())
+        guards.require_gradient(norm, torch.zeros(()), f"step {state.global_step + 1}", expected=state.global_step == 0)
+        limit = self.run.config.optimizer.max_grad_norm
+        if limit is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        self.norm = float(norm)
+        return control
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Write the step down, and stop or save when it is time."""
+        if self.trainer.is_deepspeed_enabled:
+            norm = torch.as_tensor(float(self.trainer.model_wrapped.get_global_grad_norm() or 0.0))
+            guards.require_finite(norm, "The gradient norm", f"step {state.global_step}")
+            self.norm = float(norm)
+        stop = self.session.commit(state.global_step, {"lr": self.lr, "grad_norm": self.norm})
+        every = self.run.config.checkpoint.every
+        last = state.global_step >= self.run.steps
+        control.should_training_stop = bool(stop) or last
+        control.should_save = bool(stop) or last or bool(every and state.global_step % every == 0)
+        return control
