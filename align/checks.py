@@ -273,6 +273,12 @@ def _rewards(config: DanceGRPOConfig) -> list[Finding]:
                 "error", "heldout_is_trained", f"The held-out reward {reward.name!r} is also trained on",
                 "Give it other args (such as split: evaluator), or remove it", f"heldout_rewards.{i}.name",
             ))  # fmt: skip
+    for i, reward in enumerate(config.heldout_rewards):
+        if reward.role == "gate":
+            found.append(Finding(
+                "error", "heldout_gate", f"The held-out reward {reward.name!r} has role: gate, and nothing to close",
+                "Remove it; held-out rewards are only measured", f"heldout_rewards.{i}.role",
+            ))  # fmt: skip
     gates = [reward.name for reward in config.rewards if reward.role == "gate"]
     if (config.combine.mode == "gate") != (0 < len(gates) < len(config.rewards)):
         found.append(Finding(

@@ -26,9 +26,14 @@ from align.output import word as _word
 
 if TYPE_CHECKING:
     from align.checks import Finding
-    from align.config import DanceGRPOConfig
+    from align.config import DanceGRPOConfig, RunConfig
 
 INTERRUPTED = 130
+_EXTRAS = {
+    "torch": "diffusion", "diffusers": "diffusion", "transformers": "diffusion", "peft": "diffusion",
+    "sklearn": "diffusion", "datasets": "llm", "deepspeed": "llm", "open_clip": "rewards", "httpx": "rewards",
+    "fastapi": "server", "uvicorn": "server", "pyarrow": "rewards",
+}  # fmt: skip
 _DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
@@ -57,6 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
+            raise
+        sys.stderr.write(f"align: This needs {package}. Run `pip install 'align[{_EXTRAS[package]}]'`.\n")
+        return 2
     except OSError as error:
         if error.errno not in _DISK_REFUSES:
             raise
@@ -126,6 +137,7 @@ def _known(word: str, choices: Sequence[str] | dict[str, Any], kind: str) -> Non
 def _train(options: argparse.Namespace) -> int:
     from align.checks import describe_config, require_valid
     from align.config import load_config
+    from align.launch import require_launcher
     from align.run import require_directory
 
     seed = [] if options.seed is None else [f"seed={options.seed}"]
@@ -136,13 +148,14 @@ def _train(options: argparse.Namespace) -> int:
         described = {**describe_config(config, findings), "out": str(out)}
         return _give(options, described, f"{_config_text(described)}\nwould train into {out}")
     if options.launch:
+        require_launcher(options.launch)
         require_directory(out, config, overwrite=options.overwrite, fork=options.fork)
         switches = [name for name in ("overwrite", "fork") if getattr(options, name)]
         again = ["train", options.config, *options.overrides, *seed, "--out", str(out), *(f"--{s}" for s in switches)]
         return _launch(options, again, out)
     for finding in findings if _leads() else ():
         if finding.level == "warning":
-            sys.stderr.write(f"align: Warning: {finding.message}. {finding.do}.\n")
+            sys.stderr.write(f"align: Warning: {finding.message}. {_sentence(finding.do)}\n")
     from trainers import trainer_for
 
     trainer = trainer_for(config, out=out, overwrite=options.overwrite, fork=options.fork, deepspeed=options.deepspeed)
@@ -284,7 +297,7 @@ def _check(options: argparse.Namespace) -> int:
     else:
         config = load_config(options.file, options.overrides)
     findings = check_config(config, reward_names=_reward_names(), files=True)
-    found = describe_config(config, [*_bad_transforms(config), *findings])
+    found = describe_config(config, [*_bad_rewards(config), *findings])
     _give(options, found, _config_text(found))
     return 0 if found["valid"] else 2
 
@@ -327,7 +340,11 @@ def _rewards(options: argparse.Namespace) -> int:
         _known(options.name, cards, "reward")
         card = cards[options.name]
         return _give(options, card, _table([(key, _word(value)) for key, value in card.items()]))
-    return _give(options, list(cards.values()), _table([(name, card["definition"]) for name, card in cards.items()]))
+    shown = ("name", "media", "range", "licence", "size")
+    rows = [shown, *(tuple(card[key] for key in shown) for card in cards.values())]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(shown))]
+    text = "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return _give(options, list(cards.values()), f"{text}\n\n`align rewards describe NAME` says what each of them is")
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -381,18 +398,28 @@ def _doctor(options: argparse.Namespace) -> int:
     return 0 if all(check.ok for check in checks) else 2
 
 
-def _bad_transforms(config: DanceGRPOConfig) -> list[Finding]:
+def _bad_rewards(config: RunConfig) -> list[Finding]:
+    """What is wrong with the arguments and transforms of a config's rewards, without building one."""
     from align.checks import Finding
+    from rewards.base import require_arguments
     from rewards.compose import build_transforms
 
-    found = []
+    found, names = [], _reward_names()
     for part in ("rewards", "heldout_rewards"):
         for i, reward in enumerate(getattr(config, part, ())):
-            try:
-                build_transforms(reward.transform, reward.name)
-            except ConfigError as error:
-                found.append(Finding("error", "transform", str(error).removesuffix("."), "", f"{part}.{i}.transform"))
+            checks = [("transform", lambda r=reward: build_transforms(r.transform, r.name))]
+            if reward.name in names and reward.args.get("placement") != "remote":
+                checks.append(("args", lambda r=reward: require_arguments(r.name, r.args)))
+            for key, check in checks:
+                try:
+                    check()
+                except ConfigError as error:
+                    found.append(Finding("error", key, str(error).removesuffix("."), "", f"{part}.{i}.{key}"))
     return found
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith(("?", ".", "!")) else text + "."
 
 
 def _reward_names() -> list[str]:
@@ -462,7 +489,7 @@ def _prompts_text(found: dict[str, Any]) -> str:
 def _config_text(found: dict[str, Any]) -> str:
     rows = _language_rows(found) if "ledger" not in found else _visual_rows(found)
     for finding in found["findings"]:
-        advice = f" {finding['do'].removesuffix('.')}." if finding["do"] else ""
+        advice = f" {_sentence(finding['do'])}" if finding["do"] else ""
         where = f" ({finding['key']})" if finding["key"] else ""
         rows.append((finding["level"], f"{finding['message']}{where}.{advice}"))
     return _table(rows)

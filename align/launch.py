@@ -155,6 +155,16 @@ def leave_world() -> None:
         dist.destroy_process_group()
 
 
+def require_launcher(launcher: str) -> None:
+    """Refuse a launcher that is none.
+
+    Raises:
+        ConfigError: with the closest known one.
+    """
+    if launcher not in LAUNCHERS:
+        raise ConfigError(f"Unknown launcher {launcher!r}", where="--launch", do=suggest(launcher, LAUNCHERS))
+
+
 def launch_command(launcher: str, processes: int, arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Return the command that runs `align <arguments>` in several processes of this machine, and what it adds
     to the environment.
@@ -162,8 +172,7 @@ def launch_command(launcher: str, processes: int, arguments: Sequence[str]) -> t
     Raises:
         ConfigError: an unknown launcher, one that is not installed, or fewer processes than one.
     """
-    if launcher not in LAUNCHERS:
-        raise ConfigError(f"Unknown launcher {launcher!r}", where="--launch", do=suggest(launcher, LAUNCHERS))
+    require_launcher(launcher)
     if processes < 1:
         raise ConfigError("A launch needs at least one process", where=f"--nproc {processes}")
     import torch

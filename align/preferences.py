@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import DataError
-from align.prompts import read_rows
+from align.prompts import FORMATS, read_rows
 from align.registry import suggest
 from align.seeding import seed as derive_seed
 
@@ -398,7 +398,7 @@ def is_preference_file(path: str | Path, peek: Callable[[Path], Iterable[tuple[s
     path = Path(path)
     if path.is_dir():
         return (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
-    if path.suffix.lower() == ".txt" or not path.is_file():
+    if path.suffix.lower() not in FORMATS or path.suffix.lower() == ".txt" or not path.is_file():
         return False
     _, first = next(iter(peek(path)), ("", {}))
     return isinstance(first, Mapping) and any(

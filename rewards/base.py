@@ -217,6 +217,15 @@ def get_reward(name: str, **args: Any) -> Reward:
         client = {k: args[k] for k in inspect.signature(RemoteReward).parameters if k in args and k != "args"}
         inner = {k: v for k, v in args.items() if k not in client and k != "placement"}
         return RemoteReward(**{**client, "reward": name, "args": inner})
+    return require_arguments(name, args)(**args)
+
+
+def require_arguments(name: str, args: Mapping[str, Any]) -> Callable[..., Reward]:
+    """Return what builds the reward `name`, if it takes these arguments; builds nothing.
+
+    Raises:
+        ConfigError: an unknown reward or argument, each with the closest known one; a missing argument.
+    """
     factory = find_factory(name)
     accepted = inspect.signature(factory).parameters
     for argument in args:
@@ -229,7 +238,7 @@ def get_reward(name: str, **args: Any) -> Reward:
     ]
     if lacking := [argument for argument in needed if argument not in args]:
         raise ConfigError(f"The reward {name!r} needs {' and '.join(lacking)}", do=f"Give args: {{{lacking[0]}: ...}}")
-    return factory(**args)
+    return factory
 
 
 def _entry(name: str) -> Entry:

@@ -144,11 +144,6 @@ def stacked(images: Tensor | Sequence[Tensor], device: torch.device) -> Tensor:
     return batch.expand(-1, 3, -1, -1) if batch.shape[1] == 1 else batch
 
 
-def to_8_bit(pixels: Tensor) -> Tensor:
-    """Clamp to [0, 1] and round to multiples of 1/255, half up, with the gradient of the clamp alone."""
-    return _to_levels(pixels * 255) / 255
-
-
 def _to_levels(levels: Tensor) -> Tensor:  # written over where no graph needs it: images are large
     if not levels.requires_grad:
         return levels.add_(0.5).floor_().clamp_(0, 255)

@@ -5,6 +5,8 @@ python scripts/docs_tables.py
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,16 +65,44 @@ def rewards() -> list[str]:
     return [f"| `{name}` | {' | '.join(rest)} |" for name, *rest in cards]
 
 
+def tables() -> list[tuple[str, str, list[str]]]:
+    """Return page, table head and rows of every table."""
+    return [
+        ("cli.md", "| key | default | meaning |\n|---|---|---|\n", configuration(DanceGRPOConfig)),
+        ("rewards.md", "| reward | what it is | range | media | licence |\n|---|---|---|---|---|\n", rewards()),
+        ("cli.md", "| trainers | key | default | meaning |\n|---|---|---|---|\n", language_configuration()),
+        ("training.md", "| metric | what it is |\n|---|---|\n", metrics()),
+    ]
+
+
+def stale() -> list[str]:
+    """Return the pages whose tables do not say what the code says."""
+    return [page for page, head, rows in tables() if head + "\n".join(rows) + "\n" not in _text(page) + "\n"]
+
+
 def write(page: str, head: str, rows: Sequence[str]) -> None:
     """Replace the rows below the table head `head` of a page."""
-    path = DOCS / page
-    before, _, rest = path.read_text(encoding="utf-8").partition(head)
+    before, _, rest = _text(page).partition(head)
     after = rest[rest.index("\n\n") :] if "\n\n" in rest else "\n"
-    path.write_text(before + head + "\n".join(rows) + after, encoding="utf-8")
+    (DOCS / page).write_text(before + head + "\n".join(rows) + after, encoding="utf-8")
+
+
+def _text(page: str) -> str:
+    return (DOCS / page).read_text(encoding="utf-8")
+
+
+def main() -> int:
+    """Write the tables, or only say which are stale."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when a page is stale")
+    if parser.parse_args().check:
+        found = stale()
+        sys.stdout.write("".join(f"{page} is stale\n" for page in found))
+        return int(bool(found))
+    for table in tables():
+        write(*table)
+    return 0
 
 
 if __name__ == "__main__":
-    write("cli.md", "| key | default | meaning |\n|---|---|---|\n", configuration(DanceGRPOConfig))
-    write("rewards.md", "| reward | what it is | range | media | licence |\n|---|---|---|---|---|\n", rewards())
-    write("cli.md", "| trainers | key | default | meaning |\n|---|---|---|---|\n", language_configuration())
-    write("training.md", "| metric | what it is |\n|---|---|\n", metrics())
+    sys.exit(main())

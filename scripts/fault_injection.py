@@ -27,8 +27,8 @@ import torch
 
 from align import checkpoint
 from align.config import load_config
-from align.diffusion.policy import resolve_model
 from align.errors import AlignError
+from align.tracking import read_jsonl
 from trainers import DanceGRPO
 
 RECIPE = [
@@ -88,7 +88,7 @@ def fingerprint(run: Path) -> dict[str, Any]:
 def kills(count: int, seed: int, folder: Path) -> dict[str, Any]:
     """Kill training at random moments until `count` kills are done; compare every finished run with one left alone."""
     config, draw = load_config("digits/smoke", RECIPE), random.Random(seed)
-    resolve_model(config.model.path)
+    DanceGRPO(config, out=folder / "here").train()  # imports what a run imports, so that kills hit training
 
     def train(out: Path) -> Callable[[], None]:
         return lambda: DanceGRPO(config, out=out).train() and None
@@ -97,15 +97,19 @@ def kills(count: int, seed: int, folder: Path) -> dict[str, Any]:
     if not finished(child(train(folder / "alone")), 600):
         raise SystemExit("the run that is left alone did not end")
     alone, whole = time.monotonic() - began, fingerprint(folder / "alone")
-    done, runs, differing = 0, 0, []
+    done, runs, differing, stood = 0, 0, [], []
     while done < count:
         out = folder / f"killed_{runs}"
         while not finished(child(train(out)), draw.uniform(0.0, alone) if done < count else 600):
             done += 1
+            stood.append(len(read_jsonl(out / "metrics.jsonl")[0]))
         differing += [f"run {runs}: {key}" for key, value in fingerprint(out).items() if value != whole[key]]
         runs += 1
         shutil.rmtree(out)
-    return {"kills": done, "runs": runs, "seconds_of_one_run": round(alone, 2), "differing": differing}
+    return {
+        "kills": done, "runs": runs, "steps_done_at_the_kills": stood, "seconds_of_one_run": round(alone, 2),
+        "differing": differing,
+    }  # fmt: skip
 
 
 def saves(count: int, seed: int, folder: Path) -> dict[str, Any]:

@@ -204,11 +204,17 @@ def open_source(source: str | Path, *, guidance_scale: float | None = None) -> S
     from align import checkpoint
 
     path = Path(source)
-    run = path if (path / "run.json").is_file() else path.parent.parent if (path / "manifest.json").is_file() else None
+    inside = path.parent.name == "checkpoints" and (path.parent.parent / "config.yaml").is_file()
+    run = path if (path / "run.json").is_file() else path.parent.parent if inside else None
     if run is None:
         policy = Policy.load(resolve_model(str(source)), ModelConfig(path=str(source), train="full"), seed=0)
         return Source(policy.with_guidance(guidance_scale or 1.0), None, str(source))
     config = load_config(run / "config.yaml")
+    if not isinstance(config, DanceGRPOConfig):
+        raise ConfigError(
+            f"A run of {config.trainer} makes no images", where=str(run),
+            do="Its checkpoint folders load in transformers or PEFT; its report says how it did",
+        )  # fmt: skip
     found = checkpoint.load(path) if path != run else checkpoint.load_latest(run / "checkpoints")
     if found is None:
         raise CheckpointError("The run has no checkpoint yet", where=str(run), do="Let it reach checkpoint.every steps")

@@ -159,8 +159,36 @@ def test_recipes_are_listed_shown_and_copied(capsys, tmp_path: Path):
     assert run(capsys, "train", str(copied), "--dry-run")[0] == 0
 
 
+def test_a_copied_recipe_is_checked_from_its_file(capsys, tmp_path):
+    mine = tmp_path / "mine.yaml"
+    assert run(capsys, "configs", "copy", "digits/smoke", str(mine))[0] == 0
+    assert run(capsys, "check", str(mine))[0] == 0
+    code, out, _ = run(capsys, "check", str(mine), "steps=7", "rewards.0.args.splt=reward")
+    assert code == 2 and "7 steps" in out and "Did you mean 'split'?" in out and "?." not in out
+    code, out, _ = run(capsys, "check", str(mine), "heldout_rewards.0.role=gate")
+    assert code == 2 and "nothing to close" in out
+
+
+def test_a_missing_package_is_named_with_its_extra(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')\n")
+    child = process("-m", "align.cli", "train", "digits/smoke", "--out", str(tmp_path / "run"), path=tmp_path)
+    said = child.communicate(timeout=60)[1]
+    assert child.returncode == 2 and "This needs torch. Run `pip install 'align[diffusion]'`" in said
+    assert "Traceback" not in said
+
+
+def test_a_language_run_is_not_evaluated_as_images(capsys, tmp_path):
+    from align.config import load_config, save_config
+
+    (tmp_path / "run.json").write_text("{}")
+    save_config(load_config("kto/smoke"), tmp_path / "config.yaml")
+    code, _, err = run(capsys, "evaluate", str(tmp_path))
+    assert code == 2 and "A run of kto makes no images" in err
+
+
 def test_rewards_are_listed_and_described(capsys):
-    assert "digits/ink_band" in run(capsys, "rewards")[1]
+    listed = run(capsys, "rewards")[1]
+    assert "digits/ink_band" in listed and "986 M weights" in listed and "unstated (weights)" in listed
     code, out, _ = run(capsys, "rewards", "describe", "digits/ink_band", "--json", "-")
     assert code == 0 and json.loads(out)["definition"]
     code, _, err = run(capsys, "rewards", "describe", "digits/ink_bnd")
