@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from align.config import DanceGRPOConfig, RewardConfig, config_types
-from align.reports.glossary import GLOSSARY, explain
+from align.reports.glossary import GLOSSARY, LANGUAGE, LANGUAGE_TRAINERS, explain, writers
 from align.textfiles import dump_value
 from rewards.catalogue import BUILT_IN
 
@@ -59,6 +59,18 @@ def metrics() -> list[str]:
     return [f"| `{key}` | {explain(key)} |" for key in (*GLOSSARY, *families)]
 
 
+def language_metrics() -> list[str]:
+    """Return one table row a key that a language run logs, with the trainers that log it."""
+    found = []
+    for key in dict.fromkeys(("step", "loss", "accuracy", *LANGUAGE)):
+        if key in LANGUAGE:
+            names = writers(key)
+            found.append(f"| `{key}` | {'all' if names == LANGUAGE_TRAINERS else ', '.join(names)} | {LANGUAGE[key]} |")
+        else:
+            found += [f"| `{key}` | {name} | {explain(key, name)} |" for name in writers(key)]
+    return found
+
+
 def rewards() -> list[str]:
     """Return one table row a reward that ships."""
     cards = [(c.name, c.definition.replace("|", r"\|"), c.range, c.media, c.licence) for c, _ in BUILT_IN]
@@ -71,6 +83,7 @@ def tables() -> list[tuple[str, str, list[str]]]:
         ("cli.md", "| key | default | meaning |\n|---|---|---|\n", configuration(DanceGRPOConfig)),
         ("rewards.md", "| reward | what it is | range | media | licence |\n|---|---|---|---|---|\n", rewards()),
         ("cli.md", "| trainers | key | default | meaning |\n|---|---|---|---|\n", language_configuration()),
+        ("llm_metrics.md", "| metric | trainers | what it is |\n|---|---|---|\n", language_metrics()),
         ("training.md", "| metric | what it is |\n|---|---|\n", metrics()),
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Mapping
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from trainers.language import LanguageRun, Models
     from trainers.language_model import LogpCache
 
+FIRST_LOGPS = "evaluations/before.json"
+"""Of a supervised run's folder: the log-prob of each held-out row before training, for changes on the same rows."""
+
 
 def auc(score: np.ndarray, positive: np.ndarray) -> float:
     """Return the chance that a positive row scores above a negative one, ties counting half; NaN with one class.
@@ -30,6 +34,40 @@ def auc(score: np.ndarray, positive: np.ndarray) -> float:
     _, inverse, times = np.unique(score, return_inverse=True, return_counts=True)
     rank = (np.cumsum(times) - (times - 1) / 2)[inverse]
     return float((rank[positive].sum() - count * (count + 1) / 2) / (count * (len(score) - count)))
+
+
+def auc_interval(score: np.ndarray, positive: np.ndarray, clusters: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % interval of the AUC when rows of one cluster (a prompt) go together; NaN with one class.
+
+    A positive row's share of negatives below it and a negative row's share of positives above it, less the AUC and
+    over their class's count, add up over clusters to the influences that `clustered_half_width` takes.
+    Source: DeLong et al. (1988); clusters as Obuchowski (1997).
+    """
+    value = auc(score, positive)
+    if not np.isfinite(value):
+        return float("nan"), float("nan")
+    part = np.empty(len(score))
+    for own, sign in ((positive, 1), (~positive, -1)):
+        other = np.sort(sign * score[~own])
+        mine = sign * score[own]
+        below = (np.searchsorted(other, mine, "left") + np.searchsorted(other, mine, "right")) / 2
+        part[own] = (below / len(other) - value) / own.sum()
+    half = clustered_half_width(part, clusters)
+    return max(0.0, value - half), min(1.0, value + half)
+
+
+def clustered_half_width(influence: np.ndarray, clusters: np.ndarray) -> float:
+    """Return 1.96 sqrt(I / (I - 1) sum over I clusters of (their summed influence)^2); NaN with one cluster."""
+    _, index = np.unique(clusters, return_inverse=True)
+    sums = np.bincount(index, weights=influence)
+    return 1.96 * math.sqrt(len(sums) / (len(sums) - 1) * float((sums**2).sum())) if len(sums) > 1 else float("nan")
+
+
+def ratio_estimate(total: np.ndarray, count: np.ndarray, clusters: np.ndarray) -> dict[str, float | int]:
+    """Return sum total / sum count with the 95 % interval of a linearised ratio whose rows go together by cluster."""
+    mean = float(total.sum() / count.sum())
+    half = clustered_half_width((total - mean * count) / count.sum(), clusters)
+    return {"mean": mean, "ci_low": mean - half, "ci_high": mean + half, "n": len(total)}
 
 
 def class_metrics(reward: np.ndarray, log_ratio: np.ndarray, desirable: np.ndarray) -> dict[str, float]:
@@ -109,28 +147,58 @@ class LanguageEvaluation:
         if not self.rows:
             return {}
         began = time.perf_counter()
-        row = {"step": step, "n": len(self.rows), **self.measure(), "seconds": time.perf_counter() - began}
+        row = {
+            "step": step,
+            "n": len(self.rows),
+            **self.measure(first=step == 0),
+            "seconds": time.perf_counter() - began,
+        }
         self.log.evaluation(row)
         self.found[step] = row
         return row
 
-    def measure(self) -> dict[str, Any]:
-        """Return the metrics of the held-out rows under the policy. Every process must call it."""
+    def measure(self, *, first: bool = False) -> dict[str, Any]:
+        """Return the metrics of the held-out rows under the policy. Every process must call it.
+
+        Args:
+            first: the model is the one before training, with which later measures of a supervised run compare.
+        """
         tokens, rows = self.run.heldout, self.rows
         logp = self._logps(self.models.free_logps)
         count = np.array([len(tokens.completions[i]) for i in rows], dtype=float)
         if not self.run.objective.referenced:
-            nats = -float(logp.sum() / count.sum())
-            return {"nats_per_token": nats, "perplexity": math.exp(min(nats, 700.0))}
+            if first and self.run.world.leads:
+                path = self.run.directory / FIRST_LOGPS
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(logp.tolist()), encoding="utf-8")
+            return self._supervised(logp, count, tokens.prompt[rows])
         ratio, desirable = logp - self._reference_logps(), tokens.desirable[rows]
         beta = self.run.objective.beta
         found: dict[str, Any] = class_metrics(beta * ratio, ratio, desirable)
+        found["auc_ci_low"], found["auc_ci_high"] = auc_interval(ratio, desirable, tokens.prompt[rows])
         difference, pairs = pair_differences(ratio, tokens.pair[rows], desirable)
         if len(pairs):
             right = (difference > 0) + 0.5 * (difference == 0)
             found["pair_accuracy"] = bootstrap_mean(right, pairs).as_dict()
         found["log_ratio_per_token"] = float((ratio / count).mean())
         return found
+
+    def _supervised(self, logp: np.ndarray, count: np.ndarray, prompt: np.ndarray) -> dict[str, Any]:
+        """Return the nats a token, and their change since before training where that was written down."""
+        nats = -float(logp.sum() / count.sum())
+        found: dict[str, Any] = {"nats_per_token": nats, "perplexity": math.exp(min(nats, 700.0))}
+        first = self._first_logps()
+        if first is not None:
+            found["nats_change"] = ratio_estimate(first - logp, count, prompt)
+        return found
+
+    def _first_logps(self) -> np.ndarray | None:
+        """Return the held-out log-probs before training, from the run folder."""
+        try:
+            found = json.loads((self.run.directory / FIRST_LOGPS).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return np.array(found) if isinstance(found, list) and len(found) == len(self.rows) else None
 
     def _reference_logps(self) -> np.ndarray:
         if self._reference is None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+LANGUAGE_TRAINERS = ("kto", "bco", "dpo", "sft")
+"""Trainers of language models, whose runs have a page and a vocabulary of their own."""
+
 CHARTS: dict[str, str] = {
     "Reward in training": (
         "What is optimised: the weighted sum of the trained rewards. The line is each step's samples, taken "
@@ -102,8 +105,136 @@ GLOSSARY: dict[str, str] = {
 }
 
 
-def explain(key: str) -> str:
-    """Return the sentence for a key of metrics.jsonl, empty when it is not one of ours."""
+LANGUAGE_CHARTS: dict[str, str] = {
+    "Loss": "The rows of each update differ, so it wanders; judge by the held-out curves.",
+    "Held-out pair accuracy": (
+        "Share of held-out pairs whose thumbs-up answer gained more log-prob since before training than its "
+        "thumbs-down answer did, with 95 % intervals. Before training every pair is a tie, which counts half."
+    ),
+    "AUC of the implicit reward": (
+        "Chance that a thumbs-up answer has a higher log-ratio than a thumbs-down answer, of any two prompts. 0.5 is "
+        "no better than chance. The line is each update's own rows, before they are learnt from; the points are "
+        "held-out rows, with 95 % intervals that take a prompt's rows together."
+    ),
+    "Held-out rewards": (
+        "Implicit reward, beta × (log-prob now − log-prob before training), of either class on held-out rows, and "
+        "their difference. The margin can grow while both fall: then good answers became less likely too."
+    ),
+    "Rewards in training": "The same of the rows of each update, before they are learnt from.",
+    "Log-ratio per token": (
+        "How much more likely the held-out answers became, in nats a token, averaged over both classes: a "
+        "rough sign of how far the model moved. It is no KL divergence, since the answers are not the model's own."
+    ),
+    "Reference point z0": (
+        "What KTO compares each answer with: an estimate in nats of how far the policy moved from the model before "
+        "training, from prompts with another prompt's answer. The mean is z0 before it is cut off at 0."
+    ),
+    "z0 at its floor": (
+        "Share of the step's microbatches where z0 was 0. Early on that is usual; where it stays there, the "
+        "reference point does nothing and KTO compares with the model before training alone."
+    ),
+    "Reward shift delta": (
+        "Where BCO's classifier draws its line: the midpoint of the running mean rewards of the two classes, or as "
+        "objective.delta says. It should lie between the class means."
+    ),
+    "Thumbs up in each update": "Share of thumbs up among the rows of an update; the plan of an epoch holds it even.",
+    "Real tokens": "Share of the tokens in a batch that are no padding. Rows are batched by length to keep it high.",
+    "Gradient norm": CHARTS["Gradient norm"],
+    "Learning rate": "Learning rate of each update.",
+    "Change of nats per token": (
+        "The same less that of the model before training, row by row, with 95 % intervals that take a prompt's rows "
+        "together: below 0 is better."
+    ),
+    "Held-out nats per token": (
+        "Mean negative log-prob of a token of the held-out answers: lower is better. When it turns up "
+        "while the loss still falls, the model is learning its rows by heart."
+    ),
+}
+
+LANGUAGE: dict[str, str] = {
+    "step": "Training step: one optimizer update.",
+    "lr": "Learning rate of the update.",
+    "grad_norm": "L2 norm of the update's gradient before clipping.",
+    "rewards/up": "Mean implicit reward of thumbs-up answers: beta × (log-prob now − log-prob before training).",
+    "rewards/down": "Mean implicit reward of thumbs-down answers.",
+    "rewards/margin": "rewards/up − rewards/down: how far the model tells the classes apart.",
+    "auc": (
+        "Chance that a thumbs-up answer has a higher log-ratio than a thumbs-down answer, ties counting half; 0.5 is "
+        "chance."
+    ),
+    "auc_ci_low": "Lower end of the 95 % interval of the AUC, which takes all rows of a prompt together.",
+    "auc_ci_high": "Upper end of that interval.",
+    "log_ratio/up": "Mean log-prob now − log-prob before training of whole thumbs-up answers, in nats.",
+    "log_ratio/down": "The same of thumbs-down answers.",
+    "share_up": "Share of thumbs up among the rows.",
+    "logp": "Mean log-prob of a whole answer under the model, in nats.",
+    "z0": "Reference point that the step's losses used, in nats: never below 0, averaged over microbatches.",
+    "z0_mean": "Mean log-ratio of mismatched answers, which is z0 before it is cut off at 0.",
+    "z0_at_zero": "Share of the step's microbatches in which z0 was 0.",
+    "delta": "Reward shift that the step's losses used.",
+    "delta/mean_up": "Running mean of the implicit reward of thumbs up, after the step.",
+    "delta/mean_down": "Running mean of the implicit reward of thumbs down, after the step.",
+    "epoch": "Passes over the training rows so far.",
+    "real_token_share": "Share of the batch's tokens that are no padding.",
+    "seconds": GLOSSARY["seconds"],
+    "cpu_seconds": GLOSSARY["cpu_seconds"],
+    "seconds_total": GLOSSARY["seconds_total"],
+    "cpu_seconds_total": GLOSSARY["cpu_seconds_total"],
+    "peak_memory_mb": GLOSSARY["peak_memory_mb"],
+    "n": "Held-out rows measured.",
+    "pair_accuracy": (
+        "Share of held-out pairs whose thumbs-up answer has the higher log-ratio, ties counting half, with its 95 % "
+        "interval."
+    ),
+    "log_ratio_per_token": "Mean over held-out rows of the log-ratio divided by the answer's tokens, in nats.",
+    "nats_per_token": "Mean negative log-prob of a token of the held-out answers; lower is better.",
+    "nats_change": "nats_per_token − that before training, on the same rows, with a 95 % interval by prompts.",
+    "perplexity": "exp(nats_per_token): among how many equally likely tokens the model chooses, so to say.",
+}
+"""Of the language-model trainers: metrics.jsonl, and from `n` on evaluation.jsonl."""
+
+BY_TRAINER: dict[tuple[str, str], str] = {
+    ("kto", "loss"): (
+        "KTO: mean of w (1 − sigmoid(±(reward − beta z0))), w the class's weight, + for thumbs up and − for down; near "
+        "half the weight before training."
+    ),
+    ("bco", "loss"): (
+        "BCO: −log sigmoid(±(reward − delta)), + for thumbs up and − for down; log 2 = 0.693 before training, twice "
+        "that where the means of the two classes are added (objective.balance class_mean)."
+    ),
+    ("dpo", "loss"): (
+        "DPO: mean over pairs of −log sigmoid(reward of the chosen − of the rejected); log 2 = 0.693 before training."
+    ),
+    ("sft", "loss"): "Mean negative log-prob of a completion token, in nats; prompts are not learnt.",
+    (
+        "kto",
+        "accuracy",
+    ): "Share of the rows on their side of z0: up with a log-ratio above it, down below.",
+    ("bco", "accuracy"): "Share of the rows on their side of the shift: up with a reward above delta, down below.",
+    ("dpo", "accuracy"): "Share of the pairs whose chosen answer has the higher reward.",
+}
+"""Where a name means something else under each trainer."""
+
+
+_WRITERS = {
+    "z0": ("kto",), "delta": ("bco",), "nats": ("sft",), "perplexity": ("sft",),
+    **dict.fromkeys(("rewards", "auc", "log_ratio", "share_up", "pair_accuracy", "accuracy"), ("kto", "bco", "dpo")),
+}  # fmt: skip
+
+
+def writers(key: str) -> tuple[str, ...]:
+    """Return the language-model trainers that write a key."""
+    return next((names for start, names in _WRITERS.items() if key.startswith(start)), LANGUAGE_TRAINERS)
+
+
+def explain(key: str, trainer: str = "") -> str:
+    """Return the sentence for a key of metrics.jsonl or evaluation.jsonl, empty when it is not one of ours.
+
+    Args:
+        trainer: the loop that wrote it; without one, or with a visual one, the visual loop's sentence.
+    """
+    if trainer in LANGUAGE_TRAINERS:
+        return BY_TRAINER.get((trainer, key)) or LANGUAGE.get(key, "")
     if key.startswith("reward/") and key.endswith("/mean"):
         return "Mean of this reward component over the step's samples, before weights."
     if key.startswith("reward/") and key.endswith("/std"):

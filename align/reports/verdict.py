@@ -52,7 +52,7 @@ def outcome(summary: Row, evaluations: list[Row]) -> Outcome:
         return Outcome(
             summary["heldout_before"],
             summary["heldout_after"],
-            gain if isinstance(gain, dict) else _difference(summary["heldout_before"], summary["heldout_after"]),
+            gain if isinstance(gain, dict) else difference(summary["heldout_before"], summary["heldout_after"]),
             _estimate(summary.get("reward_before")),
             _estimate(summary.get("reward_after")),
             (finite(summary.get("heldout_accuracy_before")), finite(summary.get("heldout_accuracy_after"))),
@@ -65,7 +65,7 @@ def outcome(summary: Row, evaluations: list[Row]) -> Outcome:
     return Outcome(
         before,
         after,
-        _difference(before, after),
+        difference(before, after),
         _estimate(first.get("reward")),
         _estimate(last.get("reward")),
         (_accuracy(first), _accuracy(last)),
@@ -82,22 +82,39 @@ def judge(found: Outcome, warnings: list[Row], record: Row, cost: Row, *, has_he
         cost: step, and as far as known feq, feq_total, seconds and cpu_seconds.
         has_heldout: whether the run has a reward it is not trained on.
     """
-    planned, done = record.get("steps_planned"), cost.get("step", 0)
     caveats = _caveats(found, has_heldout)
-    status = record.get("status")
-    if status != "complete":
-        how = {"running": "was still running, or died without a word,", "stopped": "was stopped", "failed": "failed"}
-        end = how.get(str(status), "has no recorded end; it stood")
-        caveats.append(f"The run {end} at step {done} of {planned or 'an unknown number'}.")
-    alarms = [w for w in warnings if w.get("level") == "alarm"]
-    standing = [w for w in alarms if found.step is None or (finite(w.get("step")) or 0) >= found.step]
-    if alarms and not standing:
-        steps = ", ".join(str(w.get("step")) for w in alarms)
-        caveats.append(f"An alarm went off at step {steps} and not again later; see the warnings below.")
+    caveats += how_it_ended(record, cost.get("step", 0))
+    standing, past = split_alarms(warnings, found.step)
+    caveats += past
     kind, title = _verdict(found, standing, caveats)
     if kind == "alarm":
-        caveats[:0] = [f"{w.get('message', '')} (step {w.get('step')})" for w in standing[-2:]]
-    return Verdict(kind, title, _sentence(found), _cost(cost), tuple(caveats))
+        caveats[:0] = messages(standing[-2:])
+    return Verdict(kind, title, _sentence(found), cost_sentence(cost), tuple(caveats))
+
+
+def how_it_ended(record: Row, done: Any) -> list[str]:
+    """Return the caveat of a run that is not complete."""
+    status = record.get("status")
+    if status == "complete":
+        return []
+    how = {"running": "was still running, or died without a word,", "stopped": "was stopped", "failed": "failed"}
+    end = how.get(str(status), "has no recorded end; it stood")
+    return [f"The run {end} at step {done} of {record.get('steps_planned') or 'an unknown number'}."]
+
+
+def split_alarms(warnings: list[Row], step: int | None) -> tuple[list[Row], list[str]]:
+    """Return the alarms that went off at the last evaluation's step or later, and the caveat of those only before."""
+    alarms = [w for w in warnings if w.get("level") == "alarm"]
+    standing = [w for w in alarms if step is None or (finite(w.get("step")) or 0) >= step]
+    if not alarms or standing:
+        return standing, []
+    steps = ", ".join(str(w.get("step")) for w in alarms)
+    return [], [f"An alarm went off at step {steps} and not again later; see the warnings below."]
+
+
+def messages(warnings: list[Row]) -> list[str]:
+    """Return what warnings say, each with its step."""
+    return [f"{w.get('message', '')} (step {w.get('step')})" for w in warnings]
 
 
 def _verdict(found: Outcome, standing: list[Row], caveats: list[str]) -> tuple[str, str]:
@@ -167,7 +184,8 @@ def _sentence(found: Outcome) -> str:
     return text + "."
 
 
-def _cost(cost: Row) -> str:
+def cost_sentence(cost: Row) -> str:
+    """Return what a run took, as far as it is known."""
     parts = [f"{brief(cost['feq'])} F_eq a sample"] if cost.get("feq") is not None else []
     parts += [f"{count(cost['feq_total'])} F_eq in all"] if cost.get("feq_total") is not None else []
     parts += [duration(cost["seconds"])] if cost.get("seconds") is not None else []
@@ -187,7 +205,7 @@ def _estimate(value: Any) -> Row:
     return value if isinstance(value, dict) else {}
 
 
-def _difference(before: Row, after: Row) -> Row:
+def difference(before: Row, after: Row) -> Row:
     """Return the difference of two estimates as if independent: half-widths add in quadrature."""
     a, b = _mean(before), _mean(after)
     if a is None or b is None:
