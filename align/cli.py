@@ -388,6 +388,28 @@ def _feedback_report(options: argparse.Namespace) -> int:
     return _give(options, {"report": str(path), **found}, str(path))
 
 
+def _feedback_annotate(options: argparse.Namespace) -> int:
+    from align.feedback.commands.annotate import run
+
+    return run(options, _local_judge)
+
+
+def _local_judge(options: argparse.Namespace) -> tuple[Any, str]:
+    """Return the judge of --model and its identity; only look at the folder with --dry-run."""
+    try:
+        from rewards.judge import LocalJudge, read_judge
+        from rewards.placement import Placement
+    except ModuleNotFoundError as error:
+        raise ConfigError("A local model needs more packages", why=str(error)) from error
+    if options.dry_run:
+        Placement(dtype=options.dtype)
+        if Path(options.model).expanduser().is_dir():  # anything else would be fetched
+            read_judge(options.model)
+        return None, ""
+    judge = LocalJudge(options.model, dtype=options.dtype, max_new_tokens=options.max_new_tokens)
+    return judge, judge.identity()
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from align import doctor
 
@@ -703,6 +725,7 @@ def _feedback_arguments(parser: _Arguments) -> None:
     actions = parser.add_subparsers(metavar="ACTION", required=True, parser_class=_Parser, dest="action")
     add_commands(actions)
     actions.choices["report"].set_defaults(run=_feedback_report)
+    actions.choices["annotate"].set_defaults(run=_feedback_annotate)
 
 
 def _doctor_arguments(parser: _Arguments) -> None:

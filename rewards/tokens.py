@@ -27,7 +27,7 @@ def load_tokenizer(source: str, kind: str = "AutoTokenizer") -> Any:
     import transformers
 
     try:
-        return getattr(transformers, kind).from_pretrained(source, padding_side="right")
+        return getattr(transformers, kind).from_pretrained(source, padding_side="right", trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:  # what transformers raises for a foreign folder
         raise ModelError(
             "A tokenizer cannot be read", where=source, why=(str(error).strip().splitlines() or ["it is damaged"])[0],
