@@ -157,7 +157,8 @@ def annotate(
 
     Returns:
         questions, resumed (answered before), valid, invalid, failed, not_asked, attempts, verdicts,
-        ties_by_position_swap, coverage (share of the questions with a valid answer).
+        ties_by_position_swap, coverage (share of the questions with a valid answer), commonest_failure (of the
+        attempts that brought no answer; None where all did).
 
     Raises:
         DataError: an unknown task, a noise outside 0..0.5, or items of images or videos.
@@ -182,11 +183,14 @@ def annotate(
                 answered[event.items] = (question.read(event.reply), event.reply)
     open_questions = [question for question in questions if question.items not in answered]
     verdicts: Counter[str] = Counter()
+    failures: Counter[str] = Counter()
 
     def record(attempt: Attempt) -> None:
         place = attempt.question.items
         tried[place] += 1
         events = [_attempt_event(attempt, annotation, tried[place])]
+        if attempt.status != "valid":
+            failures[attempt.why or f"a reply that cannot be read as a {annotation.task}"] += 1
         if attempt.status == "valid":
             answered[place] = (attempt.value, attempt.reply)
             events += _verdict(attempt.question, answered, annotation, attempt.latency_ms)
@@ -199,6 +203,7 @@ def annotate(
         "verdicts": sum(verdicts.values()),
         "ties_by_position_swap": sum(n for (_, origin), n in verdicts.items() if origin == "position_swap"),
         "coverage": len(answered) / len(questions) if questions else float("nan"),
+        "commonest_failure": failures.most_common(1)[0][0] if failures else None,
     }  # fmt: skip
 
 

@@ -21,6 +21,9 @@ ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
 MISSING_WORDS = frozenset({"", "nan", "none", "null", "na", "n/a", "<na>"})
 IGNORED = "-"
 
+_HEADERLESS = (
+    "Where the file has no header, name all its columns in order: --columns, --ratings-columns or --rankings-columns"
+)
 Row = tuple[str, Mapping[str, Any]]
 
 
@@ -68,7 +71,7 @@ def _delimited(path: Path, columns: Sequence[str], delimiter: str) -> Iterator[R
                 if not names:
                     names = [cell.strip() for cell in cells]
                     if len(set(names)) < len(names):
-                        raise DataError("A table names two columns alike", where=f"{path}:{began}")
+                        raise DataError("A table names two columns alike", where=f"{path}:{began}", do=_HEADERLESS)
                 elif len(cells) != len(names):
                     raise DataError(
                         "A row does not fit the columns", where=f"{path}:{began}",
@@ -151,7 +154,10 @@ def cell(row: Mapping[str, Any], field: str, place: str) -> Any:
         DataError: the row has no such field.
     """
     if field not in row:
-        raise DataError(f"A row has no field {field!r}", where=place, do=suggest(field, map(str, row)))
+        close = suggest(field, filter(None, map(str, row)))
+        delimited = Path(place.rpartition(":")[0]).suffix.lower() in (".csv", ".tsv")
+        do = close if close.startswith("Did you mean") or not delimited else f"{close}. {_HEADERLESS}"
+        raise DataError(f"A row has no field {field!r}", where=place, do=do)
     return row[field]
 
 

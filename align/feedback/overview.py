@@ -155,7 +155,10 @@ def strengths_of(
     """
     comparisons = comparisons_of(people_of(events), items, key=key)
     if len(comparisons.names) < 2:
-        return {"reason": "no comparison is between two named models (item metadata `model`)"}
+        return {
+            "reason": "no comparison is between two named models (item metadata `model` or `policy`; import the columns"
+            " model_a and model_b, or policy_a and policy_b)"
+        }
     model = model or (MODELS[1] if (comparisons.outcome_N == 0).any() else MODELS[0])
     try:
         return fit(comparisons, model, position=position, bootstrap=bootstrap, seed=seed).as_dict()

@@ -408,6 +408,21 @@ def test_the_verb_writes_into_the_store_and_resumes_after_a_kill(serve: Callable
     assert sum(e.kind == "pairwise" for e in events) == 9
 
 
+@pytest.mark.parametrize(("reply", "why"), [("no idea", "cannot be read as a rating"), (drop, "RemoteProtocolError")])
+def test_the_verb_fails_when_nothing_valid_came_back(serve, tmp_path: Path, capsys, reply: Any, why: str):
+    server, path = serve(lambda text, n: reply), tmp_path / "s.db"
+    with Store.open(path) as store:
+        store.add(items=ITEMS[:2])
+    verb = ["feedback", "annotate", str(path), "--task", "rating", "--endpoint", server.url, "--model", "judge"]
+    assert main([*verb, "--tries", "1"]) == 2
+    err = capsys.readouterr().err
+    assert "align: No question got a valid answer: " in err and why in err
+    server = serve(lambda text, n: "4")
+    verb[verb.index("--endpoint") + 1] = server.url
+    assert main(verb) == 0 and main(verb) == 0
+    assert len(server.seen) == 2
+
+
 # --- the judge card -----------------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from pyarrow import parquet
 from align.errors import DataError
 from align.feedback.events import FeedbackEvent, Item
 from align.feedback.exchange import export_events, import_file, read_feedback, values, write_table
+from align.feedback.exchange.layouts import FIELDS
 from align.feedback.exchange.rows import Reading
 from align.feedback.store import Store
 
@@ -345,6 +346,25 @@ def test_contradictions_are_not_guessed(tmp_path: Path):
     assert values_of(duplicates="first") == [5, 1] and values_of(duplicates="last") == [2, 1]
     assert values_of(duplicates="all") == [5, 5, 2, 1]
     assert values_of(keep_going=True) == [5, 1]
+
+
+def test_a_contradiction_in_swapped_order_says_so(tmp_path: Path):
+    path = text(tmp_path, "prompt,response_a,response_b,preference\nq,x,y,a\nq,y,x,a\n")
+    assert "answers 'a' and this one 'a', with the order of the responses swapped" in refused(path)
+    path = text(tmp_path, "prompt,response_a,response_b,preference\nq,x,y,a\nq,x,y,b\n")
+    assert "swapped" not in refused(path)
+
+
+def test_a_table_of_the_fields_is_in_the_docs():
+    page = (Path(__file__).parents[2] / "docs/feedback.md").read_text(encoding="utf-8")
+    assert [name for name in FIELDS if f"`{name}`" not in page] == []
+
+
+def test_an_id_with_a_space_is_not_joined(tmp_path: Path):
+    assert write_table(tmp_path / "f.csv", [{"events": ["a", "b"]}, {"events": []}]) == 2
+    assert (tmp_path / "f.csv").read_text() == '"events"\n"a b"\n""\n'
+    with pytest.raises(DataError, match=r"found a list, \['a b'\]"):
+        write_table(tmp_path / "g.csv", [{"events": ["a b"]}])
 
 
 def test_every_answer_kept_apart_stays_so_and_is_imported_once(tmp_path: Path):

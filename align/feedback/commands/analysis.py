@@ -274,10 +274,24 @@ def run_audit(options: argparse.Namespace) -> int:
             options.min_reacted, options.min_coverage, options.max_top_user_share, not options.no_outcome
         )
         found = audit(events, items, quality=options.quality, outcome=options.outcome, gates=gates, seed=options.seed)
+        found["missing"] = _missing(events)
     if options.policies:
         found["offline_online"] = _offline_online(options)
     found = plain(found)
     return give(options, found, _audit_text(found))
+
+
+def _missing(events: Sequence[FeedbackEvent]) -> list[str]:
+    """Return what the events do not say, and what can therefore not be audited."""
+    from align.feedback.views import ANSWERS
+
+    answers = [e for e in events if e.kind in ANSWERS]
+    found = [] if answers else ["no answers, so there is nothing to measure"]
+    if not any(e.kind == "exposure" or e.exposure == "shown" for e in events):
+        found.append("no exposures (what was shown), so there are no rates and no test of silence")
+    if answers and not any(e.annotator for e in answers):
+        found.append("no annotators, so nobody's habits can be looked at")
+    return found
 
 
 def _offline_online(options: argparse.Namespace) -> dict[str, Any]:
@@ -326,6 +340,7 @@ def _audit_text(found: Mapping[str, Any]) -> str:
     if online := found.get("offline_online"):
         told = f"r {_number(online['r'])} {_interval(online['ci'])}, rho {_number(online['rho'])}"
         rows.append(("offline metric", f"{online['verdict']}: {told}, k {online['k']}"))
+    rows += [("missing", what) for what in found.get("missing", ())]
     return table(rows) if rows else "nothing to report"
 
 
@@ -341,12 +356,28 @@ def load(source: Path, options: argparse.Namespace) -> tuple[list[FeedbackEvent]
         from align.feedback.exchange import read_feedback
 
         found = read_feedback(source)
+        _require_key(source, key, {e.key for e, _ in found.events})
         events = [e for e, _ in found.events if key in (None, e.key) and kind in (None, e.kind)]
         return events, found.items
     from align.feedback.store import Store
 
     with Store.open(source, create=False) as store:
-        return list(store.current(key=key, kind=kind)), store.items()
+        events = list(store.current(key=key, kind=kind))
+        if key and not events:
+            _require_key(source, key, {e.key for e in store.current()})
+        return events, store.items()
+
+
+def _require_key(source: Path, key: str | None, known: set[str]) -> None:
+    from align.feedback.views import BOOKKEEPING
+
+    if key and key not in known:
+        names = sorted(name for name in known if not name.endswith(BOOKKEEPING))
+        raise ConfigError(
+            f"Nothing has the key {key!r}", where=str(source),
+            why=f"the keys are {', '.join(names)}" if names else "it holds no feedback",
+            do="Choose one of them, or leave --key out" if names else "Import some",
+        )  # fmt: skip
 
 
 def _words(text: str) -> list[str]:

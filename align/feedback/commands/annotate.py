@@ -102,6 +102,10 @@ def run(options: argparse.Namespace, local: Callable[[argparse.Namespace], tuple
     who = {"annotator": annotation.annotator, **({"identity": identity} if identity else {})}
     found = plain({**who, "task": options.task, "key": options.key, **found})
     give(options, found, table([(key.replace("_", " "), _shown(value)) for key, value in found.items()]))
+    if found["questions"] > found["resumed"] and not found["valid"]:
+        why = found["commonest_failure"] or "the deadline passed before any question was asked"
+        sys.stderr.write(f"align: No question got a valid answer: {why}.\n")
+        return 2
     if found["coverage"] is not None and found["coverage"] < 0.9:
         sys.stderr.write("align: Warning: fewer than 90 % of the questions have an answer; the same command goes on.\n")
     return 0

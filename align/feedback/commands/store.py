@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from align.feedback.exchange.rows import Reading
     from align.feedback.protocols import Converted
 
+IMPORT_DUPLICATES = ("refuse", "first", "last", "all")
+CONVERT_DUPLICATES = ("refuse", "first", "last", "mean")
 FORMS = ("pairs", "unpaired", "scores", "rankings")
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
 
@@ -63,11 +65,11 @@ def add(actions: Any) -> None:
 
 def run_import(options: argparse.Namespace) -> int:
     """Import files into a store, each whole or not at all unless `--keep-going`."""
-    from align.feedback.exchange.reading import import_file, read_feedback, take_rows
+    from align.feedback.exchange.reading import add_found, read_feedback, take_rows
     from align.feedback.exchange.tables import write_table
     from align.feedback.store import Store
 
-    how, results = _reading(options), []
+    how, results = _reading(options, IMPORT_DUPLICATES), []
     if options.dry_run:
         for path in options.files:
             found = read_feedback(path, how, keep_going=options.keep_going)
@@ -80,9 +82,11 @@ def run_import(options: argparse.Namespace) -> int:
     if options.refused and len(options.files) > 1:
         raise ConfigError("--refused names one file, and several are imported", do="Import them one by one")
     lines = []
+    # All files are read before the store is opened, which makes its file: a mistake in one leaves nothing behind.
+    read = [read_feedback(path, how, keep_going=options.keep_going) for path in options.files]
     with Store.open(options.store) as store:
-        for path in options.files:
-            done = import_file(store, path, how, keep_going=options.keep_going)
+        for path, found in zip(options.files, read, strict=True):
+            done = add_found(store, found)
             result = {"file": str(path), **done.as_dict()}
             if done.refused:
                 beside = options.refused or Path(f"{path}.refused.jsonl")
@@ -175,7 +179,7 @@ def _source(options: argparse.Namespace) -> tuple[list[FeedbackEvent], Mapping[s
 
     filters = _filters(options)
     if options.source.suffix.lower() in TABLES:
-        found = read_feedback(options.source, _reading(options))
+        found = read_feedback(options.source, _reading(options, CONVERT_DUPLICATES))
         return [event for event, _ in found.events if _passes(event, filters)], found.items
     with Store.open(options.source, create=False) as store:
         events = list(store.current(**filters))
@@ -224,7 +228,7 @@ def _output_row(form: str, row: Any, items: Mapping[str, Item], chat: bool) -> d
 # --- arguments --------------------------------------------------------------------------------------
 
 
-def _reading(options: argparse.Namespace) -> Reading:
+def _reading(options: argparse.Namespace, policies: Sequence[str]) -> Reading:
     from align.feedback.exchange.rows import Reading, parse_scale
 
     named = [part.strip() for part in options.columns.split(",")] if options.columns else []
@@ -245,8 +249,8 @@ def _reading(options: argparse.Namespace) -> Reading:
         renamed={field.strip(): column.strip() for field, _, column in (part.partition("=") for part in mapped)},
         key=options.default_key, annotator=options.default_annotator, source=options.default_source,
         media=options.media, scale=scale, duplicates="all" if options.duplicates == "mean" else options.duplicates,
-        identical=options.identical, missing=options.missing or "", best_is_high=options.best_is_high,
-        salt=options.salt, delimiter=options.delimiter,
+        policies=policies, identical=options.identical, missing=options.missing or "",
+        best_is_high=options.best_is_high, salt=options.salt, delimiter=options.delimiter,
     )  # fmt: skip
 
 
@@ -265,7 +269,7 @@ def _reading_arguments(parser: argparse.ArgumentParser, policies: Sequence[str])
     how.add_argument("--media", default="text", metavar="WORD", help="what responses are: text, image or video")
     how.add_argument("--scale", default="", metavar="LOW-HIGH", help="of ratings, e.g. 1-7")
     how.add_argument(
-        "--duplicates", default="refuse", metavar="POLICY",
+        "--duplicates", default="refuse", choices=policies, metavar="POLICY",
         help=f"answers that contradict each other and have no time: {', '.join(policies)}",
     )  # fmt: skip
     how.add_argument("--identical", default="refuse", metavar="POLICY", help="comparisons of equals: refuse, skip")
@@ -305,7 +309,7 @@ def _filters(options: argparse.Namespace) -> dict[str, Any]:
 def _import_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", type=Path, metavar="STORE", help="the store's file; made if there is none")
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="CSV, TSV, JSON, JSONL or Parquet")
-    _reading_arguments(parser, ("refuse", "first", "last", "all"))
+    _reading_arguments(parser, IMPORT_DUPLICATES)
     parser.add_argument("--keep-going", action="store_true", help="take the good rows, and list the others in a file")
     parser.add_argument("--refused", type=Path, metavar="FILE", help="that file (default: FILE.refused.jsonl)")
     add_dry_run(parser)
@@ -344,7 +348,7 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--one-class", action="store_true", help="write thumbs though all point one way")
     _writing_arguments(parser)
     _filter_arguments(parser)
-    _reading_arguments(parser, ("refuse", "first", "last", "mean"))
+    _reading_arguments(parser, CONVERT_DUPLICATES)
 
 
 def _stats_arguments(parser: argparse.ArgumentParser) -> None:

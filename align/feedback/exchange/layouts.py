@@ -9,6 +9,7 @@ A layout is a function from a row of a file to rows with these fields; `events_o
 | rating, label, reaction, text  | what was said about one output                                                   |
 | preference                     | about two: a, b, tie or both_bad                                                 |
 | ranks                          | about several, a list                                                            |
+| model, policy                  | what made the response; or model_a and model_b, or policy_a and policy_b         |
 
 and `ABOUT`, which an event has under the same names (`event_id` is its id). Other columns of rows about one output stay
 with the item as metadata; those of comparisons are reported as left out.
@@ -30,7 +31,9 @@ ABOUT = (
     "annotator", "key", "source", "session", "ts", "policy", "position", "latency_ms", "propensity", "exposure",
     "tie_origin", "reply", "scale", "event_id", "identifier",
 )  # fmt: skip
-FIELDS = (*CONTENT, *SAID, *ABOUT)
+# What made a response, which `winrate` compares; `policy` is of `ABOUT`, since the event keeps it too.
+MADE_BY = ("model", "model_a", "model_b", "policy_a", "policy_b")
+FIELDS = (*CONTENT, *SAID, *ABOUT, *MADE_BY)
 
 # Marks a pair or list that stands in no order anyone saw: the items are then sorted by id, since "chosen first" would
 # look like a preference for the first place.
@@ -310,5 +313,6 @@ def detect(row: Row) -> str:
     raise DataError(
         "The columns say nothing about feedback", where=f"{row.place}:{next(iter(row.fields), 1)}",
         why=f"they are {', '.join(map(str, row.fields))}",
-        do="Map them, e.g. --columns prompt=question,response=answer,rating=stars",
+        do="Map them, e.g. --columns prompt=question,response=answer,rating=stars; or, where a CSV file has no header,"
+        " name all its columns in order, e.g. --columns prompt,response,rating",
     )  # fmt: skip

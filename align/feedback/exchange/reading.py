@@ -70,7 +70,15 @@ def import_file(store: Store, path: str | Path, how: Reading | None = None, *, k
     Raises:
         DataError: as `read_feedback`; nothing was added.
     """
-    found = read_feedback(path, how, keep_going=keep_going)
+    return add_found(store, read_feedback(path, how, keep_going=keep_going))
+
+
+def add_found(store: Store, found: Found) -> Imported:
+    """Add what `read_feedback` found to a store, in one commit.
+
+    Raises:
+        DataError: as `Store.add`; nothing was added.
+    """
     added = store.add(found.items.values(), (event for event, _ in found.events))
     return Imported(
         found.layout, found.rows, len(found.items), dict(Counter(a.status for a in added)), dict(found.skipped),
@@ -104,7 +112,7 @@ def read_feedback(path: str | Path, how: Reading | None = None, *, keep_going: b
     if not found.rows:
         raise DataError("There is no feedback", where=f"{path}:1:1", why="the file has no rows", do="Check the file")
     found.layout = layout
-    found.events = _settle(found, how.duplicates, keep_going)
+    found.events = _settle(found, how, keep_going)
     return found
 
 
@@ -187,8 +195,9 @@ def _require_one_code(row: Row, spelled: dict[str, str]) -> None:
         spelled.setdefault(number, row.place)
 
 
-def _settle(found: Found, duplicates: str, keep_going: bool) -> list[tuple[FeedbackEvent, str]]:
+def _settle(found: Found, how: Reading, keep_going: bool) -> list[tuple[FeedbackEvent, str]]:
     """Return the events in the order of their times, repeats dropped, and contradictions treated as asked."""
+    duplicates = how.duplicates
     first: dict[tuple[str, int], tuple[FeedbackEvent, str]] = {}
     kept: dict[str, tuple[FeedbackEvent, str]] = {}
     seen: Counter[tuple[str, int]] = Counter()
@@ -207,8 +216,9 @@ def _settle(found: Found, duplicates: str, keep_going: bool) -> list[tuple[Feedb
                 continue
             problem = DataError(
                 "Two rows contradict each other", where=place,
-                why=f"{first[said][1]} answers {short(other.value)} and this one {short(event.value)}",
-                do=f"Give both a ts, or say --duplicates {', '.join(k for k in DUPLICATES if k != 'refuse')}",
+                why=f"{first[said][1]} answers {short(other.value)} and this one {short(event.value)}"
+                f"{_swapped(other, event)}",
+                do=f"Give both a ts, or say --duplicates {', '.join(k for k in how.policies if k != 'refuse')}",
             )  # fmt: skip
             if duplicates == "refuse":
                 if not keep_going:
@@ -236,6 +246,11 @@ def _answer(event: FeedbackEvent) -> tuple[Any, ...]:
     if event.kind == "ranking" and not event.tombstone:
         return (event.kind, *sorted(zip(event.items, event.value, strict=True)))
     return (event.kind, event.value, event.tombstone)
+
+
+def _swapped(one: FeedbackEvent, other: FeedbackEvent) -> str:
+    """Say that two answers which read alike are about the same responses in another order."""
+    return ", with the order of the responses swapped" if one.items != other.items else ""
 
 
 def take_rows(path: str | Path, rows: Iterable[Refused]) -> Iterator[dict[str, Any]]:

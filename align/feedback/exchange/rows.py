@@ -14,7 +14,7 @@ from typing import Any
 from align.errors import DataError
 from align.feedback.events import FeedbackEvent, Item, content_id
 from align.feedback.exchange import values
-from align.feedback.exchange.layouts import ABOUT, FIELDS, SAID, SHOWN, UNORDERED
+from align.feedback.exchange.layouts import ABOUT, FIELDS, MADE_BY, SAID, SHOWN, UNORDERED
 from align.feedback.exchange.tables import Row, short
 from align.feedback.exchange.values import MISSING
 from align.registry import suggest
@@ -41,6 +41,7 @@ class Reading:
             answer from each column, whose names become the annotators.
         key, annotator, source, media, scale: for rows that do not say.
         duplicates: of answers that contradict each other and have no time to tell which is newer.
+        policies: words for `duplicates` that whoever asks takes, for the message about a contradiction.
         identical: "refuse" or "skip" a comparison of two identical responses.
         missing: "refuse", "skip" or "exposure" (shown and left unanswered) where there is no answer. A label or
             reaction that is missing is an exposure unless this says otherwise.
@@ -58,6 +59,7 @@ class Reading:
     media: str = "text"
     scale: tuple[int, int] | None = None
     duplicates: str = "refuse"
+    policies: Sequence[str] = tuple(DUPLICATES)
     identical: str = "refuse"
     missing: str = ""
     best_is_high: bool = False
@@ -132,7 +134,8 @@ def _unanswered(
 def _items(row: Row, how: Reading, ignored: set[str]) -> tuple[list[Item], list[int]]:
     """Return a row's items in their order, and for each the place it had in the row."""
     fields = row.fields
-    extra = {k: v for k, v in fields.items() if k not in FIELDS and k not in (UNORDERED, SHOWN)}
+    extra = {k: v for k, v in fields.items() if k not in (*FIELDS, UNORDERED, SHOWN)}
+    extra |= {name: fields[name] for name in MADE_BY if not values.is_missing(fields.get(name))}
     prompt, given = _read(row, "prompt", values.text_or_chat), _read(row, "input", values.text)
     if not prompt:
         raise row.wrong("prompt", "A prompt is empty", do="Write it, or remove the row")
@@ -145,16 +148,25 @@ def _items(row: Row, how: Reading, ignored: set[str]) -> tuple[list[Item], list[
         if raw is None or (isinstance(raw, float) and math.isnan(raw)) or (response == "" and kind != "text"):
             raise row.wrong(name, "A response is missing", do="Write it, or remove the row")
         metadata = {str(k): json_ready(v) for k, v in extra.items()} if len(names) == 1 else {}
+        metadata |= _made_by(row, name)
         try:
             items.append(Item(prompt, response, given, kind, metadata))
         except DataError as error:
             raise row.wrong("media", error.what, do=error.do) from error
     if len(items) > 1:
-        ignored |= set(map(str, extra))
+        used = {f"{word}{name.removeprefix('response')}" for name in names for word in ("model", "policy")}
+        ignored |= set(map(str, extra)) - (used & set(MADE_BY))
     order = list(range(len(items)))
     if fields.get(UNORDERED):
         order.sort(key=lambda i: items[i].id)
     return [items[i] for i in order], order
+
+
+def _made_by(row: Row, name: str) -> dict[str, str]:
+    """Return what a row says of the maker of the response in field `name`, as metadata of the item."""
+    ending = name.removeprefix("response")
+    found = {word: _read(row, f"{word}{ending}", values.text) for word in ("model", "policy")}
+    return {word: value for word, value in found.items() if value.strip()} if name != "responses" else {}
 
 
 def _responses(row: Row) -> tuple[list[str], Sequence[Any]]:

@@ -22,6 +22,8 @@ from align.textfiles import read_text
 READS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
 WRITES = (".csv", ".jsonl", ".parquet")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+# Columns that list ids, which hold no spaces: one cell of CSV can hold them all.
+ID_LISTS = ("events",)
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def _require_names(names: Sequence[str], place: str) -> None:
             raise DataError(
                 "A table names two columns alike" if name else "A column has no name",
                 where=f"{place}:{name or number}",
-                do="Name every column once, or list the columns of a file without a header",
+                do="Name every column once, or list those of a file without a header: --columns prompt,response,rating",
             )  # fmt: skip
 
 
@@ -225,7 +227,8 @@ def _arrow(path: Path) -> tuple[Any, Any]:
 def write_table(path: str | Path, rows: Iterable[Mapping[str, Any]], *, overwrite: bool = False) -> int:
     """Write rows to a CSV, JSONL or Parquet file, whole or not at all, and return how many there were.
 
-    JSONL and Parquet keep every value; CSV takes texts and numbers alone, and an empty cell is a missing value.
+    JSONL and Parquet keep every value. CSV takes texts, numbers and ids (those of several events with a space between),
+    and an empty cell is a missing value; chats and lists of texts would not read back, and are refused.
 
     Raises:
         DataError: an unknown ending, a file that is there already, a value that the format cannot hold.
@@ -279,15 +282,24 @@ def _write_csv(partial: Path, path: Path, rows: Iterable[Mapping[str, Any]]) -> 
     writer = csv.writer(buffer, quoting=csv.QUOTE_ALL, lineterminator="\n")
     writer.writerow(names)
     for number, row in enumerate(table, start=2):
-        for name, value in row.items():
+        cells = {name: _ids(value) if name in ID_LISTS else value for name, value in row.items()}
+        for name, value in cells.items():
             if isinstance(value, (dict, list, tuple)):
+                chat = isinstance(value, list) and all(isinstance(part, dict) for part in value)
+                kind = "an object" if isinstance(value, dict) else "a chat" if chat else "a list"
                 raise DataError(
-                    "CSV holds texts and numbers", where=f"{path}:{number}:{name}", why=f"found {short(value)}",
-                    do="Write JSONL or Parquet",
+                    "CSV holds texts and numbers", where=f"{path}:{number}:{name}", why=f"found {kind}, {short(value)}",
+                    do="Name a .jsonl or .parquet file, which hold chats and lists",
                 )  # fmt: skip
-        writer.writerow([_cell(row.get(name)) for name in names])
+        writer.writerow([_cell(cells.get(name)) for name in names])
     _save(partial, [buffer.getvalue()])
     return len(table)
+
+
+def _ids(value: Any) -> Any:
+    """Return ids with a space between, or the value as it is where one of them has a space itself."""
+    whole = isinstance(value, (list, tuple)) and all(isinstance(part, str) and part.split() == [part] for part in value)
+    return " ".join(value) if whole else value
 
 
 def _cell(value: Any) -> Any:

@@ -31,6 +31,12 @@ from align.registry import suggest
 
 EXPORTS = ("events", "plain", "preference", "unpaired", "ranking")
 _BATCH = 10_000
+# What `convert` makes of events that a shape cannot hold: its form, and the kinds it is made of.
+_CONVERTS = {
+    "preference": ("pairs", ("ordinal", "ranking")),
+    "unpaired": ("unpaired", ("ordinal", "reaction", "pairwise", "ranking")),
+    "ranking": ("rankings", ("ordinal", "pairwise")),
+}
 _VALUES = {"binary": "label", "reaction": "reaction", "ordinal": "rating", "text": "text", "pairwise": "preference"}
 _VALUES |= {"ranking": "ranks"}
 
@@ -77,7 +83,9 @@ def export_events(
             else:
                 yield made
 
-    count = save(path, rows(), overwrite=overwrite, lost=left_out)
+    form, kinds = _CONVERTS.get(shape, ("", ()))
+    instead = {f"of kind {kind}": f"Turn them into it with `align feedback convert --to {form}`" for kind in kinds}
+    count = save(path, rows(), overwrite=overwrite, lost=left_out, instead=instead)
     return Exported(str(path), count, dict(left_out))
 
 
@@ -87,15 +95,22 @@ def save(
     *,
     overwrite: bool = False,
     lost: Mapping[str, int] | None = None,
+    instead: Mapping[str, str] | None = None,
 ) -> int:
-    """Write rows to a file by its ending, or to a data set folder where `path` has none; refuse to write nothing."""
+    """Write rows to a file by its ending, or to a data set folder where `path` has none; refuse to write nothing.
+
+    Args:
+        lost: how many were left out before, by reason.
+        instead: for a reason, what to do where it leaves nothing to write.
+    """
     stream = iter(rows)
     first = next(stream, None)
     if first is None:
         why = ", ".join(f"{n} {reason}" for reason, n in (lost or {}).items())
+        advice = next((advice for reason, advice in (instead or {}).items() if reason in (lost or {})), "")
         raise DataError(
             "There is nothing to write", where=str(path), why=why or "no event is left",
-            do="Look at `align feedback stats`, and at the filters",
+            do=advice or "Look at `align feedback stats`, and at the filters",
         )  # fmt: skip
 
     def all_rows() -> Iterator[Mapping[str, Any]]:
