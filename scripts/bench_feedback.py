@@ -1,14 +1,14 @@
-"""What the feedback store costs: writing one by one and in groups, and reading a million events.
+"""What the feedback store costs: writing one by one and in groups, reading a million events, and the page on top.
 
     python scripts/bench_feedback.py --json bench.json [--folder DIR] [--events 1000000] [--rounds 5]
 
-grouped_vs_single     events a second of a `Writer` that 50 threads post to / of the same with a commit an event (>= 5)
+grouped_vs_single     events a second of a `Writer` that 50 threads post to / with a commit an event   (>= 5)
 add_events_a_second   one `Store.add` of many events
 current_seconds       iterating over the current view of `--events` events
 columns_seconds       the same as columns, without the items; and with them
-filtered_ms           the current view of one key, of one annotator, of one item
+annotator_ms, ...     the current view of one annotator, of one item, of a key that nothing has
 peak_mb               the most memory the process held after each of these
-page                  what `register_page` was given: the server's half, absent without it
+page                  what `bench_feedback_page.py` measures of the annotation page, with --users
 
 Both ways of writing alternate within each round on the same disk, and the medians of the rounds' ratios are reported.
 """
@@ -31,13 +31,6 @@ from typing import Any
 
 from align.feedback.events import FeedbackEvent, Item
 from align.feedback.store import Store, Writer
-
-_page: list[Callable[[Path], dict[str, Any]]] = []
-
-
-def register_page(measure: Callable[[Path], dict[str, Any]]) -> None:
-    """Add a measurement of the annotation page: a function of an empty folder that returns its figures."""
-    _page.append(measure)
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -108,9 +101,13 @@ def read_many(folder: Path, events: int) -> dict[str, Any]:
             filled += seconds(lambda part=part: store.add(events=part))
         found |= {"events": events, "add_events_a_second": events / filled, "mb": store.counts()["bytes"] / 2**20}
         found["peak_mb"]["add"] = peak_mb()
+        began = time.process_time()
         found["current_seconds"] = seconds(lambda: sum(1 for _ in store.current()))
+        found["current_cpu_seconds"] = time.process_time() - began
         found["peak_mb"]["current"] = peak_mb()
+        began = time.process_time()
         found["columns_seconds"] = seconds(lambda: store.events_with_items(content=False))
+        found["columns_cpu_seconds"] = time.process_time() - began
         found["peak_mb"]["columns"] = peak_mb()
         found["columns_and_items_seconds"] = seconds(store.events_with_items)
         found["peak_mb"]["columns_and_items"] = peak_mb()
@@ -131,6 +128,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of the comparison of the two ways of writing")
     parser.add_argument("--written", type=int, default=2000, help="events written in each way and round")
     parser.add_argument("--threads", type=int, default=50, help="that write at once")
+    parser.add_argument("--users", type=int, default=50, help="annotators of the page at once; 0 leaves it out")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
@@ -144,8 +142,10 @@ def main() -> None:
             "read": read_many(folder, options.events) if options.events else {},
             "machine": {"cpus": os.cpu_count(), "python": platform.python_version(), "load": os.getloadavg()},
         }
-        for measure in _page:
-            result["page"] = {**result.get("page", {}), **measure(folder)}
+        if options.users:
+            from bench_feedback_page import page_latency
+
+            result["page"] = page_latency(options.users, folder=folder)
     Path(options.json).write_text(json.dumps(result, indent=1), encoding="utf-8")
     sys.stdout.write(json.dumps(result, indent=1) + "\n")
 

@@ -149,11 +149,11 @@ def _insert(
 ) -> None:  # fmt: skip
     marks = ", ".join("?" * (len(COLUMNS) + 4))
     db.execute(
-        f"INSERT INTO events (seq, {_LISTED}, supersedes, undoes, stands) VALUES ({marks})",
+        f"INSERT OR FAIL INTO events (seq, {_LISTED}, supersedes, undoes, stands) VALUES ({marks})",
         (seq, *row, supersedes, undoes, stands),
     )
     for item in items:
-        link = "INSERT INTO event_items SELECT no, ? FROM items WHERE id = ?"
+        link = "INSERT OR FAIL INTO event_items SELECT no, ? FROM items WHERE id = ?"
         if db.execute(link, (seq, item)).rowcount != 1:
             raise DataError(
                 "An event is about an unknown item", where=item, do="Add the item with the event, or before it"
