@@ -152,7 +152,7 @@ def _train(options: argparse.Namespace) -> int:
         require_directory(out, config, overwrite=options.overwrite, fork=options.fork)
         switches = [name for name in ("overwrite", "fork") if getattr(options, name)]
         again = ["train", options.config, *options.overrides, *seed, "--out", str(out), *(f"--{s}" for s in switches)]
-        return _launch(options, again, out)
+        return _launch(options, again, out, config)
     for finding in findings if _leads() else ():
         if finding.level == "warning":
             sys.stderr.write(f"align: Warning: {finding.message}. {_sentence(finding.do)}\n")
@@ -162,7 +162,7 @@ def _train(options: argparse.Namespace) -> int:
     return _finished(options, trainer.train())
 
 
-def _launch(options: argparse.Namespace, arguments: list[str], out: Path) -> int:
+def _launch(options: argparse.Namespace, arguments: list[str], out: Path, config: Any) -> int:
     """Run `align <arguments>` in several processes, and say what happened to them."""
     from align.checkpoint import checkpoints
     from align.engine import deepspeed_settings
@@ -170,7 +170,8 @@ def _launch(options: argparse.Namespace, arguments: list[str], out: Path) -> int
     from align.run import read_record
 
     if options.launch == "deepspeed":
-        deepspeed_settings(options.deepspeed or "zero2")
+        if config.trainer == "dance_grpo":  # refused before anything starts; language models take ZeRO 3 too
+            deepspeed_settings(options.deepspeed or "zero2")
         arguments = [*arguments, "--deepspeed", options.deepspeed or "zero2"]
     elif options.deepspeed:
         raise ConfigError("ZeRO needs DeepSpeed's launcher", where="--deepspeed", do="Add --launch deepspeed")
@@ -205,7 +206,7 @@ def _resume(options: argparse.Namespace) -> int:
         plan = {"directory": str(options.run_folder), "steps": config.steps}
         return _give(options, plan, f"would resume {options.run_folder} up to step {config.steps}")
     if options.launch:
-        return _launch(options, ["resume", str(options.run_folder)], options.run_folder)
+        return _launch(options, ["resume", str(options.run_folder)], options.run_folder, config)
     from trainers import trainer_for
 
     return _finished(options, trainer_for(config, out=options.run_folder, deepspeed=options.deepspeed).train())

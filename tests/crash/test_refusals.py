@@ -47,6 +47,7 @@ def refused(capsys, *arguments):
         (["--launch", "torchrun", "--nproc", "two"], "not a whole number"),
         (["--launch", "torchrun", "--deepspeed", "zero2"], "ZeRO needs DeepSpeed's launcher"),
         (["--launch", "deepspeed", "--deepspeed", "zero9"], "There are no DeepSpeed settings 'zero9'"),
+        (["--launch", "deepspeed", "--deepspeed", "zero3"], "ZeRO stage 3 is not supported here"),
         (["--deepspeed", "zero2"], "ZeRO needs a launcher"),
     ],
 )
@@ -54,6 +55,17 @@ def test_a_launch_that_cannot_be(capsys, tmp_path, flags, words):
     out = tmp_path / "run"
     assert words in refused(capsys, "train", "digits/smoke", *SETTINGS, "--out", str(out), *flags)
     assert not out.exists()
+
+
+def test_language_models_are_launched_under_zero_3(monkeypatch, tmp_path):
+    """Only the launch itself is replaced."""
+    from align import launch
+
+    commands = []
+    monkeypatch.setattr(launch, "run_launched", lambda command, environment: commands.append(command) or 0)
+    arguments = ["train", "kto/smoke", "--out", str(tmp_path / "run"), "--launch", "deepspeed", "--deepspeed", "zero3"]
+    assert main(arguments) == 0
+    assert commands[0][-2:] == ["--deepspeed", "zero3"]
 
 
 @pytest.mark.parametrize("launch", [[], ["--launch", "torchrun"]])
