@@ -381,7 +381,7 @@ def load_rewards(source: str | Path | Mapping[str, Any]) -> tuple[RewardConfig, 
     try:
         return _RewardsConfig.model_validate(value).rewards
     except ValidationError as error:
-        raise _explain(error, origins, where) from error
+        raise _explain(error, origins, where, _RewardsConfig) from error
 
 
 def _model(
@@ -606,7 +606,7 @@ def _found(value: Any) -> str:
     return f"{value!r} ({name})"
 
 
-def _explain(error: ValidationError, origins: Mapping[str, str], where: str, model: type[RunConfig]) -> ConfigError:
+def _explain(error: ValidationError, origins: Mapping[str, str], where: str, model: type[Section]) -> ConfigError:
     """One sentence for the first problem: file and line, dotted key, found, expected, or the closest key."""
     problems = error.errors(include_url=False)
     first = problems[0]

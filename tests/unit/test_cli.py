@@ -227,6 +227,7 @@ def test_an_interrupt_ends_with_130(tmp_path: Path):
         with contextlib.suppress(OSError):
             writer = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
         time.sleep(0.01)
+    time.sleep(0.3)  # until it waits for what never comes
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=30)
     os.close(writer)
