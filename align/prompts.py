@@ -185,7 +185,7 @@ def training_and_heldout(
         example = next(text for text in heldout if _same(text) in shared)
         raise DataError(
             f"{len(shared)} held-out prompt{'s are' if len(shared) > 1 else ' is'} also trained on",
-            where=config.heldout_path, why=f"for one, {_short(example)}", do="Remove it from one of the two files",
+            where=config.heldout_path, why=f"for one, {short_repr(example)}", do="Remove it from one of the two files",
         )  # fmt: skip
     return prompts, heldout
 
@@ -194,7 +194,8 @@ def _same(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def _short(value: Any) -> str:
+def short_repr(value: Any) -> str:
+    """Return the `repr` of a value as messages show it: 60 characters at most."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -206,7 +207,7 @@ def _collect(
     for place, row in rows:
         where = f"{name}, {place}"
         if not isinstance(row, Mapping):
-            raise DataError("A row is not an object with named fields", where=where, why=f"found {_short(row)}")
+            raise DataError("A row is not an object with named fields", where=where, why=f"found {short_repr(row)}")
         for column in filter(None, (prompt_column, image_column)):
             if column not in row:
                 raise DataError(f"A row has no field {column!r}", where=where, do=suggest(column, map(str, row)))
@@ -215,7 +216,7 @@ def _collect(
             empty = text is None or isinstance(text, str)
             raise DataError(
                 "A prompt is empty" if empty else "A prompt is not text", where=f"{where}, field {prompt_column!r}",
-                why="" if empty else f"found {_short(text)}", do="Write the prompt there, or remove the row",
+                why="" if empty else f"found {short_repr(text)}", do="Write the prompt there, or remove the row",
             )  # fmt: skip
         texts.append(text)
         if image_column:
@@ -230,7 +231,7 @@ def _image(value: Any, base: Path, where: str) -> Path | None:
     if value is None or value == "":
         return None
     if not isinstance(value, str):
-        raise DataError("An image is not given as a path", where=where, why=f"found {_short(value)}")
+        raise DataError("An image is not given as a path", where=where, why=f"found {short_repr(value)}")
     path = base / value
     if not path.is_file():
         raise DataError(

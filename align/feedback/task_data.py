@@ -11,7 +11,7 @@ from typing import Any
 from align.errors import DataError
 from align.feedback.events import PAIRWISE, Item, content_id
 from align.feedback.tasks import CONTENT, TaskConfig, Unit, shuffled
-from align.prompts import read_rows
+from align.prompts import read_rows, short_repr
 from align.registry import suggest
 
 SIGNATURES = {
@@ -46,7 +46,7 @@ def _groups(
     for place, row in read_rows(source):
         where = f"{source}, {place}"
         if not isinstance(row, Mapping):
-            raise DataError("A row is not an object with named fields", where=where, why=f"found {_short(row)}")
+            raise DataError("A row is not an object with named fields", where=where, why=f"found {short_repr(row)}")
         named = dict(row)
         for ours, theirs in config.columns.items():
             if theirs not in named:
@@ -79,13 +79,15 @@ def _items(row: dict[str, Any], base: Path, where: str, media: dict[str, Path]) 
     prompt = _said(row.get("prompt"), f"{where}, field 'prompt'")
     input_ = row.get("input") or ""
     if not isinstance(input_, str):
-        raise DataError("An input is not text", where=f"{where}, field 'input'", why=f"found {_short(input_)}")
+        raise DataError("An input is not text", where=f"{where}, field 'input'", why=f"found {short_repr(input_)}")
     metadata = {k: v for k, v in row.items() if k not in ("prompt", "input", *CONTENT)}
     value = row[name]
     if name.endswith("s") and isinstance(value, str) and value[:1] == "[":
         value = _parsed(value, f"{where}, field {name!r}")
     if name.endswith("s") and (not isinstance(value, (list, tuple)) or not value):
-        raise DataError("Several outputs are a list", where=f"{where}, field {name!r}", why=f"found {_short(value)}")
+        raise DataError(
+            "Several outputs are a list", where=f"{where}, field {name!r}", why=f"found {short_repr(value)}"
+        )
     for part in value if name.endswith("s") else [value]:
         place = f"{where}, field {name!r}"
         kind = name.removesuffix("s")
@@ -115,7 +117,7 @@ def _said(value: Any, where: str) -> Any:
         if len(turns) == len(value) and all(isinstance(t.get(k), str) for t in turns for k in ("role", "content")):
             return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
     raise DataError(
-        "A text or a chat is needed", where=where, why=f"found {_short(value)}",
+        "A text or a chat is needed", where=where, why=f"found {short_repr(value)}",
         do='Give a text that is not empty, or turns such as [{"role": "user", "content": "Hi"}]',
     )  # fmt: skip
 
@@ -162,7 +164,7 @@ def _units(config: TaskConfig, groups: Mapping[str, list[Item]], where: str) -> 
         if len(items) < 2:
             raise DataError(
                 f"A {config.kind} task needs two outputs of every prompt", where=where,
-                why=f"there is one for {_short(items[0].prompt)}", do="Add outputs, or rate them one at a time",
+                why=f"there is one for {short_repr(items[0].prompt)}", do="Add outputs, or rate them one at a time",
             )  # fmt: skip
         if config.kind == "pairwise":
             for pair in itertools.combinations(items, 2):
@@ -225,8 +227,3 @@ def _gold_problem(config: TaskConfig, count: int, answer: Any) -> str:
     low, high = config.scale
     right = all(isinstance(v, int) and low <= v <= high for v in given.values())
     return "" if right else f"whole numbers within {low}..{high}, got {answer!r}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
