@@ -1,4 +1,4 @@
-"""`align <verb>`: the only file of align/ that knows rewards/ and trainers/. Each verb is one call in Python.
+"""`align <verb>`: with align/commands/ all of align/ that knows rewards/ and trainers/. A verb is one call in Python.
 
 Exit codes: 0 done; 2 bad input, said in one sentence on stderr; 130 interrupted; 1 a defect, with its traceback.
 """
@@ -14,9 +14,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from align.commands import models
 from align.errors import AlignError, ConfigError
 from align.output import add_dry_run as _add_dry_run
 from align.output import add_json as _add_json
+from align.output import add_out as _add_out
+from align.output import add_seed as _add_seed
 from align.output import dry as _dry
 from align.output import give as _give
 from align.output import positive as _positive
@@ -236,33 +239,6 @@ def _finished(options: argparse.Namespace, result: Any) -> int:
     return interrupted if result.status == "stopped" else 0
 
 
-def _sample(options: argparse.Namespace) -> int:
-    if options.prompt and options.prompts:
-        raise ConfigError(
-            "Prompts come from one place", why="both --prompt and --prompts are given", do="Give one of them"
-        )
-    prompts = options.prompt or options.prompts
-    call = {"count": options.count, "seed": options.seed, "solver_steps": options.solver_steps}
-    call |= {"guidance_scale": options.guidance_scale, "out": str(options.out or "samples")}
-    if options.dry_run:
-        return _dry(options, "sample", {"source": options.source, "prompts": _prompts_plan(prompts), **call})
-    from trainers import sample_images
-
-    folder = sample_images(options.source, prompts, **call)
-    return _give(options, {"directory": str(folder)}, f"wrote {folder / 'grid.png'}")
-
-
-def _evaluate(options: argparse.Namespace) -> int:
-    call = {"samples": options.samples, "seed": options.seed, "solver_steps": options.solver_steps}
-    call |= {"guidance_scale": options.guidance_scale, "rewards": options.reward, "out": options.out}
-    if options.dry_run:
-        return _dry(options, "evaluate", {"source": options.source, "prompts": _prompts_plan(options.prompts), **call})
-    from trainers import evaluate
-
-    found = evaluate(options.source, options.prompts, **call)
-    return _give(options, found, _flat_text(found))
-
-
 def _score(options: argparse.Namespace) -> int:
     from align.config import load_rewards
     from rewards.scoring import plan_scores, score_files
@@ -466,28 +442,6 @@ def _run_config(folder: Path, overrides: Sequence[str] = ()) -> DanceGRPOConfig:
 # --- output -----------------------------------------------------------------------------------------
 
 
-def _prompts_plan(prompts: Any) -> str:
-    """What `prompts` stands for, the file read, so that a dry run refuses what the run would refuse."""
-    if prompts is None:
-        return "the run's held-out prompts"
-    from align.prompts import load_prompts
-
-    loaded = load_prompts(prompts)
-    return f"{len(loaded)} from {loaded.source}"
-
-
-def _flat_text(found: dict[str, Any]) -> str:
-    rows = []
-    for key, value in found.items():
-        if key == "rewards":
-            rows += [
-                (name, "{mean:.4f}  [{ci_low:.4f}, {ci_high:.4f}]  n {n}".format(**e)) for name, e in value.items()
-            ]
-        else:
-            rows.append((key, f"{value:.4g}" if isinstance(value, float) else _word(value)))
-    return _table(rows)
-
-
 def _scores_text(found: dict[str, Any]) -> str:
     rows = [("scores", found["out"]), ("page", found["page"])]
     rows.append(("rows", f"{found['rows']}, {found['new_scores']} scores new, {found['seconds']:.3g} s"))
@@ -559,14 +513,6 @@ def _visual_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
 _Arguments = argparse.ArgumentParser
 
 
-def _add_out(parser: _Arguments, what: str) -> None:
-    parser.add_argument("--out", type=Path, metavar="PATH", help=f"where to write {what}")
-
-
-def _add_seed(parser: _Arguments) -> None:
-    parser.add_argument("--seed", type=_whole, metavar="N", help="seed of every random draw (default: the config's)")
-
-
 def _add_launch(parser: _Arguments) -> None:
     parser.add_argument(
         "--launch", metavar="LAUNCHER", help="start several processes with deepspeed or torchrun; prints the command"
@@ -585,18 +531,6 @@ def _add_overrides(parser: _Arguments) -> None:
         metavar="KEY=VALUE",
         help="change a value, e.g. sampler.eta=0.2 rewards.0.weight=2",
     )
-
-
-def _add_sampling(parser: _Arguments) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="a run folder, a checkpoint folder, a model folder, or digits")
-    parser.add_argument(
-        "--prompts", metavar="FILE", help="a txt, JSONL, CSV or Parquet file (default: the run's held-out prompts)"
-    )
-    parser.add_argument(
-        "--solver-steps", type=_positive, metavar="N", help="ODE solver steps (default: the run's, else 20)"
-    )
-    parser.add_argument("--guidance-scale", type=float, metavar="W", help="classifier-free guidance scale; 1 is none")
-    _add_seed(parser)
 
 
 def _train_arguments(parser: _Arguments) -> None:
@@ -620,26 +554,6 @@ def _resume_arguments(parser: _Arguments) -> None:
 
 def _report_arguments(parser: _Arguments) -> None:
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="a run folder")
-    _add_dry_run(parser)
-    _add_json(parser)
-
-
-def _sample_arguments(parser: _Arguments) -> None:
-    _add_sampling(parser)
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given again")
-    parser.add_argument("--count", type=_positive, default=4, metavar="N", help="images of each prompt (default: 4)")
-    _add_out(parser, "the PNG files, grid.png and samples.jsonl (default: samples)")
-    _add_dry_run(parser)
-    _add_json(parser)
-
-
-def _evaluate_arguments(parser: _Arguments) -> None:
-    _add_sampling(parser)
-    parser.add_argument("--samples", type=_positive, default=256, metavar="N", help="images in all (default: 256)")
-    parser.add_argument(
-        "--reward", action="append", metavar="NAME", help="a reward; may be given again (default: the held-out ones)"
-    )
-    _add_out(parser, "one JSON line a sample")
     _add_dry_run(parser)
     _add_json(parser)
 
@@ -745,14 +659,17 @@ _VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int], Callable[[_Arg
         "go on with an unfinished run", _resume, _resume_arguments, ("align resume runs/digits",),
     ),
     "sample": (
-        "make images with a model or a run", _sample, _sample_arguments,
+        "make images, or answers to prompts, with a model or a run", models.sample, models.sample_arguments,
         ('align sample runs/digits --prompt "a bold handwritten three" --count 8',
-         "align sample digits --prompts prompts.txt --out before"),
+         "align sample digits --prompts prompts.txt --out before",
+         "align sample runs/kto --base --count 4 --out candidates.jsonl",
+         'align sample my-model --prompt "What is a fox?" --chat --temperature 0'),
     ),
     "evaluate": (
-        "measure a model or a run on held-out prompts", _evaluate, _evaluate_arguments,
+        "measure a model or a run on held-out prompts or rows", models.evaluate, models.evaluate_arguments,
         ("align evaluate runs/digits --samples 1000 --json result.json",
-         "align evaluate digits --prompts prompts.txt --reward digits/legibility"),
+         "align evaluate digits --prompts prompts.txt --reward digits/legibility",
+         "align evaluate runs/kto --data more_thumbs.jsonl --config rewards.yaml"),
     ),
     "score": (
         "score images or texts of files with rewards; resumes by itself", _score, _score_arguments,

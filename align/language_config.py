@@ -102,6 +102,13 @@ class LanguageEvaluationConfig(Section):
 
     every: Int = Field(default=50, ge=0, description="Steps between evaluations; 0 evaluates only before and after.")
     rows: Int = Field(default=512, ge=1, description="Held-out rows measured at most; the same ones every time.")
+    prompts: Int = Field(
+        default=8, ge=0, description="Held-out prompts that the model answers at each evaluation; 0 is none."
+    )
+    max_new_tokens: Int = Field(default=128, ge=1, description="Longest of these answers, in tokens.")
+    temperature: Float = Field(
+        default=1.0, ge=0, description="Of these answers; at 1 they also estimate the KL divergence, 0 is greedy."
+    )
 
 
 class LanguageTrackingConfig(Section):

@@ -63,11 +63,39 @@ def add_dry_run(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_out(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add `--out PATH`."""
+    parser.add_argument("--out", type=Path, metavar="PATH", help=f"where to write {what}")
+
+
+def add_seed(parser: argparse.ArgumentParser) -> None:
+    """Add `--seed N`."""
+    parser.add_argument("--seed", type=whole, metavar="N", help="seed of every random draw (default: the config's)")
+
+
 def whole(text: str) -> int:
     """Parse a whole number from 0."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
     return int(text)
+
+
+def number(text: str) -> float:
+    """Parse a finite number from 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0")
+    return value
+
+
+def share(text: str) -> float:
+    """Parse a number above 0, up to 1."""
+    if not 0 < number(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and at most 1")
+    return number(text)
 
 
 def positive(text: str) -> int:

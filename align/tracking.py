@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 Level = Literal["note", "warning", "alarm"]
 
+LOGS = ("metrics.jsonl", "evaluation.jsonl", "generations.jsonl", "warnings.jsonl")
+"""Files of a run folder that grow by a line with a step."""
+
 
 class RunLog:
     """The files of one run folder that grow with the run.
@@ -67,6 +70,12 @@ class RunLog:
         self._append("evaluation.jsonl", row)
         self._mirror(row, "evaluation/")
 
+    def generations(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append what a language model says at a step to generations.jsonl, in place of what stands there of it."""
+        self._forget("generations.jsonl", lambda earlier: earlier.get("step") == step)
+        for row in rows:
+            self._append("generations.jsonl", {"step": step, **row})
+
     def warn(self, step: int, level: Level, code: str, message: str) -> None:
         """Append what a person should know to warnings.jsonl, once; `code` is a short fixed word such as "drift"."""
         row = {"step": step, "level": level, "code": code, "message": message}
@@ -78,7 +87,7 @@ class RunLog:
         if self.silent:
             return
         text = json.dumps(_clean(record, "run.json"), indent=1, allow_nan=False, ensure_ascii=False)
-        _replace(self.directory / "run.json", text + "\n")
+        replace_text(self.directory / "run.json", text + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the rows of metrics.jsonl."""
@@ -92,7 +101,7 @@ class RunLog:
         Raises:
             DataError: a line that is not an object with a step, anywhere but at the end.
         """
-        for name in () if self.silent else ("metrics.jsonl", "evaluation.jsonl", "warnings.jsonl"):
+        for name in () if self.silent else LOGS:
             path = self.directory / name
             if not path.is_file():
                 continue
@@ -112,7 +121,7 @@ class RunLog:
                 if row["step"] <= step:
                     kept.append(line + "\n")
             if "".join(kept) != text:
-                _replace(path, "".join(kept))
+                replace_text(path, "".join(kept))
 
     def _forget(self, name: str, outdated: Callable[[dict[str, Any]], bool]) -> None:
         """Drop the rows of a log that are outdated; the file is replaced as a whole."""
@@ -122,7 +131,7 @@ class RunLog:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         kept = [line for line in lines if (row := _parse(line)) is None or not outdated(row)]
         if len(kept) < len(lines):
-            _replace(path, "".join(kept))
+            replace_text(path, "".join(kept))
 
     def close(self) -> None:
         """Flush the mirror, when there is one."""
@@ -212,7 +221,7 @@ def _numbers(row: Mapping[str, Any], prefix: str) -> list[tuple[str, float]]:
     return found
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
     """Write `text` beside `path`, flush it to disk, and put it in place in one move."""
     temporary = path.with_name(path.name + ".writing")
     with _writing(path):

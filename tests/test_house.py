@@ -36,7 +36,7 @@ MODULES = {module_of(name) for name in LIBRARY}
 def room(module: str) -> tuple[int, str]:
     """Return (row, room) of a module, as docs/architecture.md draws them."""
     parts = module.split(".")
-    if parts[0] == "scripts" or module == "align.cli":
+    if parts[0] == "scripts" or module == "align.cli" or module.startswith("align.commands"):
         return 4, module
     if parts[0] == "trainers" or module.startswith("align.reports"):
         return 3, "trainers" if parts[0] == "trainers" else "align.reports"

@@ -10,10 +10,15 @@ if TYPE_CHECKING:
     from trainers.dpo import DPO
     from trainers.evaluation import evaluate, sample_images
     from trainers.kto import KTO
+    from trainers.language_verbs import evaluate_language, sample_completions
     from trainers.result import RunResult
     from trainers.sft import SFT
+    from trainers.sources import find_source
 
-__all__ = ["BCO", "DPO", "KTO", "SFT", "DanceGRPO", "RunResult", "evaluate", "sample_images", "trainer_for"]
+__all__ = [
+    "BCO", "DPO", "KTO", "SFT", "DanceGRPO", "RunResult", "evaluate", "evaluate_language", "find_source",
+    "sample_completions", "sample_images", "trainer_for",
+]  # fmt: skip
 
 _HOMES = {
     "BCO": "trainers.bco",
@@ -23,6 +28,9 @@ _HOMES = {
     "RunResult": "trainers.result",
     "SFT": "trainers.sft",
     "evaluate": "trainers.evaluation",
+    "evaluate_language": "trainers.language_verbs",
+    "find_source": "trainers.sources",
+    "sample_completions": "trainers.language_verbs",
     "sample_images": "trainers.evaluation",
 }
 _TRAINERS = {"dance_grpo": "DanceGRPO", "kto": "KTO", "bco": "BCO", "dpo": "DPO", "sft": "SFT"}

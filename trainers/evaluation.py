@@ -17,17 +17,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from align.config import DanceGRPOConfig, ModelConfig, RewardConfig, load_config
+from align.config import DanceGRPOConfig, ModelConfig, RewardConfig
 from align.diffusion.kernels import StepTable, step_table
 from align.diffusion.policy import Policy, resolve_model
 from align.diffusion.rollout import decode, initial_noise, solve
-from align.errors import CheckpointError, ConfigError
+from align.errors import ConfigError
 from align.groupstats import Estimate, bootstrap_mean
 from align.launch import World
 from align.prompts import PromptSet, load_prompts, training_and_heldout
 from align.types import Samples
 from rewards.meters import measure_images
 from rewards.panel import Panel
+from trainers.sources import find_source
 
 
 def ode_table(policy: Policy, solver_steps: int, shift: float | None, latent_shape: Sequence[int]) -> StepTable:
@@ -199,32 +200,28 @@ def open_source(source: str | Path, *, guidance_scale: float | None = None) -> S
 
     Raises:
         CheckpointError: a run without a checkpoint.
+        ConfigError: a language model.
         ModelError: not a model.
     """
     from align import checkpoint
 
-    path = Path(source)
-    inside = path.parent.name == "checkpoints" and (path.parent.parent / "config.yaml").is_file()
-    run = path if (path / "run.json").is_file() else path.parent.parent if inside else None
-    if run is None:
+    found = find_source(source)
+    if found.language:
+        raise ConfigError(
+            "A language model makes no images", where=str(source),
+            do="Call sample_completions or evaluate_language of trainers",
+        )  # fmt: skip
+    if found.checkpoint is None:
         policy = Policy.load(resolve_model(str(source)), ModelConfig(path=str(source), train="full"), seed=0)
         return Source(policy.with_guidance(guidance_scale or 1.0), None, str(source))
-    config = load_config(run / "config.yaml")
-    if not isinstance(config, DanceGRPOConfig):
-        raise ConfigError(
-            f"A run of {config.trainer} makes no images", where=str(run),
-            do="Its checkpoint folders load in transformers or PEFT; its report says how it did",
-        )  # fmt: skip
-    found = checkpoint.load(path) if path != run else checkpoint.load_latest(run / "checkpoints")
-    if found is None:
-        raise CheckpointError("The run has no checkpoint yet", where=str(run), do="Let it reach checkpoint.every steps")
+    config, saved = found.config, checkpoint.load(found.checkpoint)
     policy = load_policy(config)
-    delivered = found.tensors.get("average") or found.tensors["model"]
+    delivered = saved.tensors.get("average") or saved.tensors["model"]
     with torch.no_grad():
         for name, parameter in policy.trainable().items():
             parameter.copy_(delivered[name])
     scale = guidance_scale if guidance_scale is not None else config.evaluation.guidance_scale
-    return Source(policy.with_guidance(scale), config, f"{run} at step {found.step}")
+    return Source(policy.with_guidance(scale), config, f"{found.run} at step {saved.step}")
 
 
 def load_policy(config: DanceGRPOConfig) -> Policy:

@@ -6,6 +6,7 @@ trainers/language_trainer.py                transformers.Trainer with our batche
 trainers/language_session.py                signals, the log, the record
 trainers/language_objective.py              a microbatch's tensors and losses
 trainers/language_measures.py               metrics and held-out evaluation
+trainers/language_generation.py             answers to held-out prompts
 trainers/language_model.py                  log-probs at completion tokens, the model before training
 trainers/preference_data.py                 tokens, and the plan of an epoch
 trainers/preference.py                      the objectives as pure functions
@@ -31,6 +32,7 @@ from align.launch import join_world
 from align.preferences import PreferenceSet, load_preferences
 from align.run import claim_directory, require_directory
 from align.tracking import RunLog
+from trainers.language_generation import Prompt, choose_prompts, read_prompts
 from trainers.language_measures import LanguageEvaluation
 from trainers.language_model import LogpCache, Reference, load_language_model, load_tokenizer, reference_mode
 from trainers.language_objective import Objective
@@ -75,8 +77,8 @@ class LanguageRun:
             self.world.wait()  # what the first process builds and caches, the others find
         self.tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
         training, heldout = rows if rows is not None else read_data(config)
-        self.tokens = self._tokenise(training, training=True)
-        self.heldout = self._tokenise(heldout, training=False) if heldout is not None else None
+        self.tokens = tokenise_rows(config, objective, self.tokenizer, training, training=True)
+        self.heldout, self.prompts = read_heldout(config, objective, self.tokenizer, heldout)
         if self.world.leads:
             self.world.wait()
         self.about = {**objective.prepare(self.tokens), "tokens": self._about_data()}
@@ -100,23 +102,6 @@ class LanguageRun:
                 where="microbatch",
                 do=f"Set it to a multiple of {self.world.size}; it counts the rows of all processes",
             )  # fmt: skip
-
-    def _tokenise(self, rows: PreferenceSet, *, training: bool) -> Tokens:
-        config, objective = self.config, self.objective
-        soft = objective.soft
-        if objective.paired:
-            rows = rows.pairs()
-        elif objective.labelled:
-            rows = rows.require_labels(threshold=config.data.score_threshold, soft=soft)
-            if training and not config.data.allow_one_class:
-                rows.require_both_classes()
-        else:
-            rows = PreferenceSet(tuple(row for row in rows.rows if row.label is not False), rows.source)
-        return tokenise(
-            rows, self.tokenizer, max_length=config.data.max_length, soft=soft, workers=config.data.workers,
-            max_prompt_length=config.data.max_prompt_length,
-            reload=_Reload(config.model.path, config.model.chat_template),
-        )  # fmt: skip
 
     def _about_data(self) -> dict[str, Any]:
         tokens = self.tokens
@@ -161,6 +146,8 @@ class LanguageRun:
             session.before()
             if session.step < self.steps:
                 trainer.train(resume_from_checkpoint=None if found is None else str(found))
+            elif found is not None:  # nothing is left to train, but the trained weights are to be measured
+                trainer._load_from_checkpoint(str(found))
             return session.after()
 
     def _precompute(self, model: nn.Module) -> LogpCache:
@@ -185,6 +172,43 @@ class LanguageRun:
         if self.heldout is not None:
             cache.fill(self.heldout, [(i, i) for i in range(len(self.heldout))], score, world=self.world, pad=pad)
         return cache
+
+
+def tokenise_rows(
+    config: LanguageConfig, objective: Objective, tokenizer: Any, rows: PreferenceSet, *, training: bool
+) -> Tokens:
+    """Return the tokens of the rows that an objective has a use for.
+
+    Raises:
+        DataError: none of them, a row without a label where one is needed, or training rows of one class.
+    """
+    soft = objective.soft
+    if objective.paired:
+        rows = rows.pairs()
+    elif objective.labelled:
+        rows = rows.require_labels(threshold=config.data.score_threshold, soft=soft)
+        if training and not config.data.allow_one_class:
+            rows.require_both_classes()
+    else:
+        rows = PreferenceSet(tuple(row for row in rows.rows if row.label is not False), rows.source)
+    return tokenise(
+        rows, tokenizer, max_length=config.data.max_length, soft=soft, workers=config.data.workers,
+        max_prompt_length=config.data.max_prompt_length,
+        reload=_Reload(config.model.path, config.model.chat_template),
+    )  # fmt: skip
+
+
+def read_heldout(
+    config: LanguageConfig, objective: Objective, tokenizer: Any, rows: PreferenceSet | None
+) -> tuple[Tokens | None, list[Prompt]]:
+    """Return the tokens of the held-out rows, and the prompts among them that the model answers."""
+    if rows is None:
+        return None, []
+    chosen = choose_prompts(rows, config.evaluation.prompts, config.seed)
+    return (
+        tokenise_rows(config, objective, tokenizer, rows, training=False),
+        read_prompts(chosen, tokenizer, config.data.max_prompt_length),
+    )
 
 
 @dataclass(frozen=True)

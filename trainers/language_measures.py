@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
 from align.groupstats import bootstrap_mean
+from align.language_config import LanguageConfig
+from align.launch import World
 from align.tracking import RunLog
-from trainers.preference_data import collate
+from trainers.language_generation import Answer, Decoding, Prompt, answer, as_given
+from trainers.preference_data import Tokens, collate
 
 if TYPE_CHECKING:
-    from trainers.language import LanguageRun, Models
     from trainers.language_model import LogpCache
+    from trainers.language_objective import Models, Objective
 
 FIRST_LOGPS = "evaluations/before.json"
 """Of a supervised run's folder: the log-prob of each held-out row before training, for changes on the same rows."""
@@ -93,6 +97,18 @@ def update_metrics(measures: Mapping[str, np.ndarray]) -> dict[str, float]:
     return {**found, **{name: float(measures[name].mean()) for name in plain}}
 
 
+def one_class_share(parts: Sequence[Sequence[Mapping[str, np.ndarray]]]) -> dict[str, float]:
+    """Return the share of an update's microbatches whose rows, over all processes, are of one class.
+
+    Args:
+        parts: of each process, what its microbatches measured, in order.
+    """
+    if not parts or not parts[0] or "desirable" not in parts[0][0]:
+        return {}
+    classes = [np.concatenate([row["desirable"] for row in rows]) > 0.5 for rows in zip(*parts, strict=True)]
+    return {"one_class_share": sum(len(np.unique(found)) < 2 for found in classes) / len(classes)}
+
+
 def pair_differences(value: np.ndarray, pair: np.ndarray, desirable: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return chosen minus rejected of every pair that has both, and the pairs' numbers."""
     chosen = {int(p): v for p, v, up in zip(pair, value, desirable, strict=True) if p >= 0 and up}
@@ -101,8 +117,24 @@ def pair_differences(value: np.ndarray, pair: np.ndarray, desirable: np.ndarray)
     return np.array([chosen[p] - rejected[p] for p in both]), np.array(both)
 
 
+class Measured(Protocol):
+    """What an evaluation asks of a run: its settings, its held-out rows and prompts as tokens, its processes."""
+
+    config: LanguageConfig
+    objective: Objective
+    tokenizer: Any
+    heldout: Tokens | None
+    prompts: list[Prompt]
+    world: World
+    directory: Path
+
+    @property
+    def steps(self) -> int:
+        """How many steps it has."""
+
+
 class LanguageEvaluation:
-    """Measures held-out rows.
+    """Measures held-out rows, and has the model answer held-out prompts.
 
     Args:
         run: the run.
@@ -113,9 +145,11 @@ class LanguageEvaluation:
 
     BATCH = 16
 
-    def __init__(self, run: LanguageRun, models: Models, cache: LogpCache | None, log: RunLog) -> None:
+    def __init__(self, run: Measured, models: Models, cache: LogpCache | None, log: RunLog) -> None:
         self.run, self.models, self.cache, self.log = run, models, cache, log
         self.rows = list(range(min(run.config.evaluation.rows, len(run.heldout)))) if run.heldout is not None else []
+        settings = run.config.evaluation
+        self.decoding = Decoding(settings.max_new_tokens, settings.temperature, seed=run.config.seed)
         self._reference: np.ndarray | None = None
         self.found: dict[int, dict[str, Any]] = {}
 
@@ -123,6 +157,9 @@ class LanguageEvaluation:
         """Measure the model before training, unless the run goes on."""
         if step == 0:
             self._evaluate(0)
+            if self.run.prompts and self.models.reference is not None and not self.models.reference.live:
+                message = "kl is not measured: with reference.mode precomputed the model before training is gone"
+                self.log.warn(0, "note", "no_kl", message)
 
     def during(self, step: int) -> None:
         """Measure when it is due."""
@@ -147,15 +184,52 @@ class LanguageEvaluation:
         if not self.rows:
             return {}
         began = time.perf_counter()
-        row = {
-            "step": step,
-            "n": len(self.rows),
-            **self.measure(first=step == 0),
-            "seconds": time.perf_counter() - began,
-        }
+        found = {"step": step, "n": len(self.rows), **self.measure(first=step == 0)}
+        if self.run.prompts:
+            answers = self.answers(self.run.prompts)
+            ratio = self.answer_ratios(self.run.prompts, answers)
+            self.log.generations(step, self._written(answers, ratio))
+            found |= answer_metrics(answers, ratio, [p.key for p in self.run.prompts], self.decoding)
+        row = {**found, "seconds": time.perf_counter() - began}
         self.log.evaluation(row)
         self.found[step] = row
         return row
+
+    def answers(
+        self, prompts: Sequence[Prompt], *, before: bool = False, progress: Callable[[int], Any] = lambda done: None
+    ) -> list[Answer]:
+        """Return the policy's answer to each prompt, or that of the model before training. Every process must call it.
+
+        All processes draw all answers, which is as quick as one and keeps ZeRO 3 in step.
+        """
+        run, models = self.run, self.models
+        how: dict[str, Any] = {
+            "half": run.config.model.dtype == "bf16", "synced": run.world.size > 1, "progress": progress
+        }  # fmt: skip
+        if not before:
+            return answer(models.plain, prompts, run.tokenizer, self.decoding, **how)
+        if models.reference is None or not models.reference.live:
+            return []
+        with models.reference.model() as model:
+            return answer(model, prompts, run.tokenizer, self.decoding, **how)
+
+    def answer_ratios(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> np.ndarray | None:
+        """Return the log-ratio of each answer to the model before training, where that is at hand. All together."""
+        if self.models.reference is None or not self.models.reference.live:
+            return None
+        sequences = [(prompt.tokens, said.tokens) for prompt, said in zip(prompts, answers, strict=True)]
+        return self._logps(self.models.free_logps, sequences) - self._logps(self.models.reference_logps, sequences)
+
+    def _written(self, answers: Sequence[Answer], ratio: np.ndarray | None) -> list[dict[str, Any]]:
+        """Return the rows of generations.jsonl of a step."""
+        return [
+            {
+                "index": i, "prompt": as_given(prompt.given), "completion": said.text, "tokens": len(said.tokens),
+                "ended": said.ended, "log_ratio": None if ratio is None else float(ratio[i]),
+                "seed": self.decoding.seed, "temperature": self.decoding.temperature,
+            }
+            for i, (prompt, said) in enumerate(zip(self.run.prompts, answers, strict=True))
+        ]  # fmt: skip
 
     def measure(self, *, first: bool = False) -> dict[str, Any]:
         """Return the metrics of the held-out rows under the policy. Every process must call it.
@@ -164,7 +238,8 @@ class LanguageEvaluation:
             first: the model is the one before training, with which later measures of a supervised run compare.
         """
         tokens, rows = self.run.heldout, self.rows
-        logp = self._logps(self.models.free_logps)
+        sequences = [(tokens.prompts[i], tokens.completions[i]) for i in rows]
+        logp = self._logps(self.models.free_logps, sequences)
         count = np.array([len(tokens.completions[i]) for i in rows], dtype=float)
         if not self.run.objective.referenced:
             if first and self.run.world.leads:
@@ -172,7 +247,7 @@ class LanguageEvaluation:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(logp.tolist()), encoding="utf-8")
             return self._supervised(logp, count, tokens.prompt[rows])
-        ratio, desirable = logp - self._reference_logps(), tokens.desirable[rows]
+        ratio, desirable = logp - self._reference_logps(sequences), tokens.desirable[rows]
         beta = self.run.objective.beta
         found: dict[str, Any] = class_metrics(beta * ratio, ratio, desirable)
         found["auc_ci_low"], found["auc_ci_high"] = auc_interval(ratio, desirable, tokens.prompt[rows])
@@ -200,20 +275,19 @@ class LanguageEvaluation:
             return None
         return np.array(found) if isinstance(found, list) and len(found) == len(self.rows) else None
 
-    def _reference_logps(self) -> np.ndarray:
+    def _reference_logps(self, sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
         if self._reference is None:
             if self.cache is not None:
                 pairs = [(i, i) for i in self.rows]
                 self._reference = self.cache.lookup(self.run.heldout, pairs).double().numpy()
             else:
-                self._reference = self._logps(self.models.reference_logps)
+                self._reference = self._logps(self.models.reference_logps, sequences)
         return self._reference
 
-    def _logps(self, score: Any) -> np.ndarray:
-        """Log-probs of the held-out rows; every process runs as many batches as any other."""
-        tokens, world = self.run.heldout, self.run.world
-        length = tokens.length
-        order = sorted(self.rows, key=lambda i: int(length[i]))
+    def _logps(self, score: Any, sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        """Log-probs of (prompt, completion) pairs; every process runs as many batches as any other."""
+        world = self.run.world
+        order = sorted(range(len(sequences)), key=lambda i: sum(map(len, sequences[i])))
         batches = [order[i : i + self.BATCH] for i in range(0, len(order), self.BATCH)]
         batches += [order[:1]] * (-len(batches) % world.size)
         device = next(self.models.plain.parameters()).device
@@ -221,11 +295,28 @@ class LanguageEvaluation:
         self.models.plain.eval()
         mine: dict[int, float] = {}
         for rows in batches[world.rank :: world.size]:
-            batch = collate([(tokens.prompts[i], tokens.completions[i]) for i in rows], self.run.tokenizer.pad_token_id)
+            batch = collate([sequences[i] for i in rows], self.run.tokenizer.pad_token_id)
             half = torch.autocast(device.type, torch.bfloat16, enabled=self.run.config.model.dtype == "bf16")
             with torch.no_grad(), half:
                 values = score({name: value.to(device) for name, value in batch.items()}).per_row().double().tolist()
             mine.update(zip(rows, values, strict=True))
         self.models.plain.train(training)
         found = {i: value for part in world.gather(mine) for i, value in part.items()}
-        return np.array([found[i] for i in self.rows])
+        return np.array([found[i] for i in range(len(sequences))])
+
+
+def answer_metrics(
+    answers: Sequence[Answer], ratio: np.ndarray | None, clusters: Sequence[str], decoding: Decoding
+) -> dict[str, Any]:
+    """Return how long a model's own answers are, how many ended, and how far they are from the model before training.
+
+    `kl = E_{y ~ pi}[log pi(y | x) - log pi_ref(y | x)]`, in nats an answer, cut off where answers are, estimated by
+    the mean log-ratio of answers drawn from the policy itself: at temperature 1 and from all tokens alone.
+    """
+    found: dict[str, Any] = {
+        "answer_tokens": float(np.mean([len(said.tokens) for said in answers])),
+        "answers_ended": float(np.mean([said.ended for said in answers])),
+    }
+    if ratio is not None and decoding.temperature == 1 and decoding.top_p == 1:
+        found["kl"] = bootstrap_mean(ratio, np.array(clusters)).as_dict()
+    return found

@@ -285,6 +285,11 @@ class Reference:
         self.mode, self._model = mode, model
         self.copy: nn.Module | None = frozen_copy(model) if mode == "copy" else None
 
+    @property
+    def live(self) -> bool:
+        """Whether the model before training can still be run once the policy has moved."""
+        return self.copy is not None or hasattr(self._model, "disable_adapter")
+
     @contextlib.contextmanager
     def model(self) -> Iterator[nn.Module]:
         """Have the reference model within the block."""

@@ -20,7 +20,7 @@ from align import launch
 from align.run import describe_machine, peak_memory_mb
 from align.tracking import Progress, RunLog
 from trainers.language_engine import deepspeed_arguments
-from trainers.language_measures import LanguageEvaluation, update_metrics
+from trainers.language_measures import LanguageEvaluation, one_class_share, update_metrics
 from trainers.language_objective import RowLosses
 from trainers.result import RunResult
 
@@ -124,6 +124,7 @@ class Session:
         self.step = step
         row = {
             "step": step, "loss": sum(loss for loss, _, _ in parts), **numbers, **update_metrics(merged), **state,
+            **one_class_share([measures for _, measures, _ in parts]),
             "epoch": step * run.accumulation / run.per_epoch,
             "real_token_share": sum(r[0] for *_, r in parts) / max(1, sum(r[1] for *_, r in parts)),
             "seconds": now - self._mark[0], "cpu_seconds": cpu - self._mark[1],

@@ -137,7 +137,19 @@ LANGUAGE_CHARTS: dict[str, str] = {
         "Where BCO's classifier draws its line: the midpoint of the running mean rewards of the two classes, or as "
         "objective.delta says. It should lie between the class means."
     ),
-    "Thumbs up in each update": "Share of thumbs up among the rows of an update; the plan of an epoch holds it even.",
+    "Thumbs up in each update": (
+        "Share of thumbs up among the rows of an update; the plan of an epoch holds it even. Microbatches of one class "
+        "should not occur while there are rows of the other."
+    ),
+    "Distance to the model before training": (
+        "KL divergence in nats an answer, up to evaluation.max_new_tokens: how much likelier the model finds its own "
+        "answers to held-out prompts than the model before training does, with 95 % intervals. Held-out curves that "
+        "stand still while this grows are a reason to stop. One draw a prompt: it is rough, and may fall below 0."
+    ),
+    "Length of the model's answers": (
+        "Tokens of its own answers to held-out prompts, at most evaluation.max_new_tokens. A steady rise is a usual "
+        "sign that length is what is learnt."
+    ),
     "Real tokens": "Share of the tokens in a batch that are no padding. Rows are batched by length to keep it high.",
     "Gradient norm": CHARTS["Gradient norm"],
     "Learning rate": "Learning rate of each update.",
@@ -168,6 +180,7 @@ LANGUAGE: dict[str, str] = {
     "log_ratio/down": "The same of thumbs-down answers.",
     "share_up": "Share of thumbs up among the rows.",
     "logp": "Mean log-prob of a whole answer under the model, in nats.",
+    "one_class_share": "Share of the update's microbatches whose rows are all thumbs up or all thumbs down.",
     "z0": "Reference point that the step's losses used, in nats: never below 0, averaged over microbatches.",
     "z0_mean": "Mean log-ratio of mismatched answers, which is z0 before it is cut off at 0.",
     "z0_at_zero": "Share of the step's microbatches in which z0 was 0.",
@@ -187,6 +200,12 @@ LANGUAGE: dict[str, str] = {
         "interval."
     ),
     "log_ratio_per_token": "Mean over held-out rows of the log-ratio divided by the answer's tokens, in nats.",
+    "answer_tokens": "Mean tokens of the model's own answers to evaluation.prompts held-out prompts.",
+    "answers_ended": "Share of those answers that came to an end within evaluation.max_new_tokens.",
+    "kl": (
+        "KL divergence from the model before training, in nats an answer: mean log-ratio of those answers, with its "
+        "95 % interval; measured at temperature 1."
+    ),
     "nats_per_token": "Mean negative log-prob of a token of the held-out answers; lower is better.",
     "nats_change": "nats_per_token − that before training, on the same rows, with a 95 % interval by prompts.",
     "perplexity": "exp(nats_per_token): among how many equally likely tokens the model chooses, so to say.",
@@ -218,7 +237,10 @@ BY_TRAINER: dict[tuple[str, str], str] = {
 
 _WRITERS = {
     "z0": ("kto",), "delta": ("bco",), "nats": ("sft",), "perplexity": ("sft",),
-    **dict.fromkeys(("rewards", "auc", "log_ratio", "share_up", "pair_accuracy", "accuracy"), ("kto", "bco", "dpo")),
+    **dict.fromkeys(
+        ("rewards", "auc", "log_ratio", "share_up", "one_class_share", "kl", "pair_accuracy", "accuracy"),
+        ("kto", "bco", "dpo"),
+    ),
 }  # fmt: skip
 
 

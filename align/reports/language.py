@@ -12,6 +12,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from align.reports.answers import answers_of, changed
 from align.reports.charts import line_chart
 from align.reports.glossary import LANGUAGE_CHARTS, explain
 from align.reports.page import brief, count, duration, finite, number, percent, signed
@@ -83,6 +84,7 @@ def language_context(files: RunFiles) -> Row:
     """Return what language.html shows of a run."""
     evaluations = [_estimates(row) for row in files.evaluations]
     found, trainer = language_outcome(trainer_of(files), evaluations), trainer_of(files)
+    answers = answers_of(files.generations)
     cost, loss = _cost(files), f"{explain('loss', trainer)} {LANGUAGE_CHARTS['Loss']}"
     return {
         **page_context(files),
@@ -90,6 +92,8 @@ def language_context(files: RunFiles) -> Row:
         "tiles": _supervised_tiles(files, found, cost) if trainer == "sft" else _tiles(files, found, cost, trainer),
         "charts": charts(_charts(files.metrics, evaluations), {**LANGUAGE_CHARTS, "Loss": loss}),
         "heldout": _heldout(found, trainer),
+        "answers": answers,
+        "answers_lead": changed(answers),
         "steps": (found.first.get("step"), found.last.get("step")),
         "rows": found.last.get("n"),
         "data": _data(files),
@@ -176,7 +180,7 @@ def _caveats(found: LanguageOutcome, files: RunFiles) -> list[str]:
     if found.headline is not NATS:
         caveats.append(
             "This is how the model ranks given answers by their log-probs. Whether the answers it writes are better, "
-            "only reading them tells."
+            f"only reading them tells{'; some stand below' if files.generations else ''}."
         )
     return caveats
 
@@ -227,7 +231,7 @@ def _tiles(files: RunFiles, found: LanguageOutcome, cost: Row, trainer: str) -> 
         _tile(
             "Held-out reward margin", signed(_mean(last.get("rewards/margin"))), f"up {signed(up)}, down {signed(down)}"
         ),
-        _tile("Log-ratio per token", signed(moved), "nats; 0 is the model before training"),
+        _kl_tile(last) or _tile("Log-ratio per token", signed(moved), "nats; 0 is the model before training"),
     ]
     if "z0" in step:
         share = _average(column(files.metrics, "z0_at_zero"))
@@ -267,6 +271,15 @@ def _estimate_tile(what: str, first: Row, last: Row, key: str, show: Callable[[A
     low, high = finite(found.get("ci_low")), finite(found.get("ci_high"))
     interval = "" if low is None or high is None else f"95 % CI {show(low)} to {show(high)}; "
     return _tile(what, show(found.get("mean")), f"{interval}before: {show(_mean(first.get(key)))}")
+
+
+def _kl_tile(last: Row) -> Row:
+    found = as_estimate(last.get("kl"))
+    low, high = finite(found.get("ci_low")), finite(found.get("ci_high"))
+    if "kl" not in last:
+        return {}
+    interval = "" if low is None or high is None else f"95 % CI {number(low)} to {number(high)}; "
+    return _tile("KL divergence", number(found.get("mean")), f"{interval}nats an answer")
 
 
 def _balance_tile(files: RunFiles, trainer: str) -> Row:
@@ -322,8 +335,17 @@ def _charts(rows: list[Row], evaluations: list[Row]) -> dict[str, Markup]:
         "Reward shift delta": line_chart(
             [curve(rows, "delta", "delta", colour=4), *(curve(rows, key, name, colour=c) for key, name, c in running)]
         ),
+        "Distance to the model before training": line_chart([points(evaluations, [("kl",)], "nats an answer", 4)]),
+        "Length of the model's answers": line_chart(
+            [points(evaluations, [("answer_tokens",)], "tokens", 3)], from_zero=True
+        ),
         "Thumbs up in each update": line_chart(
-            [curve(rows, "share_up", "thumbs up", colour=2)], percent=True, from_zero=True
+            [
+                curve(rows, "share_up", "thumbs up", colour=2),
+                curve(rows, "one_class_share", "microbatches of one class", colour=1),
+            ],
+            percent=True,
+            from_zero=True,
         ),
         "Real tokens": line_chart(
             [curve(rows, "real_token_share", "real tokens", colour=6)], percent=True, from_zero=True

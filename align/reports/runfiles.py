@@ -32,6 +32,7 @@ class RunFiles:
     record: Row = field(default_factory=dict)
     metrics: list[Row] = field(default_factory=list)
     evaluations: list[Row] = field(default_factory=list)
+    generations: list[Row] = field(default_factory=list)
     warnings: list[Row] = field(default_factory=list)
     summary: Row = field(default_factory=dict)
     config: list[Row] = field(default_factory=list)
@@ -55,6 +56,7 @@ def read_run(run_dir: str | Path) -> RunFiles:
     files.summary = _json(files, "summary.json") if (files.directory / "summary.json").is_file() else {}
     files.metrics = _by_step(_jsonl(files, "metrics.jsonl"))
     files.evaluations = _by_step(_jsonl(files, "evaluation.jsonl"))
+    files.generations = _jsonl(files, "generations.jsonl")
     files.warnings = [
         {**row, "level": row.get("level") if row.get("level") in LEVELS else "note"}
         for row in _jsonl(files, "warnings.jsonl")

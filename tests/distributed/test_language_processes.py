@@ -22,7 +22,7 @@ def work(model, out, trainer, steps=3):
         config = load_config({
             "trainer": trainer, "name": "toy", "model": {"path": str(model), "train": "full"}, "data": {"path": "toy"},
             "batch_size": 16, "microbatch": 8, "steps": steps, "optimizer": {"lr": 1e-3},
-            "evaluation": {"every": 0, "rows": 7}, "checkpoint": {"every": 2},
+            "evaluation": {"every": 0, "rows": 7, "prompts": 3, "max_new_tokens": 6}, "checkpoint": {"every": 2},
         })  # fmt: skip
         status = trainer_for(config, out=out, rows=rows).train().status
         leave_world()
@@ -35,6 +35,18 @@ def row(out, i=-1):
     return json.loads((out / "metrics.jsonl").read_text().splitlines()[i])
 
 
+def same_answers(one, other):
+    """The answers of two runs: in the same order, to the letter where nothing was trained, their log-ratios alike."""
+    one, other = (
+        [json.loads(line) for line in (out / "generations.jsonl").read_text().splitlines()] for out in (one, other)
+    )
+    assert [(row["step"], row["index"]) for row in one] == [(s, i) for s in (0, 3) for i in range(3)]
+    assert [(row["step"], row["index"]) for row in other] == [(row["step"], row["index"]) for row in one]
+    assert [row["completion"] for row in other] == [row["completion"] for row in one]
+    assert [row["log_ratio"] for row in other] == pytest.approx([row["log_ratio"] for row in one], abs=1e-4)
+    assert all(row["log_ratio"] != 0 for row in one[3:])
+
+
 @pytest.mark.parametrize("trainer", ["kto", "bco"])
 def test_two_processes_are_one(tmp_path, trainer):
     model = build_tiny(tmp_path / "model")
@@ -44,6 +56,7 @@ def test_two_processes_are_one(tmp_path, trainer):
     weights = [load_file(tmp_path / n / "checkpoints" / "step_000003" / "model.safetensors") for n in ("1", "2")]
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, atol=1e-5, rtol=1e-4, msg=name)
+    same_answers(tmp_path / "1", tmp_path / "2")
     one, two = row(tmp_path / "1"), row(tmp_path / "2")
     for key in (
         "loss",
@@ -79,4 +92,5 @@ def test_zero_is_one_process(tmp_path, settings):
     zero = load_file(tmp_path / settings / "checkpoints" / "step_000003" / "model.safetensors")
     for name, value in one.items():
         torch.testing.assert_close(zero[name], value, atol=1e-5, rtol=1e-4, msg=name)
+    same_answers(tmp_path / "1", tmp_path / settings)
     assert json.loads((tmp_path / settings / "run.json").read_text())["engine"] == f"deepspeed_{settings}"

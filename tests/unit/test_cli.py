@@ -177,13 +177,16 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path):
     assert "Traceback" not in said
 
 
-def test_a_language_run_is_not_evaluated_as_images(capsys, tmp_path):
-    from align.config import load_config, save_config
-
-    (tmp_path / "run.json").write_text("{}")
-    save_config(load_config("kto/smoke"), tmp_path / "config.yaml")
-    code, _, err = run(capsys, "evaluate", str(tmp_path))
-    assert code == 2 and "A run of kto makes no images" in err
+def test_flags_of_images_are_refused_for_text_and_the_other_way_round(capsys, tmp_path):
+    for arguments, said in (
+        (["sample", "tiny", "--solver-steps", "3"], "tiny is a language model (--solver-steps)"),
+        (["evaluate", "kto/smoke", "--guidance-scale", "2"], "kto/smoke is a language model (--guidance-scale)"),
+        (["sample", "digits", "--temperature", "0.5"], "digits is no language model (--temperature)"),
+        (["evaluate", "digits", "--trained-with", "kto/smoke"], "digits is no language model (--trained-with)"),
+        (["sample", "tiny", "--top-p", "0"], "'0' is not above 0 and at most 1"),
+    ):
+        code, _, err = run(capsys, *arguments)
+        assert code == 2 and said in err, err
 
 
 def test_rewards_are_listed_and_described(capsys):

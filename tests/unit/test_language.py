@@ -30,7 +30,8 @@ def config(model, trainer, *overrides):
         {
             "trainer": trainer, "name": "toy", "model": {"path": str(model), "train": "full"},
             "data": {"path": "toy", "heldout_fraction": 0.2, "max_length": 64}, "batch_size": 16, "microbatch": 8,
-            "steps": 6, "optimizer": {"lr": 1e-3}, "evaluation": {"every": 2, "rows": 40}, "checkpoint": {"every": 3},
+            "steps": 6, "optimizer": {"lr": 1e-3}, "evaluation": {"every": 2, "rows": 40, "prompts": 0},
+            "checkpoint": {"every": 3},
         },
         overrides,
     )  # fmt: skip

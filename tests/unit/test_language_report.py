@@ -42,7 +42,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {
                 "trainer": trainer, "name": trainer, "about": f"toy {EVIL}", "steps": 12, "batch_size": 32,
                 "microbatch": 16, "model": {"path": "tiny", "train": "full"}, "optimizer": {"lr": 3e-3},
-                "data": {"path": "toy", "heldout_fraction": 0.2}, "evaluation": {"every": 6, "rows": 80},
+                "data": {"path": "toy", "heldout_fraction": 0.2}, "evaluation": {"every": 6, "rows": 80, "prompts": 5, "max_new_tokens": 6},
                 "checkpoint": {"every": 0},
             }
         )  # fmt: skip
@@ -243,3 +243,25 @@ def test_the_table_in_the_docs_is_that_of_the_code():
 
     page = (Path(__file__).parents[2] / "docs" / "llm_metrics.md").read_text(encoding="utf-8")
     assert [row for row in language_metrics() if row not in page] == []
+
+
+def test_page_sets_what_the_model_says_beside_step_0(runs: Path, kto: Path):
+    rows = read_run(runs / "kto").generations
+    assert [(row["step"], row["index"]) for row in rows] == [(s, i) for s in (0, 6, 12) for i in range(5)]
+    said = page_of(runs / "kto")[1].text
+    changed = sum(a["completion"] != b["completion"] for a, b in zip(rows[:5], rows[10:], strict=True))
+    mean = sum(row["log_ratio"] for row in rows[10:]) / 5
+    assert f"At step 12, {changed} of 5 differ from step 0." in said and "1 more prompt" in said
+    assert f"is {mean:+.2f} nats an answer".replace("-", "−") in said and "1 step between" in said
+    shown = [{"step": s, "index": 0, "prompt": EVIL, "completion": f"{EVIL} {s}", "tokens": 3, "ended": s > 9,
+              "log_ratio": -s} for s in (12, 0, *range(1, 12))]  # fmt: skip
+    shown += [{"step": 0, "index": 1, "completion": [1]}, {"step": "x", "completion": "lost"}, {"step": 2}]
+    chat = [{"role": "user", "content": "Who?"}, {"role": "tool", "content": [{"type": "text"}]}, "x"]
+    shown.append({"step": 3, "index": 2, "prompt": chat, "completion": "I."})
+    (kto / "generations.jsonl").write_text("\n".join(map(json.dumps, shown)) + '\n{"step": 5, "torn')
+    text, page = page_of(kto)
+    assert "<script>alert" not in text and f"{EVIL} 12" in page.text and "log-ratio −12.00" in page.text
+    assert "10 steps between" in page.text and "lost" not in page.text and "1 line of generations.jsonl" in page.text
+    assert "user Who?" in " ".join(page.text.split()) and "At step 12, 1 of 1 differ" in page.text
+    (kto / "generations.jsonl").unlink()
+    assert "What the model says" not in page_of(kto)[1].text

@@ -1,0 +1,256 @@
+"""`align sample` and `align evaluate`: of images or of text, by what the source is."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from align.errors import ConfigError
+from align.output import add_dry_run, add_json, add_out, add_seed, dry, give, number, positive, share, table, word
+
+IMAGE_FLAGS = ("solver_steps", "guidance_scale")
+TEXT_FLAGS = ("temperature", "top_p", "max_new_tokens", "chat", "base", "data", "trained_with")
+SHOWN = 12
+"""Answers that the terminal shows; the file has them all."""
+
+
+def sample(options: argparse.Namespace) -> int:
+    """Make images, or have a language model answer prompts."""
+    if options.prompt and options.prompts:
+        raise ConfigError(
+            "Prompts come from one place", why="both --prompt and --prompts are given", do="Give one of them"
+        )
+    prompts = options.prompt or options.prompts
+    if _is_language(options):
+        return _sample_text(options, prompts)
+    call = {"count": options.count or 4, "seed": options.seed, "solver_steps": options.solver_steps}
+    call |= {"guidance_scale": options.guidance_scale, "out": str(options.out or "samples")}
+    if options.dry_run:
+        return dry(options, "sample", {"source": options.source, "prompts": _prompts_plan(prompts), **call})
+    from trainers import sample_images
+
+    folder = sample_images(options.source, prompts, **call)
+    return give(options, {"directory": str(folder)}, f"wrote {folder / 'grid.png'}")
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Measure a model of images with rewards, or a language model on held-out rows."""
+    from align.config import load_rewards
+
+    rewards = [*(options.reward or ()), *(load_rewards(options.config) if options.config else ())]
+    call: dict[str, Any] = {"samples": options.samples, "seed": options.seed, "rewards": rewards or None}
+    language = _is_language(options)
+    if language:
+        call |= {name: getattr(options, name) for name in ("data", *_DRAWN)} | {"config": options.trained_with}
+    else:
+        call |= {"samples": options.samples or 256, "solver_steps": options.solver_steps}
+        call |= {"guidance_scale": options.guidance_scale}
+    call["out"] = options.out
+    if options.dry_run:
+        plan = _prompts_plan(options.prompts, options.chat)
+        return dry(options, "evaluate", {"source": options.source, "prompts": plan, **call})
+    if not language:
+        from trainers import evaluate as evaluate_images
+
+        found = evaluate_images(options.source, options.prompts, **call)
+        return give(options, found, _rows_text(found))
+    from trainers import evaluate_language
+
+    with _Bar() as bar:
+        found = evaluate_language(options.source, options.prompts, **_given(call), progress=bar.show)
+    return give(options, found, _rows_text(found))
+
+
+_DRAWN = ("temperature", "top_p", "max_new_tokens", "chat")
+
+
+def _sample_text(options: argparse.Namespace, prompts: Any) -> int:
+    call = {"count": options.count or 1, "seed": options.seed, "base": options.base}
+    call |= {name: getattr(options, name) for name in _DRAWN} | {"out": str(options.out or "completions.jsonl")}
+    if options.dry_run:
+        plan = _prompts_plan(prompts, options.chat)
+        return dry(options, "sample", {"source": options.source, "prompts": plan, **call})
+    from trainers import sample_completions
+
+    with _Bar() as bar:
+        rows = sample_completions(options.source, prompts, **_given(call), progress=bar.show)
+    return give(options, rows, f"{_answers_text(rows)}\n\nwrote {len(rows)} answers to {call['out']}")
+
+
+def _given(call: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what was not said, so that the function's own defaults hold."""
+    return {key: value for key, value in call.items() if value is not None}
+
+
+def _is_language(options: argparse.Namespace) -> bool:
+    """Whether the source is a language model; refuse flags that are of no use to it."""
+    from trainers import find_source
+
+    language = find_source(options.source).language
+    wrong = next((f for f in (IMAGE_FLAGS if language else TEXT_FLAGS) if getattr(options, f, None)), None)
+    if wrong:
+        flag, kind = f"--{wrong.replace('_', '-')}", "a language model" if language else "no language model"
+        raise ConfigError(f"{options.source} is {kind}", where=flag, do="Leave the flag out")
+    return language
+
+
+def _prompts_plan(prompts: Any, chat: bool = False) -> str:
+    """What `prompts` stands for, the file read, so that a dry run refuses what the run would refuse."""
+    if prompts is None:
+        return "the run's held-out prompts"
+    if chat or isinstance(prompts, str):
+        from align.prompts import read_rows
+
+        return f"{sum(1 for _ in read_rows(prompts))} from {prompts}" if isinstance(prompts, str) else str(len(prompts))
+    from align.prompts import load_prompts
+
+    loaded = load_prompts(prompts)
+    return f"{len(loaded)} from {loaded.source}"
+
+
+class _Bar:
+    """A bar on stderr, from the first thing that is done."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *ended: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def show(self, done: int, total: int) -> None:
+        """Show that `done` of `total` answers are there."""
+        if self.bar is None:
+            from tqdm import tqdm
+
+            self.bar = tqdm(
+                total=total, unit=" answers", desc="answering", file=sys.stderr, dynamic_ncols=True, mininterval=0.5
+            )
+        self.bar.update(done - self.bar.n)
+
+
+def _answers_text(rows: list[dict[str, Any]]) -> str:
+    """Return answers as people read them, those to one prompt together."""
+    from trainers.language_generation import as_text
+
+    prompts: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        prompts.setdefault(as_text(row["prompt"]), []).append(row)
+    lines: list[str] = []
+    left = SHOWN
+    for prompt, answers in prompts.items():
+        if left <= 0:
+            lines.append(f"\n... and {len(prompts) - sum(line.startswith('> ') for line in lines)} more prompts")
+            break
+        lines += ["", "> " + prompt.rstrip().replace("\n", "\n  ")]
+        for row in answers:
+            said = row["completion"] if isinstance(row["completion"], str) else row["completion"][0]["content"]
+            cut = "" if row["ended"] else " [cut off]"
+            lines.append(f"  {row['policy']}: {said.strip()}{cut}".replace("\n", "\n      "))
+            left -= 1
+    return "\n".join(_printable(line) for line in lines[1:])
+
+
+def _printable(line: str) -> str:
+    """Return text without characters that would steer a terminal."""
+    return "".join(c if c == "\n" or c.isprintable() else "\ufffd" for c in line)
+
+
+def _rows_text(found: dict[str, Any]) -> str:
+    """Return results as rows of two columns; an estimate with its interval, rewards each on a row of its own."""
+    rows: list[tuple[str, str]] = []
+    for key, value in found.items():
+        if key == "rewards":
+            for name, estimate in value.items():
+                whole = {"": estimate} if "mean" in estimate else estimate
+                rows += [(f"{name} {when}".rstrip(), _estimate(e)) for when, e in whole.items()]
+        elif isinstance(value, dict):
+            rows.append((key, _estimate(value)))
+        elif f"{key}_ci_low" in found:
+            rows.append((key, f"{value:.4f}  [{found[f'{key}_ci_low']:.4f}, {found[f'{key}_ci_high']:.4f}]"))
+        elif value is not None and "_ci_" not in key:
+            rows.append((key, _short(value)))
+    return table(rows)
+
+
+def _estimate(value: dict[str, Any]) -> str:
+    return "{mean:.4f}  [{ci_low:.4f}, {ci_high:.4f}]  n {n}".format(**value)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else word(value)
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", metavar="SOURCE",
+        help="a run folder, a checkpoint folder, a model folder, a language recipe, digits, or tiny",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prompts", metavar="FILE", help="a txt, JSONL, CSV or Parquet file (default: the run's held-out prompts)"
+    )
+    images = parser.add_argument_group("images")
+    images.add_argument(
+        "--solver-steps", type=positive, metavar="N", help="ODE solver steps (default: the run's, else 20)"
+    )
+    images.add_argument("--guidance-scale", type=float, metavar="W", help="classifier-free guidance scale; 1 is none")
+    add_seed(parser)
+
+
+def _add_text(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    texts = parser.add_argument_group("language models")
+    texts.add_argument(
+        "--temperature", type=number, metavar="T", help="0 is greedy (default: evaluation.temperature, else 1)"
+    )
+    texts.add_argument(
+        "--top-p", type=share, metavar="P", help="draw from the likeliest tokens that add up to P (default: 1)"
+    )
+    texts.add_argument(
+        "--max-new-tokens", type=positive, metavar="N",
+        help="longest answer (default: evaluation.max_new_tokens, else 128)",
+    )  # fmt: skip
+    texts.add_argument("--chat", action="store_true", help="prompts of plain text are what a user says to the model")
+    return texts
+
+
+def sample_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `align sample`."""
+    _add_sampling(parser)
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given again")
+    parser.add_argument(
+        "--count", type=positive, metavar="N", help="images (default: 4) or answers (default: 1) of each prompt"
+    )
+    _add_text(parser).add_argument(
+        "--base", action="store_true", help="also let the model before training answer, under the same draws"
+    )
+    add_out(
+        parser, "the PNG files, grid.png and samples.jsonl (default: samples), or answers (default: completions.jsonl)"
+    )
+    add_dry_run(parser)
+    add_json(parser)
+
+
+def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `align evaluate`."""
+    _add_sampling(parser)
+    parser.add_argument(
+        "--samples", type=positive, metavar="N",
+        help="images in all (default: 256), or answers (default: 64 with rewards, else evaluation.prompts)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--reward", action="append", metavar="NAME",
+        help="a reward; may be given again (default: of images the held-out ones, of text none)",
+    )  # fmt: skip
+    parser.add_argument("--config", metavar="FILE", help="a YAML file whose list `rewards` names more, with args")
+    texts = _add_text(parser)
+    texts.add_argument("--data", metavar="FILE", help="rows to measure (default: the run's held-out ones)")
+    texts.add_argument(
+        "--trained-with", metavar="CONFIG", help="the config of a model that lies outside of its run folder"
+    )
+    add_out(parser, "one JSON line a sample")
+    add_dry_run(parser)
+    add_json(parser)

@@ -1,0 +1,64 @@
+"""What `sample` and `evaluate` are given: a run, one of its checkpoints, a recipe or a bare model; images or text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from align import checkpoint
+from align.config import load_config
+from align.errors import CheckpointError
+from align.language_config import LanguageConfig
+from align.recipes import list_recipes
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source, found and not yet loaded.
+
+    Args:
+        name: as it was given.
+        language: a language model, rather than one of images.
+        config: of the run or recipe; None for a bare model.
+        run: the run folder, None outside of one.
+        checkpoint: the run's checkpoint, None where there is no run.
+        bare: the source is itself the folder or name of a model.
+    """
+
+    name: str
+    language: bool
+    config: Any = None
+    run: Path | None = None
+    checkpoint: Path | None = None
+    bare: bool = False
+
+    @property
+    def folder(self) -> Path | None:
+        """Where trained weights are; None for a recipe, of which nothing has been trained."""
+        return Path(self.name) if self.bare else self.checkpoint
+
+
+def find_source(source: str | Path) -> Source:
+    """Find a run folder (its last checkpoint), a checkpoint folder, a language recipe, or a model folder or name.
+
+    Raises:
+        CheckpointError: a run without a checkpoint.
+    """
+    path, name = Path(source), str(source)
+    inside = path.parent.name == "checkpoints" and (path.parent.parent / "config.yaml").is_file()
+    run = path if (path / "run.json").is_file() else path.parent.parent if inside else None
+    if run is not None:
+        config = load_config(run / "config.yaml")
+        found = path if path != run else checkpoint.latest(run / "checkpoints")
+        if found is None:
+            raise CheckpointError(
+                "The run has no checkpoint yet", where=str(run), do="Let it reach checkpoint.every steps"
+            )
+        return Source(name, isinstance(config, LanguageConfig), config, run, found)
+    if path.suffix in (".yaml", ".yml") or name in dict(list_recipes()):
+        config = load_config(name)
+        if isinstance(config, LanguageConfig):
+            return Source(name, True, config)
+    known = (path / "adapter_config.json").is_file() or (path / "config.json").is_file()
+    return Source(name, name == "tiny" or (known and not (path / "model_index.json").is_file()), bare=True)
