@@ -11,11 +11,12 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from align.commands import models
-from align.errors import AlignError, ConfigError
+from align.errors import AlignError, ConfigError, DataError
 from align.output import add_dry_run as _add_dry_run
 from align.output import add_json as _add_json
 from align.output import add_out as _add_out
@@ -263,8 +264,16 @@ def _check(options: argparse.Namespace) -> int:
     from align.prompts import FORMATS
 
     source = Path(options.file)
+    _refuse_other_forms(source)
     if is_preference_file(source):
         found = describe_preferences(source)
+        if options.tokenizer is not None:
+            from align.preferences import load_preferences
+            from trainers.data_check import describe_lengths
+            from trainers.language_model import load_tokenizer
+
+            tokenizer = load_tokenizer(options.tokenizer)
+            found["lengths"] = describe_lengths(load_preferences(source), tokenizer, max_length=options.max_length)
         return _give(options, found, _preferences_text(found))
     if source.suffix.lower() in FORMATS:
         found = describe_prompts(source, image_column=options.image_column)
@@ -274,9 +283,45 @@ def _check(options: argparse.Namespace) -> int:
     else:
         config = load_config(options.file, options.overrides)
     findings = check_config(config, reward_names=_reward_names(), files=True)
+    missing = {finding.code for finding in findings} & {"data", "model", "model_not_here"}
+    if config.trainer != "dance_grpo" and config.data.path != "toy" and not missing and find_spec("transformers"):
+        from trainers.data_check import length_findings
+
+        findings += length_findings(config)
     found = describe_config(config, [*_bad_rewards(config), *findings])
     _give(options, found, _config_text(found))
     return 0 if found["valid"] else 2
+
+
+def _refuse_other_forms(source: Path) -> None:
+    """Refuse a file of feedback that trainers do not read and `align feedback convert` does."""
+    from align.feedback.exchange.layouts import detect
+    from align.feedback.exchange.tables import Row, read_table
+
+    ending, layout, first = source.suffix.lower(), "", None
+    if ending not in (".csv", ".jsonl", ".parquet", ".json", ".tsv") or not source.is_file():
+        return
+    if ending == ".json" and not source.read_text(encoding="utf-8", errors="replace").lstrip().startswith("["):
+        return  # a config, perhaps
+    try:
+        first = next(iter(read_table(source)), None)
+        layout = detect(first) if isinstance(first, Row) else ""
+    except DataError:
+        pass  # what is wrong with the file is said by whoever reads it
+    fields = getattr(first, "fields", {})
+    known = len(fields) < 2 or {"prompt", "chosen", "completion", "messages", "text"} & set(fields)
+    convert = f"`align feedback convert {source.name} thumbs.jsonl --to unpaired`"
+    if not known and not layout:
+        raise DataError(
+            "The columns are neither those of prompts nor of feedback", where=str(source),
+            why=f"they are {', '.join(map(str, fields))}",
+            do=f"Rename them, or run {convert[:-1]} --columns prompt=COLUMN,response=COLUMN,label=COLUMN`",
+        )  # fmt: skip
+    if ending in (".json", ".tsv") or not known or layout == "helpsteer":
+        raise DataError(
+            "Trainers do not read feedback in this form", where=str(source),
+            why=f"it is {layout}" if layout else f"it is a {ending} file", do=f"Run {convert}, or --to pairs",
+        )  # fmt: skip
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -301,8 +346,24 @@ def _configs(options: argparse.Namespace) -> int:
             return _dry(options, "copy", {"recipe": options.name, "to": str(options.destination)})
         path = copy_recipe(options.name, options.destination, overwrite=options.overwrite)
         return _give(options, {"file": str(path)}, f"wrote {path}; `align check {path}` says what it will do")
+    if options.action == "from-trl":
+        return _from_trl(options)
     recipes = [{"name": name, "about": about} for name, about in list_recipes()]
     return _give(options, recipes, _table([(recipe["name"], recipe["about"]) for recipe in recipes]))
+
+
+def _from_trl(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from align.textfiles import parse_yaml, read_text
+    from trainers.compat import as_yaml, from_trl
+
+    given = parse_yaml(read_text(options.file), str(options.file)).value
+    if not isinstance(given, dict):
+        raise ConfigError("TRL's arguments are a list of `name: value` lines", where=str(options.file))
+    ported = from_trl(given, trainer=options.trainer, processes=options.nproc)
+    findings = [asdict(finding) for finding in ported.findings]
+    return _give(options, {"config": ported.values, "findings": findings}, as_yaml(ported))
 
 
 def _rewards(options: argparse.Namespace) -> int:
@@ -369,6 +430,13 @@ def _feedback_annotate(options: argparse.Namespace) -> int:
     from align.feedback.commands.annotate import run
 
     return run(options, _local_judge)
+
+
+def _feedback_match(options: argparse.Namespace) -> int:
+    from align.feedback.commands.matching import run
+    from trainers.prompt_matching import match_file
+
+    return run(options, match_file)
 
 
 def _local_judge(options: argparse.Namespace) -> tuple[Any, str]:
@@ -482,13 +550,20 @@ def _language_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _preferences_text(found: dict[str, Any]) -> str:
-    rows = [("rows", f"{found['rows']} in {found['source']}"), ("prompts", str(found["prompts"]))]
+    rows = [("rows", f"{found['rows']} in {found['source']}"), ("prompts", f"{found['prompts']} different ones")]
     rows += [("thumbs", f"{found['up']} up, {found['down']} down, {found['unlabelled']} without a label")]
-    rows += [(name, str(found[name])) for name in ("pairs", "scored", "chats", "empty_completions") if found[name]]
+    rows += [(name, str(found[name])) for name in ("pairs", "scored", "chats") if found[name]]
+    if found["pairs"] or found["sorted_by_label"]:
+        order = "pairs stand side by side" if found["pairs"] else "sorted by label"
+        rows.append(("order", f"{order}, which is fine: every update mixes both classes"))
+    if "lengths" in found:
+        from trainers.data_check import lengths_text
+
+        rows.append(("lengths", lengths_text(found["lengths"])))
     rows.append(("trains", _word(found["trainers"])))
-    if found["one_class"]:
-        rows.append(("warning", "all thumbs are of one kind; kto and bco refuse that without data.allow_one_class"))
-    return _table(rows)
+    if found["unread_columns"]:
+        rows.append(("unread", ", ".join(found["unread_columns"])))
+    return _table([*rows, *(("warning", text) for text in found["warnings"])])
 
 
 def _visual_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
@@ -591,6 +666,12 @@ def _check_arguments(parser: _Arguments) -> None:
     parser.add_argument(
         "--image-column", metavar="NAME", help="of a prompt file: the column of image paths, to be checked too"
     )
+    parser.add_argument(
+        "--tokenizer", metavar="FOLDER", help="of a file of thumbs or pairs: the model whose tokens are counted"
+    )
+    parser.add_argument(
+        "--max-length", type=_positive, default=1024, metavar="N", help="with it: tokens of a row (default: 1024)"
+    )
     _add_json(parser)
 
 
@@ -601,11 +682,15 @@ def _configs_arguments(parser: _Arguments) -> None:
     listing = actions.add_parser("list", help="name and purpose of every recipe")
     show = actions.add_parser("show", help="print a recipe")
     copy = actions.add_parser("copy", help="copy a recipe to edit it")
-    for parser_, action in ((listing, "list"), (show, "show"), (copy, "copy")):
+    port = actions.add_parser("from-trl", help="print our config of the arguments of a TRL script")
+    for parser_, action in ((listing, "list"), (show, "show"), (copy, "copy"), (port, "from-trl")):
         parser_.set_defaults(action=action)
         _add_json(parser_, argparse.SUPPRESS)
     for parser_ in (show, copy):
         parser_.add_argument("name", metavar="NAME", help="a recipe, e.g. digits/dance_grpo")
+    port.add_argument("file", type=Path, metavar="FILE", help="a YAML file of TRL's arguments")
+    port.add_argument("--trainer", metavar="NAME", help="kto, bco, dpo or sft (default: what the arguments say)")
+    port.add_argument("--nproc", type=_positive, default=1, metavar="N", help="processes of TRL's launch (default: 1)")
     copy.add_argument("destination", type=Path, metavar="DEST", help="a file or a folder")
     copy.add_argument("--overwrite", action="store_true", help="replace the file")
     _add_dry_run(copy)
@@ -641,6 +726,7 @@ def _feedback_arguments(parser: _Arguments) -> None:
     add_commands(actions)
     actions.choices["report"].set_defaults(run=_feedback_report)
     actions.choices["annotate"].set_defaults(run=_feedback_annotate)
+    actions.choices["match-prompts"].set_defaults(run=_feedback_match)
 
 
 def _doctor_arguments(parser: _Arguments) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.checks import Finding
 from align.errors import AlignError
 from align.language_config import BCOConfig, DPOConfig, KTOConfig, LanguageConfig, SFTConfig
+
+if TYPE_CHECKING:
+    from align.preferences import PreferenceSet
 
 
 def check_language_config(config: LanguageConfig, *, files: bool = False) -> list[Finding]:
@@ -121,30 +125,103 @@ def _reference(config: Any) -> list[Finding]:
 
 
 def _files(config: LanguageConfig) -> list[Finding]:
-    from align.preferences import load_preferences
+    from align.preferences import PreferenceSet, load_preferences
 
-    found = []
+    found: list[Finding] = []
     for key, path in (("data.path", config.data.path), ("data.heldout_path", config.data.heldout_path)):
         if path is None or path == "toy":
             continue
         try:
             rows = load_preferences(path)
             if isinstance(config, DPOConfig):
-                rows.pairs()
-            elif not isinstance(config, SFTConfig):
+                rows = rows.pairs()
+            elif isinstance(config, SFTConfig):
+                rows = PreferenceSet(tuple(row for row in rows.rows if row.label is not False), rows.source)
+            else:
                 soft = isinstance(config, BCOConfig) and config.objective.soft_labels
                 rows = rows.require_labels(threshold=config.data.score_threshold, soft=soft)
                 if key == "data.path" and not config.data.allow_one_class:
                     rows.require_both_classes()
+            if key == "data.path":
+                held = config.data.heldout_path is None and config.data.heldout_fraction
+                found += _counts(config, *(rows.split(config.data.heldout_fraction) if held else (rows, None)))
         except AlignError as error:
             found.append(Finding("error", "data", str(error).removesuffix("."), "", key))
-    model = Path(config.model.path)
-    if config.model.path != "tiny" and model.is_dir() and not (model / "config.json").is_file():
+    return [*found, *_model_folder(config.model.path)]
+
+
+def _counts(config: LanguageConfig, training: PreferenceSet, heldout: PreferenceSet | None) -> list[Finding]:
+    """What the numbers of rows say: too few for an update, uneven classes, weights outside of what is advised."""
+    counts = training.counts()
+    up, down = counts["up"], counts["down"]
+    units, kind = len(training), "rows"
+    if isinstance(config, DPOConfig):
+        units, kind = counts["pairs"], "pairs"
+    elif isinstance(config, BCOConfig) and config.objective.balance == "oversample":
+        units, kind = 2 * max(up, down), "rows, the smaller class repeated,"
+    if units < config.batch_size:
+        return [Finding(
+            "error", "few_rows", f"{units} {kind} to train on are fewer than the {config.batch_size} of one update",
+            "Lower batch_size and microbatch, or add rows", "batch_size",
+        )]  # fmt: skip
+    held = "" if heldout is None else f", {len(heldout)} rows are held out"
+    classes = "" if kind == "pairs" or isinstance(config, SFTConfig) else f" ({up} up, {down} down)"
+    updates = f"{units // config.batch_size} updates an epoch"
+    found = [Finding("note", "rows", f"{units} {kind} train{classes}{held}; {updates}", "", "data.path")]
+    if not (up and down):
+        return found
+    if isinstance(config, KTOConfig):
+        found += _class_weights(config, up, down)
+    elif isinstance(config, BCOConfig) and max(up, down) > 4 * min(up, down) and kind == "rows":
         found.append(Finding(
-            "error", "model", f"{config.model.path!r} is no model folder: it has no config.json",
-            "Give a folder written by save_pretrained, a hub name, or 'tiny'", "model.path",
+            "warning", "uneven_classes", f"{up} thumbs up and {down} down; the paper repeats the smaller class",
+            "Set objective.balance: oversample", "objective.balance",
         ))  # fmt: skip
     return found
+
+
+def _class_weights(config: KTOConfig, up: int, down: int) -> list[Finding]:
+    given = (config.objective.weight_desirable, config.objective.weight_undesirable)
+    if None in given:
+        return []  # what is derived is right by construction
+    weighted = given[0] * up, given[1] * down
+    if min(weighted) == 0 or 1 <= weighted[0] / weighted[1] <= 1.5:
+        return []
+    return [Finding(
+        "warning", "class_weights", f"{weighted[0]:g} weighted thumbs up over {weighted[1]:g} weighted thumbs down is "
+        f"{weighted[0] / weighted[1]:.3g}, outside the advised 1 to 3/2",
+        f"Leave both weights auto, or set weight_desirable from {weighted[1] / up:.4g} to {1.5 * weighted[1] / up:.4g}",
+        "objective.weight_desirable",
+    )]  # fmt: skip
+
+
+def _model_folder(path: str) -> list[Finding]:
+    folder = Path(path)
+    if path == "tiny" or (folder / "config.json").is_file():
+        return []
+    if folder.is_dir():
+        return [Finding(
+            "error", "model", f"{path!r} is no model folder: it has no config.json",
+            "Give a folder written by save_pretrained, a hub name, or 'tiny'", "model.path",
+        )]  # fmt: skip
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.startswith("."):
+        return [Finding(
+            "error", "model", f"There is no folder {path!r}", "Give a folder written by save_pretrained, or a hub name",
+            "model.path",
+        )]  # fmt: skip
+    return [] if _cached(path) else [Finding(
+        "warning", "model_not_here", f"{path!r} is no folder here, and nothing of that name was fetched before",
+        "Have the network or a folder at hand when training starts", "model.path",
+    )]  # fmt: skip
+
+
+def _cached(name: str) -> bool:
+    """Whether the hub's client has fetched a model of this name before."""
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return False
+    return isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
 def describe_language_config(config: LanguageConfig, findings: list[Finding]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,10 @@ from align.seeding import seed as derive_seed
 Text = str | tuple[Mapping[str, Any], ...]
 _LABELS = {1: True, 0: False, -1: False}  # True and False among them
 _WORDS = {"up": True, "down": False, "true": True, "false": False, "1": True, "0": False, "-1": False, "+1": True}
-_FIELDS = ("prompt", "completion", "chosen", "rejected", "messages", "text", "label", "score", "tools")
+_FIELDS = (
+    "prompt", "completion", "chosen", "rejected", "messages", "text", "label", "score", "score_chosen",
+    "score_rejected", "tools", "chat_template_kwargs", "weight", "udm_weight",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -167,6 +171,8 @@ def load_preferences(source: str | Path | Iterable[Mapping[str, Any]]) -> Prefer
     """
     if isinstance(source, (str, Path)):
         path = Path(source)
+        if not path.exists():
+            raise DataError("There is no such data file", where=str(path), do="Check the path, or make the file first")
         rows, name = (_dataset_rows(path) if path.is_dir() else read_rows(path)), str(path)
     else:
         rows, name = ((f"item {i}", row) for i, row in enumerate(source)), "given rows"
@@ -210,7 +216,17 @@ def parse_row(row: Any, where: str, pair: int = 0) -> list[Completion]:
         weight *= read.number("udm_weight", 1.0, least=0.0)
     if "completion" in given:
         prompt = read.text("prompt", empty=True)
-        return [Completion(prompt, read.text("completion", empty=True), label, score, -1, weight, **common)]
+        return [
+            Completion(
+                prompt,
+                read.answered("completion", read.text("completion", empty=True)),
+                label,
+                score,
+                -1,
+                weight,
+                **common,
+            )
+        ]
     if "messages" in given:
         messages = read.text("messages")
         if isinstance(messages, str) or messages[-1]["role"] != "assistant":
@@ -259,6 +275,12 @@ class _Reader:
                 )  # fmt: skip
         return tuple({k: v for k, v in message.items() if v is not None} for message in value)
 
+    def answered(self, field: str, completion: Text) -> Text:
+        """Return a completion, unless it is a chat that begins with somebody else's turn, which is the prompt's."""
+        if completion and not isinstance(completion, str) and completion[0]["role"] in ("user", "system"):
+            raise self.wrong(field, "messages that begin with the assistant's; those before belong in prompt")
+        return completion
+
     def pair(self) -> tuple[Text, Text, Text]:
         chosen, rejected = self.text("chosen"), self.text("rejected")
         if isinstance(chosen, str) != isinstance(rejected, str):
@@ -268,9 +290,13 @@ class _Reader:
         if "prompt" in self.row:
             prompt = self.text("prompt", empty=True)
             shared = len(prompt)
+            if isinstance(prompt, str) and not isinstance(chosen, str):  # UltraFeedback: it is a turn of both, too
+                shared = min(_shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+                if any(turn.get("content") == prompt for turn in chosen[:shared]):
+                    prompt = chosen[:shared]
             if not isinstance(prompt, str) and prompt and chosen[:shared] == prompt == rejected[:shared]:
                 chosen, rejected = chosen[shared:], rejected[shared:]  # the whole chat stands in both
-            return prompt, chosen, rejected
+            return prompt, self.answered("chosen", chosen), self.answered("rejected", rejected)
         shared = _shared(chosen, rejected)
         if shared in (len(chosen), len(rejected)):
             raise self.wrong("prompt", "a prompt, as chosen and rejected do not differ after a common beginning")
@@ -370,14 +396,13 @@ def _dataset_rows(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
 
 
 def describe_preferences(source: str | Path) -> dict[str, Any]:
-    """Return what `align check` says of a file of rows: forms, labels, prompts, and what they can train.
+    """Return what `align check` says of a file of rows: forms, labels, prompts, repeats, and what they can train.
 
     Raises:
         DataError: see `load_preferences`.
     """
     found = load_preferences(source)
-    counts = found.counts()
-    prompts = len({prompt_key(row) for row in found.rows})
+    counts, rows = found.counts(), found.rows
     both = bool(counts["up"] and counts["down"])
     trainers = [
         name
@@ -385,12 +410,55 @@ def describe_preferences(source: str | Path) -> dict[str, Any]:
                           ("dpo", counts["pairs"] == len(found) / 2), ("sft", True))
         if can
     ]  # fmt: skip
-    empty = sum(not row.completion for row in found.rows)
-    return {
-        "kind": "preferences", "source": found.source, "rows": len(found), **counts, "prompts": prompts,
-        "chats": sum(not isinstance(row.completion, str) for row in found.rows), "empty_completions": empty,
-        "one_class": not both and not counts["unlabelled"], "trainers": trainers, "valid": True,
+    answers: dict[tuple[str, str], list[bool | None]] = {}
+    for row in rows:
+        answers.setdefault((prompt_key(row), _key(row.completion)), []).append(row.label)
+    labels = [row.label for row in rows]
+    about = {
+        "kind": "preferences", "source": found.source, "rows": len(found), **counts,
+        "prompts": len({prompt_key(row) for row in rows}), "no_prompt": sum(not row.prompt for row in rows),
+        "chats": sum(not isinstance(row.completion, str) for row in rows),
+        "empty_completions": sum(not row.completion for row in rows),
+        "repeats": sum(len(said) - len(set(said)) for said in answers.values()),
+        "contradictions": sum({True, False} <= set(said) for said in answers.values()),
+        "sorted_by_label": both and sum(a != b for a, b in pairwise(labels)) == 1 < len(labels) - 1,
+        "unread_columns": _unread(source), "one_class": not both and not counts["unlabelled"], "trainers": trainers,
+        "valid": True,
     }  # fmt: skip
+    return {**about, "warnings": _warnings(about)}
+
+
+def _warnings(about: Mapping[str, Any]) -> list[str]:
+    """Return what is likely to be a mistake in a file that can be read."""
+    counted = {
+        "empty_completions": "rows have an empty completion; where no token is left of one it is dropped",
+        "no_prompt": "rows have no prompt",
+        "repeats": "rows repeat another one, label and all",
+        "contradictions": "answers have a thumb up and a thumb down",
+    }
+    found = [f"{about[key]} {text}" for key, text in counted.items() if about[key]]
+    found += [f"nothing reads the column {name!r}. {hint}" for name, hint in about["unread_columns"].items() if hint]
+    if about["unlabelled"] and (about["unlabelled"] < about["rows"] or about["scored"] or about["unread_columns"]):
+        found.append(
+            f"{about['unlabelled']} rows have no label, which kto and bco refuse: add it, set data.score_threshold for "
+            "rows with a score, or convert ratings with `align feedback convert --to unpaired`"
+        )
+    if about["one_class"]:
+        other = "regenerated, edited or reported answers as down" if about["up"] else "accepted or copied answers as up"
+        found.append(
+            f"all thumbs are {'up' if about['up'] else 'down'}; kto and bco learn from the difference, and refuse one "
+            f"side alone without data.allow_one_class: add {other}"
+        )
+    return found
+
+
+def _unread(source: str | Path) -> dict[str, str]:
+    """Return the columns of the first row that nothing reads, each with a hint where it is near to one that is."""
+    path = Path(source)
+    first = next(iter(_dataset_rows(path) if path.is_dir() else read_rows(path)), ("", {}))[1]
+    unread = [str(name) for name in first if name not in _FIELDS]
+    missing = [name for name in _FIELDS if name not in first]
+    return {name: hint if (hint := suggest(name, missing)).startswith("Did you mean") else "" for name in unread}
 
 
 def is_preference_file(path: str | Path, peek: Callable[[Path], Iterable[tuple[str, Any]]] = read_rows) -> bool:
@@ -401,6 +469,8 @@ def is_preference_file(path: str | Path, peek: Callable[[Path], Iterable[tuple[s
     if path.suffix.lower() not in FORMATS or path.suffix.lower() == ".txt" or not path.is_file():
         return False
     _, first = next(iter(peek(path)), ("", {}))
-    return isinstance(first, Mapping) and any(
-        first.get(name) is not None for name in ("completion", "chosen", "rejected", "messages")
+    if not isinstance(first, Mapping):
+        return False
+    return any(name in first for name in ("completion", "chosen", "rejected", "messages")) or (
+        "text" in first and "prompt" not in first
     )

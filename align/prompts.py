@@ -284,6 +284,11 @@ def _read_csv(path: Path, column: str) -> Iterator[tuple[str, Mapping[str, Any]]
             place = f"line {reader.line_num}"
             if header is None:
                 header = [cell.strip() for cell in cells]
+                if len(header) == 1 and (mark := next((m for m in ";\t|" if m in header[0]), "")):
+                    raise DataError(
+                        "A table's columns are not separated by commas", where=f"{path}, {place}",
+                        why=f"found {short_repr(mark)} in {short_repr(header[0])}", do="Save it with commas between",
+                    )  # fmt: skip
                 if len(set(header)) < len(header):
                     raise DataError("A table names two columns alike", where=f"{path}, {place}", why=", ".join(header))
             elif not cells:

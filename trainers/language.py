@@ -38,6 +38,7 @@ from trainers.language_model import LogpCache, Reference, load_language_model, l
 from trainers.language_objective import Objective
 from trainers.language_session import Session
 from trainers.language_trainer import AlignTrainer, training_arguments
+from trainers.preference import effective_sample_size
 from trainers.preference_data import Plan, Tokens, plan_epoch, tokenise
 from trainers.result import RunResult
 from trainers.tiny_language import toy_thumbs
@@ -109,6 +110,7 @@ class LanguageRun:
             "rows": len(tokens), "up": int(tokens.desirable.sum()), "down": int((tokens.label <= 0.5).sum()),
             "heldout_rows": 0 if self.heldout is None else len(self.heldout), "dropped": tokens.dropped,
             "truncated": tokens.truncated, "longest": int(tokens.length.max()),
+            **_row_weights(tokens),
         }  # fmt: skip
 
     @property
@@ -209,6 +211,20 @@ def read_heldout(
         tokenise_rows(config, objective, tokenizer, rows, training=False),
         read_prompts(chosen, tokenizer, config.data.max_prompt_length),
     )
+
+
+def _row_weights(tokens: Tokens) -> dict[str, Any]:
+    """Return what the columns weight and udm_weight come to, by class; nothing where they change nothing."""
+    if (tokens.weight == 1).all():
+        return {}
+    classes = {"up": tokens.weight[tokens.desirable], "down": tokens.weight[tokens.label <= 0.5]}
+    return {"row_weights": {
+        name: {
+            "mean": float(weight.mean()), "least": float(weight.min()), "largest": float(weight.max()),
+            "effective_rows": effective_sample_size(torch.from_numpy(weight)),
+        }
+        for name, weight in classes.items() if len(weight)
+    }}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ The data are not part of this project: `ALIGN_DATA` names a folder that holds th
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from align.cli import main
+from align.preferences import load_preferences, prompt_key
 
 ROOT = os.environ.get("ALIGN_DATA", "")
 pytestmark = pytest.mark.skipif(not ROOT, reason="set ALIGN_DATA to a folder with PandaLM's testset-v1.json")
@@ -76,3 +78,39 @@ def test_nearly_the_same_alpha_out_of_a_store(tmp_path: Path):
     pairs = {(r["instruction"], r["input"], frozenset((str(r["response1"]), str(r["response2"])))) for r in rows}
     assert found["n_raters"] == 3 and found["n_items"] == len(pairs) < 999
     assert abs(found["coefficients"]["krippendorff_nominal"]["value"] - 0.8642) < 0.03
+
+
+def test_human_judgements_train_kto_and_bco(tmp_path, monkeypatch):
+    """999 comparisons by three people: 2,669 of 2,997 answers take a side, of which two thumbs each come."""
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
+    thumbs, out = tmp_path / "thumbs.jsonl", tmp_path / "out.json"
+    columns = f"prompt=instruction,input=input,response_a=response1,response_b=response2,preference={RATERS.replace(',', '|')}"
+    how = ["--to", "unpaired", "--columns", columns, "--duplicates", "mean", "--json", str(out)]
+    assert main(["feedback", "convert", data("testset-v1.json"), str(thumbs), *how]) == 0
+    found = json.loads(out.read_text())
+    assert (found["rows"], found["up"], found["down"]) == (4682, 2341, 2341)
+    assert {k: found["losses"][k] for k in ("seen", "used", "no side taken", "an even split of up and down")} == {
+        "seen": 2997, "used": 2669, "no side taken": 326, "an even split of up and down": 2,
+    }  # fmt: skip
+
+    rows = load_preferences(thumbs)
+    assert len({prompt_key(row) for row in rows.rows}) == 162
+    training, heldout = rows.split(0.1)
+    assert not {prompt_key(row) for row in training.rows} & {prompt_key(row) for row in heldout.rows}
+    changes = [
+        f"data.path={thumbs}", "data.max_length=128", "data.max_prompt_length=64", "steps=4", "microbatch=8",
+        "batch_size=16", "evaluation.every=0", "evaluation.rows=32", "checkpoint.every=4",
+    ]  # fmt: skip
+    for trainer in ("kto", "bco"):
+        run = tmp_path / trainer
+        assert main(["train", f"{trainer}/smoke", *changes, "--out", str(run)]) == 0
+        about = json.loads((run / "run.json").read_text())
+        kept = about["weights"] if trainer == "kto" else about["classes"]
+        dropped = about["tokens"]["dropped"]  # some models answered nothing, and some prompts leave no room
+        for side in ("up", "down"):
+            lost = sum(count for reason, count in dropped.items() if reason.endswith(f", {side}"))
+            assert kept[side] + lost == training.counts()[side] and lost < 60
+        assert 0.9 * len(heldout) < about["tokens"]["heldout_rows"] <= len(heldout)
+        logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in logged] == [1, 2, 3, 4]
+        assert all(math.isfinite(row["loss"]) and 0.3 < row["share_up"] < 0.7 for row in logged)

@@ -7,8 +7,9 @@ import json
 import pytest
 
 from align.config import load_config
+from align.recipes import list_recipes
 from align.reports.training import write_report
-from trainers import DanceGRPO
+from trainers import DanceGRPO, trainer_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -54,3 +55,16 @@ def test_thumbs_improve_the_heldout_reward(tmp_path):
     assert 0.8 < rows[0]["reward"] < 1.4 and all(row["zero_std_groups"] < 10 for row in rows)
     assert summary["reward_after"]["mean"] > summary["reward_before"]["mean"]
     assert summary["heldout_gain"]["ci_low"] > 0
+
+
+@pytest.mark.parametrize("trainer", ["kto", "bco", "dpo", "sft"])
+def test_language_smoke_recipes_learn_the_toy_within_a_minute(tmp_path, monkeypatch, trainer):
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
+    assert f"{trainer}/smoke" in dict(list_recipes())
+    result = trainer_for(load_config(f"{trainer}/smoke"), out=tmp_path / "run").train()
+    found = result.summary
+    assert result.status == "complete" and found["steps"] == 24 and found["cpu_seconds"] < 60
+    if trainer == "sft":
+        assert found["nats_change_after"]["ci_high"] < 0
+    else:
+        assert found["pair_accuracy_after"]["ci_low"] > 0.5 and found["rewards/margin_after"] > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -11,6 +12,8 @@ from align.cli import main
 from align.config import DanceGRPOConfig, config_origins, config_types, diff_configs, load_config, save_config
 from align.errors import ConfigError
 from align.language_config import BCOConfig, DPOConfig, KTOConfig, LanguageConfig, SFTConfig
+from align.preferences import load_preferences
+from align.recipes import list_recipes, read_recipe
 from trainers import KTO
 
 BASE = {"model": {"path": "tiny"}, "data": {"path": "toy"}}
@@ -133,3 +136,128 @@ def test_the_tables_of_the_docs_say_what_the_code_says(monkeypatch):
     assert docs_tables.stale() == []
     monkeypatch.setattr(docs_tables, "language_configuration", lambda: ["| `never.written` |"])
     assert docs_tables.stale() == ["cli.md"]
+
+
+HELPSTEER = dict.fromkeys(("correctness", "coherence", "complexity", "verbosity"), 2)
+MARKED = "Is it?\n<extra_id_1>Assistant\nYes.\n<extra_id_1>User\nWhy?"
+
+
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_helpsteer2_as_published_becomes_thumbs(tmp_path, capsys):
+    rows = [{"prompt": "Name a prime.", "response": f"It is {i}.", "helpfulness": i, **HELPSTEER} for i in range(5)] + [
+        {"prompt": MARKED, "response": "Because.", "helpfulness": 4, **HELPSTEER}
+    ]
+    source, out = lines(tmp_path / "train.jsonl", rows), tmp_path / "thumbs.jsonl"
+    assert main(["check", str(source)]) == 2
+    assert "it is helpsteer. Run `align feedback convert train.jsonl" in capsys.readouterr().err
+    how = ["--to", "unpaired", "--up-from", "4", "--down-to", "3", "--chat", "--duplicates", "mean"]
+    assert main(["feedback", "convert", str(source), str(out), *how]) == 0
+    made = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["label"] for row in made] == [False, False, False, False, True, True]
+    assert made[0]["prompt"] == [{"role": "user", "content": "Name a prime."}]
+    assert made[0]["completion"] == [{"role": "assistant", "content": "It is 0."}]
+    assert made[5]["prompt"] == [
+        {"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "Why?"},
+    ]  # fmt: skip
+
+
+def test_ultrafeedback_as_published_is_read_and_converted_without_its_prompt_twice(tmp_path):
+    user = {"role": "user", "content": "Name a prime."}
+    chats = {
+        name: [user, {"role": "assistant", "content": text}] for name, text in (("chosen", "7"), ("rejected", "9"))
+    }
+    row = {"prompt": "Name a prime.", "prompt_id": "x", **chats, "messages": chats["chosen"],
+           "score_chosen": 8.5, "score_rejected": 2.0}  # fmt: skip
+    source, out = lines(tmp_path / "train.jsonl", [row]), tmp_path / "thumbs.jsonl"
+    assert main(["feedback", "convert", str(source), str(out), "--to", "unpaired"]) == 0
+    for found in (load_preferences(source).rows, load_preferences(out).rows):
+        said = {row.label: (row.prompt, row.completion) for row in found}
+        assert said == {up: ((user,), (chats[name][1],)) for up, name in ((True, "chosen"), (False, "rejected"))}
+
+
+PAPERS = [name for name, _ in list_recipes() if name.split("/")[0] in ("kto", "bco") and not name.endswith("smoke")]
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_papers_recipes_say_what_is_missing_and_what_is_claimed(name, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    config = load_config(name)
+    assert config.name == name.replace("/", "_") and config.batch_size % config.microbatch == 0
+    assert "claimed" in read_recipe(name).lower() and "not reproduced" in read_recipe(name)
+    assert main(["check", name]) == 2
+    text = capsys.readouterr().out
+    assert re.search(r"error +There is no such data file \((helpsteer2.jsonl|ultrafeedback.parquet)\)", text)
+    assert re.search(rf"warning +'{config.model.path}' is no folder here", text)
+    assert "Traceback" not in text and text.count("error") == 1
+
+
+def test_the_papers_numbers_are_in_the_recipes():
+    assert len(PAPERS) == 8
+    for name in PAPERS:
+        config = load_config(name)
+        assert config.objective.beta == 0.1 and config.model.train == "full" and config.data.max_length == 2048
+        helpsteer = name.endswith("helpsteer2")
+        assert config.epochs == (3 if helpsteer else 1) and config.optimizer.warmup == 0.1
+        assert config.optimizer.lr == (5e-7 if helpsteer or config.trainer == "bco" else 5e-6)
+        if config.trainer == "bco":
+            assert config.objective.balance == ("oversample" if helpsteer else "class_mean")
+        assert ("Qwen" in config.model.path) == ("qwen" in name)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"instruction": "a", "output": "b", "kto_tag": true}', "it is llama-factory.*align feedback convert"),
+        (
+            '{"question": "a", "answer": "b"}',
+            "neither those of prompts nor of feedback.*they are question, answer.*--columns prompt=COLUMN",
+        ),
+        ("prompt;completion;label\na;b;1", "not separated by commas.*';'"),
+    ],
+)
+def test_check_leads_other_forms_to_convert(tmp_path, capsys, text, message):
+    path = tmp_path / ("rows.csv" if ";" in text else "rows.jsonl")
+    path.write_text(text + "\n")
+    assert main(["check", str(path)]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_check_counts_rows_weights_and_tokens(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
+    rows = [{"prompt": f"say {i}", "completion": " red blue" * (1 + i % 2), "label": i % 10 == 0} for i in range(100)]
+    path = f"data.path={lines(tmp_path / 'thumbs.jsonl', rows)}"
+    found = {f.code: f for f in check_config(load_config("kto/smoke", [path]), files=True)}
+    assert "90 rows train (10 up, 80 down), 10 rows are held out; 2 updates an epoch" in found["rows"].message
+    few = check_config(load_config("kto/smoke", [path, "batch_size=96"]), files=True)
+    assert [f.message for f in few if f.level == "error"] == ["90 rows to train on are fewer than the 96 of one update"]
+    given = ["objective.weight_desirable=1", "objective.weight_undesirable=1"]
+    wrong = {f.code: f for f in check_config(load_config("kto/smoke", [path, *given]), files=True)}["class_weights"]
+    assert "is 0.125, outside the advised 1 to 3/2" in wrong.message and "from 8 to 12" in wrong.do
+    given[0] = "objective.weight_desirable=10"
+    assert "class_weights" not in {f.code for f in check_config(load_config("kto/smoke", [path, *given]), files=True)}
+    assert "uneven_classes" in {f.code for f in check_config(load_config("bco/smoke", [path]), files=True)}
+    assert main(["check", "bco/smoke", path, "objective.balance=oversample", "data.max_length=8"]) == 0
+    text = capsys.readouterr().out
+    assert "160 rows, the smaller class repeated, train (10 up, 80 down)" in text
+    assert re.search(r"warning +Of 100 rows half have over \d+ tokens.*max_length 8 cuts ", text)
+    assert main(["check", path.partition("=")[2], "--tokenizer", "tiny", "--max-length", "64"]) == 0
+    assert "max_length 64 cuts none" in capsys.readouterr().out
+
+
+def test_a_model_that_is_not_there_is_an_error_if_a_path_and_a_warning_if_a_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+
+    def found(path):
+        return [
+            (f.level, f.code) for f in check_config(made("kto", f"model.path={path}"), files=True) if "model" in f.key
+        ]
+
+    assert found("./nowhere") == found("a/b/c") == [("error", "model")]
+    assert found("someone/some-model") == [("warning", "model_not_here")] and found("tiny") == []
+    assert found(tmp_path) == [("error", "model")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -15,7 +16,7 @@ from align.preferences import (
     prompt_key,
 )
 
-USER = {"role": "user", "content": "Hi"}
+USER, SYSTEM = {"role": "user", "content": "Hi"}, {"role": "system", "content": "Be kind"}
 GOOD, BAD = ({"role": "assistant", "content": text} for text in ("Hello", "No"))
 
 
@@ -47,6 +48,15 @@ def test_single_completions_are_read_as_they_stand(row, prompt, completion, labe
         ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, (USER,), (GOOD,), (BAD,)),
         ({"prompt": [USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, (USER,), (GOOD,), (BAD,)),
         ({"chosen": "Say it: hello", "rejected": "Say it: help"}, "Say it: ", "hello", "help"),
+        ({"prompt": "Hi", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, (USER,), (GOOD,), (BAD,)),
+        ({"prompt": "Hi", "chosen": [USER, GOOD], "rejected": [USER, GOOD]}, (USER,), (GOOD,), (GOOD,)),
+        (
+            {"prompt": "Hi", "chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, USER, BAD]},
+            (SYSTEM, USER),
+            (GOOD,),
+            (BAD,),
+        ),
+        ({"prompt": "Hi", "chosen": [GOOD], "rejected": [BAD]}, "Hi", (GOOD,), (BAD,)),
     ],
 )
 def test_pairs_become_two_rows_and_find_their_prompt(row, prompt, chosen, rejected):
@@ -80,6 +90,12 @@ def test_labels_in_every_accepted_spelling(value, label):
         ({"prompt": "a", "completion": "b", "weight": -1}, "field 'weight'.*a finite number from 0"),
         ({"prompt": "a", "completion": "b", "tools": "no json"}, "field 'tools'.*a list of tool definitions"),
         (["a", "b"], "not an object"),
+        (
+            {"prompt": "Hi", "completion": [USER, GOOD], "label": True},
+            "field 'completion'.*expected messages that begin with the assistant's",
+        ),
+        ({"prompt": "Other", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "field 'chosen'.*begin with the assis"),
+        ({"prompt": "a", "completion": None, "label": True}, "no completion"),
     ],
 )
 def test_what_is_wrong_is_named_with_row_field_found_and_expected(row, message):
@@ -121,6 +137,8 @@ def test_every_file_form_gives_the_same_rows(tmp_path, form):
 
 def test_prompt_files_are_not_taken_for_preferences(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a cat"}\n')
+    (tmp_path / "t.jsonl").write_text('{"text": "a story", "id": 3}\n')
+    assert is_preference_file(tmp_path / "t.jsonl")
     assert not is_preference_file(tmp_path / "p.jsonl") and not is_preference_file(tmp_path / "absent.jsonl")
 
 
@@ -166,3 +184,39 @@ def test_describe_says_what_can_be_trained(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in [*pairs, ROWS[0]]))
     found = describe_preferences(path)
     assert found["trainers"] == ["kto", "bco", "sft"] and (found["up"], found["down"], found["pairs"]) == (4, 3, 3)
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("rows", "warnings"),
+    [
+        (ROWS, []),
+        ([{"prompt": "a", "completion": "b", "Label": True}], ["nothing reads the column 'Label'", "1 rows have no label"]),
+        ([{"prompt": "a", "completion": "b", "rating": 4}], ["1 rows have no label.*convert ratings"]),
+        ([*ROWS, {"prompt": "p0", "completion": "c0", "label": False}], ["1 answers have a thumb up and a thumb down"]),
+        ([*ROWS, ROWS[0], {**ROWS[0], "prompt": " P0"}], ["2 rows repeat another one"]),
+        ([*ROWS, {"completion": "", "label": True}], ["1 rows have an empty completion", "1 rows have no prompt"]),
+        ([r for r in ROWS if r["label"]], ["all thumbs are up.*regenerated, edited or reported answers as down"]),
+        ([r for r in ROWS if not r["label"]], ["all thumbs are down.*accepted or copied answers as up"]),
+    ],
+)  # fmt: skip
+def test_what_is_likely_a_mistake_is_said(tmp_path, rows, warnings):
+    found = describe_preferences(write(tmp_path / "rows.jsonl", rows))["warnings"]
+    assert len(found) == len(warnings)
+    for text, pattern in zip(sorted(found), sorted(warnings), strict=True):
+        assert re.match(pattern, text), text
+
+
+def test_files_sorted_by_label_are_told_from_mixed_ones(tmp_path):
+    by_label = sorted(ROWS, key=lambda row: row["label"])
+    assert describe_preferences(write(tmp_path / "a.jsonl", by_label))["sorted_by_label"] is True
+    assert describe_preferences(write(tmp_path / "b.jsonl", ROWS))["sorted_by_label"] is False
+
+
+def test_a_file_that_is_not_there_is_called_so(tmp_path):
+    with pytest.raises(DataError, match="no such data file .*absent.jsonl"):
+        load_preferences(tmp_path / "absent.jsonl")

@@ -6,7 +6,7 @@ import argparse
 import importlib
 import importlib.util
 
-PARTS = ("store", "serve", "annotate", "analysis")
+PARTS = ("store", "serve", "annotate", "analysis", "matching")
 
 
 def add_commands(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

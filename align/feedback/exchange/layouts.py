@@ -17,6 +17,7 @@ with the item as metadata; those of comparisons are reported as left out.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -41,6 +42,8 @@ UNORDERED = "_unordered"
 # Marks a row of a tool in which a person was shown the item and left it unanswered.
 SHOWN = "_shown"
 
+_HELPSTEER = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+
 _ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
     "bing": "assistant", "bard": "assistant", "model": "assistant", "system": "system", "observation": "tool",
@@ -60,10 +63,20 @@ def preference(row: Row) -> Iterator[Row]:
     for name, value in (("chosen", chosen), ("rejected", rejected)):
         if value is None:
             raise row.wrong(name, "A preference lacks one of its two responses", do="Fill it in, or remove the row")
-    if "prompt" not in fields:
+    if "prompt" not in fields or _in_both(fields["prompt"], chosen, rejected):
         fields["prompt"], chosen, rejected = _split_prompt(row, chosen, rejected)
     found = {**fields, "responses": [chosen, rejected], "preference": "a", UNORDERED: True}
     yield row.but(found, responses="rejected", preference="chosen")
+
+
+def _in_both(prompt: Any, chosen: Any, rejected: Any) -> bool:
+    """Whether two chats begin with the prompt, which stands beside them as text or turns."""
+    if not (isinstance(chosen, list) and isinstance(rejected, list) and min(len(chosen), len(rejected)) > 1):
+        return False
+    if isinstance(prompt, list):
+        return bool(prompt) and chosen[: len(prompt)] == prompt == rejected[: len(prompt)]
+    first = [turn.get("content") if isinstance(turn, Mapping) else None for turn in chosen[:-1]]
+    return isinstance(prompt, str) and chosen[0] == rejected[0] and prompt in first
 
 
 def _split_prompt(row: Row, chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
@@ -81,6 +94,17 @@ def _split_prompt(row: Row, chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     if shared < 1:
         raise row.wrong("prompt", "A preference has no prompt", why="the two responses begin differently")
     return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def helpsteer(row: Row) -> Iterator[Row]:
+    """HelpSteer 1 and 2: prompt and response with five ratings from 0 to 4, of which helpfulness is taken; earlier
+    turns of a prompt are marked `<extra_id_1>Assistant` and `<extra_id_1>User`."""
+    fields = {name: value for name, value in row.fields.items() if name not in _HELPSTEER}
+    turns = re.split(r"\n?<extra_id_1>(User|Assistant)\n", str(fields.get("prompt", "")))
+    if len(turns) > 1:
+        said = [("User", turns[0]), *zip(turns[1::2], turns[2::2], strict=True)]
+        fields["prompt"] = [{"role": who.lower(), "content": text} for who, text in said if text]
+    yield row.but({"scale": "0-4", **fields, "rating": row.fields["helpfulness"]}, rating="helpfulness")
 
 
 def unpaired(row: Row) -> Iterator[Row]:
@@ -278,6 +302,7 @@ LAYOUTS: dict[str, tuple[Callable[[Row], Iterator[Row]], str]] = {
     "preference": (preference, "TRL: prompt, chosen, rejected"),
     "unpaired": (unpaired, "TRL: prompt, completion, label"),
     "ranking": (ranking, "prompt, completions, ranks"),
+    "helpsteer": (helpsteer, "HelpSteer: prompt and response with five ratings, of which helpfulness is taken"),
     "sharegpt": (sharegpt, "conversations with kto_tag, or chosen and rejected"),
     "llama-factory": (llama_factory, "instruction, input, output, kto_tag"),
     "label-studio": (label_studio, "JSON export: data and annotations"),
@@ -294,6 +319,7 @@ _SIGNS: tuple[tuple[str, set[str]], ...] = (
     ("llama-factory", {"instruction", "output"}),
     ("llama-factory", {"instruction", "chosen", "rejected"}),
     ("preference", {"chosen", "rejected"}),
+    ("helpsteer", {"prompt", "response", *_HELPSTEER}),
     ("ranking", {"completions", "ranks"}),
     ("unpaired", {"completion", "label"}),
     *(("plain", {name}) for name in SAID),
