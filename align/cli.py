@@ -530,7 +530,8 @@ def _language_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
 def _preferences_text(found: dict[str, Any]) -> str:
     rows = [("rows", f"{found['rows']} in {found['source']}"), ("prompts", str(found["prompts"]))]
     rows += [("thumbs", f"{found['up']} up, {found['down']} down, {found['unlabelled']} without a label")]
-    rows += [(name, str(found[name])) for name in ("pairs", "scored", "chats", "empty_completions") if found[name]]
+    counts = ("pairs", "scored", "chats", "rows_with_images", "empty_completions")
+    rows += [(name, str(found[name])) for name in counts if found[name]]
     rows.append(("trains", _word(found["trainers"])))
     if found["one_class"]:
         rows.append(("warning", "all thumbs are of one kind; kto and bco refuse that without data.allow_one_class"))

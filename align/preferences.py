@@ -7,6 +7,13 @@
 
 A prompt or completion is text, or a list of `{"role": ..., "content": ...}` messages. `tools` (a list or its JSON),
 `chat_template_kwargs`, `score`, `weight` and `udm_weight` may stand beside them. Other fields are left alone.
+
+    {"image": "cat.png", "completion": ..., "label": true,
+     "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]}
+
+`image`, or `images` with a list, names files relative to the data file, or holds `{"bytes": ..., "path": ...}` as the
+Image feature of `datasets` does. Each goes with a part of type image of the prompt, in order. In a prompt without such
+parts, the images stand at the beginning of the first message of the user.
 """
 
 from __future__ import annotations
@@ -18,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import DataError
+from align.image_rows import checked_parts, count_images, row_images, with_image_parts
+from align.images import ImageFile
 from align.prompts import FORMATS, read_rows
 from align.registry import suggest
 from align.seeding import seed as derive_seed
@@ -25,7 +34,7 @@ from align.seeding import seed as derive_seed
 Text = str | tuple[Mapping[str, Any], ...]
 _LABELS = {1: True, 0: False, -1: False}  # True and False among them
 _WORDS = {"up": True, "down": False, "true": True, "false": False, "1": True, "0": False, "-1": False, "+1": True}
-_FIELDS = ("prompt", "completion", "chosen", "rejected", "messages", "text", "label", "score", "tools")
+_FIELDS = ("prompt", "completion", "chosen", "rejected", "messages", "text", "label", "score", "tools", "images")
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,7 @@ class Completion:
         weight: of an undesirable row's loss (`udm_weight`) times that of any row (`weight`).
         tools: tool definitions for the chat template.
         template: further arguments of the chat template.
+        images: of the prompt's parts of type image, in order.
         place: where the row stands, for messages.
     """
 
@@ -52,6 +62,7 @@ class Completion:
     weight: float = 1.0
     tools: tuple[Mapping[str, Any], ...] = ()
     template: Mapping[str, Any] | None = None
+    images: tuple[ImageFile, ...] = ()
     place: str = ""
 
 
@@ -138,12 +149,12 @@ class PreferenceSet:
         return replace(self, rows=rows)
 
     def split(self, fraction: float) -> tuple[PreferenceSet, PreferenceSet]:
-        """Return (training, held-out) rows: whole prompts, lowest in a hash of their text, are held out.
+        """Return (training, held-out) rows: whole prompts, lowest in a hash of what they are, are held out.
 
         Raises:
             DataError: too few distinct prompts to leave one on each side.
         """
-        keys = [_key(row.prompt) for row in self.rows]
+        keys = [prompt_key(row) for row in self.rows]
         ranked = sorted(set(keys), key=lambda key: (derive_seed("heldout", 0, key), key))
         count = max(1, round(fraction * len(ranked))) if fraction else 0
         if count >= len(ranked):
@@ -168,12 +179,13 @@ def load_preferences(source: str | Path | Iterable[Mapping[str, Any]]) -> Prefer
     if isinstance(source, (str, Path)):
         path = Path(source)
         rows, name = (_dataset_rows(path) if path.is_dir() else read_rows(path)), str(path)
+        folder = path if path.is_dir() else path.parent
     else:
-        rows, name = ((f"item {i}", row) for i, row in enumerate(source)), "given rows"
+        rows, name, folder = ((f"item {i}", row) for i, row in enumerate(source)), "given rows", Path()
     found: list[Completion] = []
     pairs = 0
     for place, row in rows:
-        made = parse_row(row, f"{name}, {place}", pairs)
+        made = parse_row(row, f"{name}, {place}", pairs, folder)
         pairs += made[0].pair >= 0
         found += made
     if not found:
@@ -181,13 +193,14 @@ def load_preferences(source: str | Path | Iterable[Mapping[str, Any]]) -> Prefer
     return PreferenceSet(tuple(found), name)
 
 
-def parse_row(row: Any, where: str, pair: int = 0) -> list[Completion]:
+def parse_row(row: Any, where: str, pair: int = 0, folder: Path = Path()) -> list[Completion]:
     """Return the one or two completions of a row.
 
     Args:
         row: a mapping with the fields of one of the forms above; a null field counts as absent.
         where: file and row, for messages.
         pair: number to give the pair, if it is one.
+        folder: where the paths of images begin.
 
     Raises:
         DataError: see `load_preferences`.
@@ -196,6 +209,19 @@ def parse_row(row: Any, where: str, pair: int = 0) -> list[Completion]:
         raise DataError("A row is not an object with named fields", where=where, why=f"found {_short(row)}")
     given = {str(k): v for k, v in row.items() if v is not None and not (v == "" and k not in ("completion", "prompt"))}
     read = _Reader(given, where)
+    images = row_images(given, where, folder)
+    found = _completions(read, where, pair)
+    for made, field in zip(found, ("chosen", "rejected") if len(found) > 1 else ("completion",), strict=True):
+        if count_images(made.completion):
+            raise DataError(
+                "A completion holds an image", where=f"{where}, field {field!r}",
+                why="found a part of type image, expected text", do="Put images into the prompt",
+            )  # fmt: skip
+    return [replace(made, prompt=with_image_parts(made.prompt, len(images), where), images=images) for made in found]
+
+
+def _completions(read: _Reader, where: str, pair: int) -> list[Completion]:
+    given = read.row
     common: dict[str, Any] = {
         "tools": read.tools(), "template": read.mapping("chat_template_kwargs"), "place": where,
     }  # fmt: skip
@@ -257,7 +283,11 @@ class _Reader:
                     "A message is wrong", where=f"{self.where}, field {field!r}, message {i}",
                     why=f"found {shown}, expected an object with role and content",
                 )  # fmt: skip
-        return tuple({k: v for k, v in message.items() if v is not None} for message in value)
+        found = [{k: v for k, v in message.items() if v is not None} for message in value]
+        for i, message in enumerate(found):
+            if isinstance(message.get("content"), list):
+                message["content"] = checked_parts(message["content"], f"{self.where}, field {field!r}, message {i}")
+        return tuple(found)
 
     def pair(self) -> tuple[Text, Text, Text]:
         chosen, rejected = self.text("chosen"), self.text("rejected")
@@ -338,8 +368,8 @@ def _key(text: Text) -> str:
 
 
 def prompt_key(row: Completion) -> str:
-    """Return what rows of one prompt have in common."""
-    return _key(row.prompt)
+    """Return what rows of one prompt have in common: its text, and the content of its images."""
+    return " ".join([_key(row.prompt), *(image.digest for image in row.images)])
 
 
 def _short(value: Any) -> str:
@@ -359,6 +389,9 @@ def _dataset_rows(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
             if "train" not in dataset:
                 raise DataError("A folder of splits has none called train", where=str(path), why=", ".join(dataset))
             dataset = dataset["train"]
+        if "Image(" in str(dataset.features):  # as it is stored, not decoded
+            dataset = dataset.with_format("arrow")
+            return ((f"row {i}", table.to_pylist()[0]) for i, table in enumerate(dataset))
         return ((f"row {i}", row) for i, row in enumerate(dataset))
     tables = sorted(p for p in path.iterdir() if p.suffix.lower() in (".jsonl", ".parquet", ".csv"))
     if not tables:
@@ -386,9 +419,12 @@ def describe_preferences(source: str | Path) -> dict[str, Any]:
         if can
     ]  # fmt: skip
     empty = sum(not row.completion for row in found.rows)
+    for image in {image.digest: image for row in found.rows for image in row.images}.values():
+        image.pixels()
     return {
         "kind": "preferences", "source": found.source, "rows": len(found), **counts, "prompts": prompts,
         "chats": sum(not isinstance(row.completion, str) for row in found.rows), "empty_completions": empty,
+        "rows_with_images": sum(bool(row.images) for row in found.rows),
         "one_class": not both and not counts["unlabelled"], "trainers": trainers, "valid": True,
     }  # fmt: skip
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 
 from align.groupstats import bootstrap_mean
 from align.tracking import RunLog
-from trainers.preference_data import collate
 
 if TYPE_CHECKING:
     from trainers.language import LanguageRun, Models
@@ -221,10 +221,10 @@ class LanguageEvaluation:
         self.models.plain.eval()
         mine: dict[int, float] = {}
         for rows in batches[world.rank :: world.size]:
-            batch = collate([(tokens.prompts[i], tokens.completions[i]) for i in rows], self.run.tokenizer.pad_token_id)
+            batch = tokens.batch([(i, i) for i in rows], self.run.tokenizer.pad_token_id)
             half = torch.autocast(device.type, torch.bfloat16, enabled=self.run.config.model.dtype == "bf16")
             with torch.no_grad(), half:
-                values = score({name: value.to(device) for name, value in batch.items()}).per_row().double().tolist()
+                values = score(send_to_device(batch, device)).per_row().double().tolist()
             mine.update(zip(rows, values, strict=True))
         self.models.plain.train(training)
         found = {i: value for part in world.gather(mine) for i, value in part.items()}
