@@ -552,7 +552,7 @@ def _language_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
 def _preferences_text(found: dict[str, Any]) -> str:
     rows = [("rows", f"{found['rows']} in {found['source']}"), ("prompts", f"{found['prompts']} different ones")]
     rows += [("thumbs", f"{found['up']} up, {found['down']} down, {found['unlabelled']} without a label")]
-    rows += [(name, str(found[name])) for name in ("pairs", "scored", "chats") if found[name]]
+    rows += [(name, str(found[name])) for name in ("pairs", "scored", "chats", "rows_with_images") if found[name]]
     if found["pairs"] or found["sorted_by_label"]:
         order = "pairs stand side by side" if found["pairs"] else "sorted by label"
         rows.append(("order", f"{order}, which is fine: every update mixes both classes"))

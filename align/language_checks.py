@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -133,6 +134,11 @@ def _files(config: LanguageConfig) -> list[Finding]:
             continue
         try:
             rows = load_preferences(path)
+            if any(row.images for row in rows.rows) and _reads_text_alone(config.model.path):
+                found.append(Finding(
+                    "error", "images", f"{path} has images, and {config.model.path!r} reads text alone",
+                    "Set model.path to a vision-language model", "model.path",
+                ))  # fmt: skip
             if isinstance(config, DPOConfig):
                 rows = rows.pairs()
             elif isinstance(config, SFTConfig):
@@ -222,6 +228,15 @@ def _cached(name: str) -> bool:
     except ImportError:
         return False
     return isinstance(try_to_load_from_cache(name, "config.json"), str)
+
+
+def _reads_text_alone(model: str) -> bool:
+    """Return whether a model is known to take no images: the embedded one, or a folder whose config has no vision."""
+    try:
+        config = "{}" if model == "tiny" else (Path(model) / "config.json").read_text(encoding="utf-8")
+        return "vision_config" not in json.loads(config)
+    except (OSError, ValueError):
+        return False  # a hub name; it is found out when it is loaded
 
 
 def describe_language_config(config: LanguageConfig, findings: list[Finding]) -> dict[str, Any]:

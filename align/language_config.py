@@ -33,6 +33,9 @@ class LanguageModelConfig(Section):
     lora: LoraConfig = Field(
         default=LoraConfig(), description="The adapters, read when train is lora; targets null is every linear layer."
     )
+    train_vision: Bool = Field(
+        default=False, description="Of a vision-language model, train the vision tower and its projector too."
+    )
     dtype: Literal["fp32", "bf16"] = Field(
         default="fp32", description="Precision of matrix products; trained weights and log-probs stay fp32."
     )

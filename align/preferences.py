@@ -7,6 +7,13 @@
 
 A prompt or completion is text, or a list of `{"role": ..., "content": ...}` messages. `tools` (a list or its JSON),
 `chat_template_kwargs`, `score`, `weight` and `udm_weight` may stand beside them. Other fields are left alone.
+
+    {"image": "cat.png", "completion": ..., "label": true,
+     "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]}
+
+`image`, or `images` with a list, names files relative to the data file, or holds `{"bytes": ..., "path": ...}` as the
+Image feature of `datasets` does. Each goes with a part of type image of the prompt, in order. In a prompt without such
+parts, the images stand at the beginning of the first message of the user.
 """
 
 from __future__ import annotations
@@ -19,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import DataError
+from align.image_rows import checked_parts, count_images, row_images, with_image_parts
+from align.images import ImageFile
 from align.prompts import FORMATS, read_rows
 from align.registry import suggest
 from align.seeding import seed as derive_seed
@@ -28,7 +37,7 @@ _LABELS = {1: True, 0: False, -1: False}  # True and False among them
 _WORDS = {"up": True, "down": False, "true": True, "false": False, "1": True, "0": False, "-1": False, "+1": True}
 _FIELDS = (
     "prompt", "completion", "chosen", "rejected", "messages", "text", "label", "score", "score_chosen",
-    "score_rejected", "tools", "chat_template_kwargs", "weight", "udm_weight",
+    "score_rejected", "tools", "chat_template_kwargs", "weight", "udm_weight", "image", "images",
 )  # fmt: skip
 
 
@@ -45,6 +54,7 @@ class Completion:
         weight: of an undesirable row's loss (`udm_weight`) times that of any row (`weight`).
         tools: tool definitions for the chat template.
         template: further arguments of the chat template.
+        images: of the prompt's parts of type image, in order.
         place: where the row stands, for messages.
     """
 
@@ -56,6 +66,7 @@ class Completion:
     weight: float = 1.0
     tools: tuple[Mapping[str, Any], ...] = ()
     template: Mapping[str, Any] | None = None
+    images: tuple[ImageFile, ...] = ()
     place: str = ""
 
 
@@ -142,12 +153,12 @@ class PreferenceSet:
         return replace(self, rows=rows)
 
     def split(self, fraction: float) -> tuple[PreferenceSet, PreferenceSet]:
-        """Return (training, held-out) rows: whole prompts, lowest in a hash of their text, are held out.
+        """Return (training, held-out) rows: whole prompts, lowest in a hash of what they are, are held out.
 
         Raises:
             DataError: too few distinct prompts to leave one on each side.
         """
-        keys = [_key(row.prompt) for row in self.rows]
+        keys = [prompt_key(row) for row in self.rows]
         ranked = sorted(set(keys), key=lambda key: (derive_seed("heldout", 0, key), key))
         count = max(1, round(fraction * len(ranked))) if fraction else 0
         if count >= len(ranked):
@@ -174,12 +185,13 @@ def load_preferences(source: str | Path | Iterable[Mapping[str, Any]]) -> Prefer
         if not path.exists():
             raise DataError("There is no such data file", where=str(path), do="Check the path, or make the file first")
         rows, name = (_dataset_rows(path) if path.is_dir() else read_rows(path)), str(path)
+        folder = path if path.is_dir() else path.parent
     else:
-        rows, name = ((f"item {i}", row) for i, row in enumerate(source)), "given rows"
+        rows, name, folder = ((f"item {i}", row) for i, row in enumerate(source)), "given rows", Path()
     found: list[Completion] = []
     pairs = 0
     for place, row in rows:
-        made = parse_row(row, f"{name}, {place}", pairs)
+        made = parse_row(row, f"{name}, {place}", pairs, folder)
         pairs += made[0].pair >= 0
         found += made
     if not found:
@@ -187,13 +199,14 @@ def load_preferences(source: str | Path | Iterable[Mapping[str, Any]]) -> Prefer
     return PreferenceSet(tuple(found), name)
 
 
-def parse_row(row: Any, where: str, pair: int = 0) -> list[Completion]:
+def parse_row(row: Any, where: str, pair: int = 0, folder: Path = Path()) -> list[Completion]:
     """Return the one or two completions of a row.
 
     Args:
         row: a mapping with the fields of one of the forms above; a null field counts as absent.
         where: file and row, for messages.
         pair: number to give the pair, if it is one.
+        folder: where the paths of images begin.
 
     Raises:
         DataError: see `load_preferences`.
@@ -202,6 +215,19 @@ def parse_row(row: Any, where: str, pair: int = 0) -> list[Completion]:
         raise DataError("A row is not an object with named fields", where=where, why=f"found {_short(row)}")
     given = {str(k): v for k, v in row.items() if v is not None and not (v == "" and k not in ("completion", "prompt"))}
     read = _Reader(given, where)
+    images = row_images(given, where, folder)
+    found = _completions(read, where, pair)
+    for made, field in zip(found, ("chosen", "rejected") if len(found) > 1 else ("completion",), strict=True):
+        if count_images(made.completion):
+            raise DataError(
+                "A completion holds an image", where=f"{where}, field {field!r}",
+                why="found a part of type image, expected text", do="Put images into the prompt",
+            )  # fmt: skip
+    return [replace(made, prompt=with_image_parts(made.prompt, len(images), where), images=images) for made in found]
+
+
+def _completions(read: _Reader, where: str, pair: int) -> list[Completion]:
+    given = read.row
     common: dict[str, Any] = {
         "tools": read.tools(), "template": read.mapping("chat_template_kwargs"), "place": where,
     }  # fmt: skip
@@ -273,7 +299,11 @@ class _Reader:
                     "A message is wrong", where=f"{self.where}, field {field!r}, message {i}",
                     why=f"found {shown}, expected an object with role and content",
                 )  # fmt: skip
-        return tuple({k: v for k, v in message.items() if v is not None} for message in value)
+        found = [{k: v for k, v in message.items() if v is not None} for message in value]
+        for i, message in enumerate(found):
+            if isinstance(message.get("content"), list):
+                message["content"] = checked_parts(message["content"], f"{self.where}, field {field!r}, message {i}")
+        return tuple(found)
 
     def answered(self, field: str, completion: Text) -> Text:
         """Return a completion, unless it is a chat that begins with somebody else's turn, which is the prompt's."""
@@ -364,8 +394,8 @@ def _key(text: Text) -> str:
 
 
 def prompt_key(row: Completion) -> str:
-    """Return what rows of one prompt have in common."""
-    return _key(row.prompt)
+    """Return what rows of one prompt have in common: its text, and the content of its images."""
+    return " ".join([_key(row.prompt), *(image.digest for image in row.images)])
 
 
 def _short(value: Any) -> str:
@@ -385,6 +415,9 @@ def _dataset_rows(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
             if "train" not in dataset:
                 raise DataError("A folder of splits has none called train", where=str(path), why=", ".join(dataset))
             dataset = dataset["train"]
+        if "Image(" in str(dataset.features):  # as it is stored, not decoded
+            dataset = dataset.with_format("arrow")
+            return ((f"row {i}", table.to_pylist()[0]) for i, table in enumerate(dataset))
         return ((f"row {i}", row) for i, row in enumerate(dataset))
     tables = sorted(p for p in path.iterdir() if p.suffix.lower() in (".jsonl", ".parquet", ".csv"))
     if not tables:
@@ -414,11 +447,14 @@ def describe_preferences(source: str | Path) -> dict[str, Any]:
     for row in rows:
         answers.setdefault((prompt_key(row), _key(row.completion)), []).append(row.label)
     labels = [row.label for row in rows]
+    for image in {image.digest: image for row in rows for image in row.images}.values():
+        image.pixels()
     about = {
         "kind": "preferences", "source": found.source, "rows": len(found), **counts,
         "prompts": len({prompt_key(row) for row in rows}), "no_prompt": sum(not row.prompt for row in rows),
         "chats": sum(not isinstance(row.completion, str) for row in rows),
         "empty_completions": sum(not row.completion for row in rows),
+        "rows_with_images": sum(bool(row.images) for row in rows),
         "repeats": sum(len(said) - len(set(said)) for said in answers.values()),
         "contradictions": sum({True, False} <= set(said) for said in answers.values()),
         "sorted_by_label": both and sum(a != b for a, b in pairwise(labels)) == 1 < len(labels) - 1,

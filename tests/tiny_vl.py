@@ -143,3 +143,67 @@ def old_names(state: dict) -> dict:
         key.replace("model.language_model.", "model.").replace("model.visual.", "visual."): value.detach().clone().contiguous()
         for key, value in state.items()
     }  # fmt: skip
+
+
+LLAVA_CHAT = (
+    "{% for turn in messages %}{{ turn.role }}: {% for part in turn.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% else %}<image>{% endif %}{% endfor %}<|endoftext|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def qwen_chat(folder: Path, *, newer: bool = False, seed: int = 0) -> Path:
+    """Save a random Qwen2-VL, or Qwen2.5-VL, that answers in words, with its processor: 4 to 16 tokens an image."""
+    from transformers import (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+        Qwen2VLForConditionalGeneration,
+        Qwen2VLImageProcessor,
+        Qwen2VLProcessor,
+        Qwen2VLVideoProcessor,
+    )  # fmt: skip
+
+    tokenizer = qwen_tokenizer(folder)
+    tokenizer.eos_token = "<|im_end|>"
+    torch.manual_seed(seed)
+    config = qwen_config(len(tokenizer))
+    if newer:
+        vision = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "out_hidden_size": 32, "fullatt_block_indexes": [1]}  # fmt: skip
+        config = Qwen2_5_VLConfig(**{**config.to_dict(), "vision_config": vision, "model_type": "qwen2_5_vl"})
+    model = (Qwen2_5_VLForConditionalGeneration if newer else Qwen2VLForConditionalGeneration)(config)
+    model.save_pretrained(folder)
+    size = {"shortest_edge": 4 * 28 * 28, "longest_edge": 16 * 28 * 28}
+    (Qwen2_5_VLProcessor if newer else Qwen2VLProcessor)(
+        Qwen2VLImageProcessor(size=size), tokenizer, Qwen2VLVideoProcessor(size=size), chat_template=CHAT
+    ).save_pretrained(folder)
+    return folder
+
+
+def llava_chat(folder: Path, *, seed: int = 0) -> Path:
+    """Save a random LLaVA that answers in words, with its processor: 16 tokens an image of any size."""
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )  # fmt: skip
+
+    tokenizer = qwen_tokenizer(folder)
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    torch.manual_seed(seed)
+    text = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    token = tokenizer.convert_tokens_to_ids("<image>")
+    config = LlavaConfig(vision_config=CLIPVisionConfig(**VISION), text_config=text, image_token_id=token)
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}), tokenizer,
+        patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=LLAVA_CHAT,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder

@@ -11,7 +11,7 @@ from align.errors import AlignError
 from align.language_config import LanguageConfig
 from align.preferences import PreferenceSet, load_preferences
 from align.seeding import permutation
-from trainers.language_model import load_tokenizer
+from trainers.language_model import load_processor
 from trainers.preference_data import encode, tokenise
 
 ROWS = 2000
@@ -25,7 +25,7 @@ def describe_lengths(
 
     Args:
         rows: labelled or not.
-        tokenizer: of transformers.
+        tokenizer: of transformers, or a processor of images and text.
         max_length, max_prompt_length: see `tokenise`.
 
     Returns:
@@ -50,7 +50,7 @@ def length_findings(config: LanguageConfig) -> list[Finding]:
     data = config.data
     try:
         found = describe_lengths(
-            load_preferences(data.path), load_tokenizer(config.model.path, config.model.chat_template),
+            load_preferences(data.path), load_processor(config.model.path, config.model.chat_template),
             max_length=data.max_length, max_prompt_length=data.max_prompt_length,
         )  # fmt: skip
     except AlignError as error:

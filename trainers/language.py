@@ -7,6 +7,7 @@ trainers/language_session.py                signals, the log, the record
 trainers/language_objective.py              a microbatch's tensors and losses
 trainers/language_measures.py               metrics and held-out evaluation
 trainers/language_generation.py             answers to held-out prompts
+trainers/language_images.py                 images as a model's processor makes tensors of them
 trainers/language_model.py                  log-probs at completion tokens, the model before training
 trainers/preference_data.py                 tokens, and the plan of an epoch
 trainers/preference.py                      the objectives as pure functions
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from align import checkpoint
@@ -33,10 +35,11 @@ from align.preferences import PreferenceSet, load_preferences
 from align.run import claim_directory, require_directory
 from align.tracking import RunLog
 from trainers.language_generation import Prompt, choose_prompts, read_prompts
+from trainers.language_images import has_images
 from trainers.language_measures import LanguageEvaluation
-from trainers.language_model import LogpCache, Reference, load_language_model, load_tokenizer, reference_mode
+from trainers.language_model import LogpCache, Reference, load_language_model, load_processor, reference_mode
 from trainers.language_objective import Objective
-from trainers.language_session import Session
+from trainers.language_session import Session, engine_name
 from trainers.language_trainer import AlignTrainer, training_arguments
 from trainers.preference import effective_sample_size
 from trainers.preference_data import Plan, Tokens, plan_epoch, tokenise
@@ -76,10 +79,12 @@ class LanguageRun:
         self.world.led(lambda: require_directory(self.directory, config, overwrite=overwrite, fork=fork))
         if not self.world.leads:
             self.world.wait()  # what the first process builds and caches, the others find
-        self.tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
+        self.processor = load_processor(config.model.path, config.model.chat_template)
+        self.tokenizer = self.processor.tokenizer if has_images(self.processor) else self.processor
         training, heldout = rows if rows is not None else read_data(config)
-        self.tokens = tokenise_rows(config, objective, self.tokenizer, training, training=True)
-        self.heldout, self.prompts = read_heldout(config, objective, self.tokenizer, heldout)
+        self.tokens = tokenise_rows(config, objective, self.processor, training, training=True)
+        self.heldout, self.prompts = read_heldout(config, objective, self.processor, heldout)
+        self._require_images_everywhere()
         if self.world.leads:
             self.world.wait()
         self.about = {**objective.prepare(self.tokens), "tokens": self._about_data()}
@@ -102,6 +107,15 @@ class LanguageRun:
                 f"A microbatch of {self.config.microbatch} does not divide over {self.world.size} processes",
                 where="microbatch",
                 do=f"Set it to a multiple of {self.world.size}; it counts the rows of all processes",
+            )  # fmt: skip
+
+    def _require_images_everywhere(self) -> None:
+        """Refuse what would wait for ever: under ZeRO 3 all processes gather the vision tower's weights or none."""
+        found = [tokens.pictures for tokens in (self.tokens, self.heldout) if tokens is not None]
+        if any(p is not None and p.mixed for p in found) and engine_name(self) == "deepspeed_zero3":
+            raise ConfigError(
+                "Under ZeRO 3 either all rows have images or none", where="--deepspeed", why="some rows have none",
+                do="Use zero2, or split the data",
             )  # fmt: skip
 
     def _about_data(self) -> dict[str, Any]:
@@ -166,7 +180,7 @@ class LanguageRun:
         def score(batch: Mapping[str, Tensor]) -> Tensor:
             half = torch.autocast(device.type, torch.bfloat16, enabled=self.config.model.dtype == "bf16")
             with half:
-                return reference.logps({k: v.to(device) for k, v in batch.items()}).per_row().cpu()
+                return reference.logps(send_to_device(batch, device)).per_row().cpu()
 
         model.eval()
         pad = self.tokenizer.pad_token_id
@@ -177,7 +191,7 @@ class LanguageRun:
 
 
 def tokenise_rows(
-    config: LanguageConfig, objective: Objective, tokenizer: Any, rows: PreferenceSet, *, training: bool
+    config: LanguageConfig, objective: Objective, processor: Any, rows: PreferenceSet, *, training: bool
 ) -> Tokens:
     """Return the tokens of the rows that an objective has a use for.
 
@@ -194,21 +208,23 @@ def tokenise_rows(
     else:
         rows = PreferenceSet(tuple(row for row in rows.rows if row.label is not False), rows.source)
     return tokenise(
-        rows, tokenizer, max_length=config.data.max_length, soft=soft, workers=config.data.workers,
+        rows, processor, max_length=config.data.max_length, soft=soft, workers=config.data.workers,
         max_prompt_length=config.data.max_prompt_length,
         reload=_Reload(config.model.path, config.model.chat_template),
     )  # fmt: skip
 
 
 def read_heldout(
-    config: LanguageConfig, objective: Objective, tokenizer: Any, rows: PreferenceSet | None
+    config: LanguageConfig, objective: Objective, processor: Any, rows: PreferenceSet | None
 ) -> tuple[Tokens | None, list[Prompt]]:
-    """Return the tokens of the held-out rows, and the prompts among them that the model answers."""
+    """Return the tokens of the held-out rows, and the prompts among them, without images, that the model answers."""
     if rows is None:
         return None, []
-    chosen = choose_prompts(rows, config.evaluation.prompts, config.seed)
+    plain = PreferenceSet(tuple(row for row in rows.rows if not row.images), rows.source)
+    chosen = choose_prompts(plain, config.evaluation.prompts, config.seed)
+    tokenizer = processor.tokenizer if has_images(processor) else processor
     return (
-        tokenise_rows(config, objective, tokenizer, rows, training=False),
+        tokenise_rows(config, objective, processor, rows, training=False),
         read_prompts(chosen, tokenizer, config.data.max_prompt_length),
     )
 
@@ -229,13 +245,13 @@ def _row_weights(tokens: Tokens) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Reload:
-    """Loads the tokenizer again, in a worker."""
+    """Loads the tokenizer or processor again, in a worker."""
 
     path: str
     template: str | None
 
     def __call__(self) -> Any:
-        return load_tokenizer(self.path, self.template)
+        return load_processor(self.path, self.template)
 
 
 def read_data(config: LanguageConfig) -> tuple[PreferenceSet, PreferenceSet | None]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 
 from align.groupstats import bootstrap_mean
 from align.language_config import LanguageConfig
@@ -218,7 +219,15 @@ class LanguageEvaluation:
         if self.models.reference is None or not self.models.reference.live:
             return None
         sequences = [(prompt.tokens, said.tokens) for prompt, said in zip(prompts, answers, strict=True)]
-        return self._logps(self.models.free_logps, sequences) - self._logps(self.models.reference_logps, sequences)
+        lengths, pad = [sum(map(len, pair)) for pair in sequences], self.run.tokenizer.pad_token_id
+
+        def batch_of(places: Sequence[int]) -> Any:
+            return collate([sequences[i] for i in places], pad)
+
+        policy, before = (
+            self._logps(score, lengths, batch_of) for score in (self.models.free_logps, self.models.reference_logps)
+        )
+        return policy - before
 
     def _written(self, answers: Sequence[Answer], ratio: np.ndarray | None) -> list[dict[str, Any]]:
         """Return the rows of generations.jsonl of a step."""
@@ -238,8 +247,7 @@ class LanguageEvaluation:
             first: the model is the one before training, with which later measures of a supervised run compare.
         """
         tokens, rows = self.run.heldout, self.rows
-        sequences = [(tokens.prompts[i], tokens.completions[i]) for i in rows]
-        logp = self._logps(self.models.free_logps, sequences)
+        logp = self._heldout_logps(self.models.free_logps)
         count = np.array([len(tokens.completions[i]) for i in rows], dtype=float)
         if not self.run.objective.referenced:
             if first and self.run.world.leads:
@@ -247,7 +255,7 @@ class LanguageEvaluation:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(logp.tolist()), encoding="utf-8")
             return self._supervised(logp, count, tokens.prompt[rows])
-        ratio, desirable = logp - self._reference_logps(sequences), tokens.desirable[rows]
+        ratio, desirable = logp - self._reference_logps(), tokens.desirable[rows]
         beta = self.run.objective.beta
         found: dict[str, Any] = class_metrics(beta * ratio, ratio, desirable)
         found["auc_ci_low"], found["auc_ci_high"] = auc_interval(ratio, desirable, tokens.prompt[rows])
@@ -275,19 +283,27 @@ class LanguageEvaluation:
             return None
         return np.array(found) if isinstance(found, list) and len(found) == len(self.rows) else None
 
-    def _reference_logps(self, sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    def _heldout_logps(self, score: Any) -> np.ndarray:
+        tokens, rows, pad = self.run.heldout, self.rows, self.run.tokenizer.pad_token_id
+        lengths = [int(tokens.length[i]) for i in rows]
+        return self._logps(score, lengths, lambda places: tokens.batch([(rows[i], rows[i]) for i in places], pad))
+
+    def _reference_logps(self) -> np.ndarray:
         if self._reference is None:
             if self.cache is not None:
                 pairs = [(i, i) for i in self.rows]
                 self._reference = self.cache.lookup(self.run.heldout, pairs).double().numpy()
             else:
-                self._reference = self._logps(self.models.reference_logps, sequences)
+                self._reference = self._heldout_logps(self.models.reference_logps)
         return self._reference
 
-    def _logps(self, score: Any, sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-        """Log-probs of (prompt, completion) pairs; every process runs as many batches as any other."""
+    def _logps(self, score: Any, lengths: Sequence[int], batch_of: Callable[[Sequence[int]], Any]) -> np.ndarray:
+        """Log-probs of sequences of some lengths, which `batch_of` their places puts together.
+
+        Every process runs as many batches as any other.
+        """
         world = self.run.world
-        order = sorted(range(len(sequences)), key=lambda i: sum(map(len, sequences[i])))
+        order = sorted(range(len(lengths)), key=lambda i: lengths[i])
         batches = [order[i : i + self.BATCH] for i in range(0, len(order), self.BATCH)]
         batches += [order[:1]] * (-len(batches) % world.size)
         device = next(self.models.plain.parameters()).device
@@ -295,14 +311,14 @@ class LanguageEvaluation:
         self.models.plain.eval()
         mine: dict[int, float] = {}
         for rows in batches[world.rank :: world.size]:
-            batch = collate([sequences[i] for i in rows], self.run.tokenizer.pad_token_id)
+            batch = batch_of(rows)
             half = torch.autocast(device.type, torch.bfloat16, enabled=self.run.config.model.dtype == "bf16")
             with torch.no_grad(), half:
-                values = score({name: value.to(device) for name, value in batch.items()}).per_row().double().tolist()
+                values = score(send_to_device(batch, device)).per_row().double().tolist()
             mine.update(zip(rows, values, strict=True))
         self.models.plain.train(training)
         found = {i: value for part in world.gather(mine) for i, value in part.items()}
-        return np.array([found[i] for i in range(len(sequences))])
+        return np.array([found[i] for i in range(len(lengths))])
 
 
 def answer_metrics(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,13 +25,14 @@ from align.diffusion.digits_data import cache_directory
 from align.errors import ModelError
 from align.language_config import LanguageModelConfig
 from align.launch import World
-from trainers.preference_data import Tokens, collate
+from trainers.language_images import has_images, model_inputs
+from trainers.preference_data import Tokens
 from trainers.tiny_language import tiny_model
 
 LOGIT_BYTES = 256 << 20
 """Logits of so many bytes at most exist at once, in float32, before chunks are recomputed in the backward pass."""
 
-Batch = Mapping[str, Tensor]
+Batch = Mapping[str, Any]
 
 
 @contextlib.contextmanager
@@ -80,21 +82,57 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> Any:
     return tokenizer
 
 
+def takes_images(path: str) -> bool:
+    """Return whether the configuration in a model folder is that of a vision-language model."""
+    from transformers import PretrainedConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    found, _ = PretrainedConfig.get_config_dict(resolve_language_model(path))
+    return "vision_config" in found and found.get("model_type") in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+
+def load_processor(path: str, chat_template: str | None = None) -> Any:
+    """Load what makes a model's inputs: its tokenizer, or of a vision-language model the processor around it.
+
+    Raises:
+        ModelError: see `load_tokenizer`; or a vision-language model without an image processor.
+    """
+    from transformers import AutoProcessor
+
+    tokenizer = load_tokenizer(path, chat_template)
+    try:
+        if not takes_images(path):
+            return tokenizer
+        processor = AutoProcessor.from_pretrained(resolve_language_model(path))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            "A processor cannot be loaded", where=path, why=str(error).strip().splitlines()[0],
+            do="Give a folder with a processor's files; `pip install torchvision` if that is missing",
+        ) from error  # fmt: skip
+    if not has_images(processor):
+        raise ModelError("A vision-language model comes without an image processor", where=path)
+    processor.tokenizer = tokenizer
+    processor.chat_template = tokenizer.chat_template if chat_template else processor.chat_template
+    return processor
+
+
 def load_language_model(config: LanguageModelConfig, *, seed: int) -> nn.Module:
     """Load the model of a configuration, ready to train: adapters on, dropout off, `logp_labels` understood.
 
-    Trained weights are float32. The frozen ones of a LoRA run take `dtype`.
+    Trained weights are float32. The frozen ones of a LoRA run take `dtype`. Of a vision-language model only
+    the language model trains, unless `train_vision`.
 
     Raises:
-        ModelError: not a causal language model, or adapters that fit no layer of it.
+        ModelError: not a language model, or adapters that fit no layer of it.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     folder, lora = resolve_language_model(config.path), config.train == "lora"
     half = lora and config.dtype == "bf16"
     try:
         with quiet():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if half else torch.float32)
+            kind = AutoModelForImageTextToText if takes_images(config.path) else AutoModelForCausalLM
+            model = kind.from_pretrained(folder, dtype=torch.bfloat16 if half else torch.float32)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             "A language model cannot be loaded", where=config.path, why=str(error).strip().splitlines()[0],
@@ -102,6 +140,10 @@ def load_language_model(config: LanguageModelConfig, *, seed: int) -> nn.Module:
         ) from error  # fmt: skip
     model.config.use_cache = False
     without_dropout(model)
+    if not config.train_vision and _sees(model):
+        model.requires_grad_(False)
+        for part in filter(None, (model.get_decoder(), model.get_output_embeddings())):
+            part.requires_grad_(True)
     if lora:
         model = _with_adapters(model, config, seed)
     if config.gradient_checkpointing and lora:
@@ -109,10 +151,17 @@ def load_language_model(config: LanguageModelConfig, *, seed: int) -> nn.Module:
     return with_completion_logps(model)
 
 
+def _sees(model: Any) -> bool:
+    """Return whether a model holds more than a language model, such as a vision tower."""
+    return getattr(model.config, "vision_config", None) is not None and model.base_model is not model.get_decoder()
+
+
 def _with_adapters(model: nn.Module, config: LanguageModelConfig, seed: int) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
-    targets = list(config.lora.targets) if config.lora.targets else "all-linear"
+    targets: list[str] | str = list(config.lora.targets) if config.lora.targets else "all-linear"
+    if not config.train_vision and _sees(model):
+        targets = _language_targets(model, config.lora.targets)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -130,6 +179,14 @@ def _with_adapters(model: nn.Module, config: LanguageModelConfig, seed: int) -> 
             raise ModelError(
                 "The adapters fit no layer of the model", where="model.lora.targets", why=str(error).splitlines()[0]
             ) from error
+
+
+def _language_targets(model: Any, names: Sequence[str] | None) -> str:
+    """Return a pattern of the layers of a vision-language model's decoder, all linear ones when not named."""
+    decoder = model.get_decoder()
+    inside = next(name for name, module in model.named_modules() if module is decoder)
+    names = names or sorted({n.split(".")[-1] for n, m in decoder.named_modules() if isinstance(m, nn.Linear)})
+    return rf"{re.escape(inside)}\.(.*\.)?({'|'.join(map(re.escape, names))})"
 
 
 def without_dropout(model: nn.Module) -> None:
@@ -203,7 +260,8 @@ def with_completion_logps(model: nn.Module, chunk: int | None = None) -> nn.Modu
         ModelError: the model scales its logits in a way that is not known here.
     """
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    plain, body, head = inner.forward, inner.get_decoder(), inner.get_output_embeddings()
+    plain, head = inner.forward, inner.get_output_embeddings()
+    body = inner.base_model if _sees(inner) else inner.get_decoder()  # the one that puts images among the tokens
     if head is None or body is inner:
         raise ModelError("This is not a causal language model", where=type(inner).__name__)
     text = inner.config.get_text_config()
@@ -266,7 +324,7 @@ class TokenLogps:
 
 def completion_logps(model: nn.Module, batch: Batch) -> TokenLogps:
     """Run a model that `with_completion_logps` has taught over a batch of `collate`."""
-    values = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], logp_labels=batch["labels"])
+    values = model(**model_inputs(batch), logp_labels=batch["labels"])
     return TokenLogps(values, completion_mask(batch["labels"]))
 
 
@@ -386,8 +444,8 @@ class LogpCache:
             shard = sorted(mine[start : start + self.SHARD], key=lambda item: self._length(tokens, item[1]))
             values: list[float] = []
             for i in range(0, len(shard), batch):
-                rows = [tokens.sequence(*pair) for _, pair in shard[i : i + batch]]
-                values += score(collate(rows, pad)).double().tolist()
+                rows = tokens.batch([pair for _, pair in shard[i : i + batch]], pad)
+                values += score(rows).double().tolist()
             self._write([key for key, _ in shard], values)
         self.computed += len(missing)
         world.wait()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from align.errors import ConfigError
 from align.launch import World
 from trainers.language_model import LogpCache, Reference, TokenLogps, completion_logps
-from trainers.preference_data import Tokens, collate
+from trainers.preference_data import Tokens
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def microbatch(
     everyone = np.concatenate([every, every + 1]) if paired else every
     up = tokens.desirable[everyone]
     found: dict[str, Any] = {
-        "sequences": collate([tokens.sequence(*pair) for pair in pairs], pad),
+        "sequences": tokens.batch(pairs, pad),
         "count": len(own),
         "label": torch.tensor(tokens.label[own], dtype=torch.float32),
         "weight": torch.tensor(tokens.weight[own], dtype=torch.float32),
@@ -142,11 +142,12 @@ def microbatch(
     return found
 
 
-def part(batch: Mapping[str, Tensor], start: int, stop: int | None) -> dict[str, Tensor]:
+def part(batch: Mapping[str, Any], start: int, stop: int | None) -> dict[str, Any]:
     """Return some rows of a batch of `collate`, without columns that are padding in all of them."""
     mask = batch["attention_mask"][start:stop]
     width = int(mask.sum(1).max()) if len(mask) else 0
-    return {name: value[start:stop, :width] for name, value in batch.items()}
+    rows = {name: value[start:stop] for name, value in batch.items()}
+    return {name: value[:, :width] if torch.is_tensor(value) else value for name, value in rows.items()}
 
 
 def log_ratios(

@@ -18,7 +18,8 @@ from align.preferences import Completion, parse_row
 from align.prompts import read_rows
 from trainers.language import read_data
 from trainers.language_generation import Decoding, Prompt, as_given, choose_prompts, read_prompts
-from trainers.language_model import Reference, load_language_model, load_tokenizer
+from trainers.language_images import has_images
+from trainers.language_model import Reference, load_language_model, load_processor
 from trainers.language_objective import Models
 from trainers.sources import Source, find_source
 
@@ -32,18 +33,23 @@ class LanguageSource:
 
     Args:
         models: policy and, where it is known, the model before training.
-        tokenizer: its tokenizer, with the chat template the run had.
+        processor: its tokenizer, or processor of images and text, with the chat template the run had.
         config: of the run or recipe; None for a bare folder.
         step: of the checkpoint; 0 for a recipe, None for a bare folder.
         run: the run folder, None outside of one.
     """
 
     models: Models
-    tokenizer: Any
+    processor: Any
     config: LanguageConfig | None
     step: int | None
     run: Path | None
     name: str
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+        return self.processor.tokenizer if has_images(self.processor) else self.processor
 
     @property
     def policy(self) -> str:
@@ -92,7 +98,7 @@ def open_language(found: Source) -> LanguageSource:
     if config is None and folder is not None and (folder / "adapter_config.json").is_file():
         path = str(folder) if (folder / "tokenizer_config.json").is_file() else _base_of(folder)
     return LanguageSource(
-        Models(policy, policy, before), load_tokenizer(path, template), config, step, found.run, found.name
+        Models(policy, policy, before), load_processor(path, template), config, step, found.run, found.name
     )
 
 

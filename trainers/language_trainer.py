@@ -49,7 +49,7 @@ def training_arguments(run: LanguageRun, staging: Path) -> TrainingArguments:
         adam_beta2=optimizer.betas[1], adam_epsilon=optimizer.eps, weight_decay=optimizer.weight_decay,
         max_grad_norm=(optimizer.max_grad_norm or 0.0) if run.deepspeed else 0.0, seed=config.seed % 2**32,
         bf16=config.model.dtype == "bf16", use_cpu=cpu, ddp_backend="gloo" if cpu and run.world.size > 1 else None,
-        ddp_find_unused_parameters=False,
+        ddp_find_unused_parameters=config.model.train_vision,
         deepspeed=deepspeed_arguments(run.deepspeed) if run.deepspeed else None, logging_nan_inf_filter=False,
         save_strategy="no", logging_strategy="no", eval_strategy="no", report_to=[], disable_tqdm=True,
         remove_unused_columns=False,
@@ -160,6 +160,15 @@ class AlignTrainer(transformers.Trainer):
                 do="Look for dropout, another precision, or a reference cache of another model",
             )  # fmt: skip
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Read whole weights as `from_pretrained` does: some models keep them under other names on disk."""
+        if self.run.config.model.train == "full":
+            with quiet():
+                saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=torch.float32)
+            self.model.load_state_dict(saved.state_dict())
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Have the Trainer write into a staging folder, and publish it whole."""
         staging = Path(self.args.output_dir)
@@ -172,7 +181,7 @@ class AlignTrainer(transformers.Trainer):
     def _publish(self, staging: Path) -> None:
         folder = staging / f"checkpoint-{self.state.global_step}"
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says it all
-        self.run.tokenizer.save_pretrained(folder)
+        self.run.processor.save_pretrained(folder)
         checkpoint.publish(
             self.session.directory / "checkpoints", self.state.global_step, folder, self.session.state(),
             keep=self.run.config.checkpoint.keep,

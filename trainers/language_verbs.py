@@ -185,7 +185,7 @@ def evaluate_language(
     given = asked_of(known, prompts, chat, most)[:samples] if most or prompts is not None else []
     opened, objective = open_language(known), objective_of(settings)
     asked = prompts_of(opened, given)
-    tokens = tokenise_rows(settings, objective, opened.tokenizer, heldout, training=False)
+    tokens = tokenise_rows(settings, objective, opened.processor, heldout, training=False)
     with tempfile.TemporaryDirectory() as nowhere:
         subject = _Subject(settings, objective, opened.tokenizer, tokens, opened.run or Path(nowhere))
         evaluation = LanguageEvaluation(subject, opened.models, None, RunLog(nowhere, silent=True))

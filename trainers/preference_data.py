@@ -24,8 +24,10 @@ import torch
 from torch import Tensor
 
 from align.errors import DataError
+from align.image_rows import text_parts
 from align.preferences import Completion, PreferenceSet, prompt_key
 from align.seeding import permutation
+from trainers.language_images import Pictures, has_images, image_inputs, image_tokens
 
 WINDOW = 32  # microbatches sorted by length together
 CHUNK = 512  # rows a worker tokenises at once
@@ -45,6 +47,7 @@ class Tokens:
         dropped: how many rows were left out, by reason and class, such as "no completion left, up".
         truncated: share of the kept rows whose end was cut, by class.
         longest: tokens of a prompt and a completion at most.
+        pictures: images of the rows, None where the model reads text alone.
     """
 
     prompts: list[np.ndarray]
@@ -57,6 +60,7 @@ class Tokens:
     dropped: dict[str, int]
     truncated: dict[str, float]
     longest: int
+    pictures: Pictures | None = None
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -80,7 +84,14 @@ class Tokens:
         """Return 16 bytes that name a `sequence`."""
         parts = self.sequence(prompt, completion)
         text = b"|".join(part.astype("<i8").tobytes() for part in parts)
+        if self.pictures is not None:
+            text += self.pictures.digest(prompt)
         return hashlib.blake2b(text, digest_size=16).digest()
+
+    def batch(self, pairs: Sequence[tuple[int, int]], pad: int) -> dict[str, Any]:
+        """Return the batch of `collate` of some (row of the prompt, row of the completion), images read from disk."""
+        found = collate([self.sequence(*pair) for pair in pairs], pad)
+        return found if self.pictures is None else self.pictures.added(found, [prompt for prompt, _ in pairs])
 
 
 def tokenise(
@@ -97,18 +108,19 @@ def tokenise(
 
     Text gets the tokenizer's own beginning and an end-of-sequence token; a chat what its template writes. Prompts
     are cut at their beginning, the whole at its end. A row of which no completion is left is dropped and counted;
-    with it the other of its pair. The result is the same, bit for bit, for any number of `workers`.
+    with it the other of its pair. So is a row with images whose prompt is too long: images are never cut. The result
+    is the same, bit for bit, for any number of `workers`.
 
     Args:
         rows: labelled or not.
-        tokenizer: of transformers, fast or slow.
+        tokenizer: of transformers, fast or slow; or the processor of a vision-language model.
         max_length, max_prompt_length: in tokens.
         workers: processes.
         reload: makes the tokenizer in a worker; needed for more than one.
         soft: take scores as labels.
 
     Raises:
-        DataError: a chat that the template refuses, or no row is left.
+        DataError: a chat that the template refuses, an image that cannot be read, or no row is left.
     """
     parts = [rows.rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK)]
     found: list[tuple[list[int], list[int]]] = []
@@ -121,7 +133,7 @@ def tokenise(
         ) as pool:
             for part_found in pool.map(_encode_in_worker, parts):
                 found += part_found
-    return _collect(rows, found, max_length, max_prompt_length, soft)
+    return _collect(rows, found, max_length, max_prompt_length, soft, tokenizer)
 
 
 _WORKER: dict[str, Any] = {}
@@ -136,15 +148,19 @@ def _encode_in_worker(rows: Sequence[Completion]) -> list[tuple[list[int], list[
 
 
 def encode(rows: Sequence[Completion], tokenizer: Any) -> list[tuple[list[int], list[int]]]:
-    """Return the (prompt, completion) token ids of each row, whole.
+    """Return the (prompt, completion) token ids of each row, whole, images expanded.
 
     Raises:
-        DataError: a chat that the template refuses.
+        DataError: a chat that the template refuses, or images that the model or its processor does.
     """
     texts = [_as_text(row, tokenizer) for row in rows]
+    processor, tokenizer = tokenizer, tokenizer.tokenizer if has_images(tokenizer) else tokenizer
     end = tokenizer.eos_token_id
     prompts: list[list[int]] = []
     for row, (prompt, _) in zip(rows, texts, strict=True):  # a template writes its own beginning of sequence
+        if row.images and prompt:
+            prompts.append(image_inputs(row.images, prompt, processor, row.place)["input_ids"][0].tolist())
+            continue
         prompts.append(tokenizer(prompt, add_special_tokens=isinstance(row.prompt, str))["input_ids"] if prompt else [])
     completions = list(tokenizer([c for _, c in texts], add_special_tokens=False)["input_ids"])
     result = []
@@ -157,15 +173,34 @@ def encode(rows: Sequence[Completion], tokenizer: Any) -> list[tuple[list[int], 
             start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end
             prompt, completion = ([start], completion) if start is not None else (completion[:1], completion[1:])
         result.append((list(prompt), list(completion)))
+    if has_images(processor):
+        _require_text(rows, result, image_tokens(processor))
     return result
 
 
+def _require_text(rows: Sequence[Completion], found: Sequence[tuple[list[int], list[int]]], tokens: set[int]) -> None:
+    """Refuse text that spells the token of an image where there is none."""
+    for row, (prompt, completion) in zip(rows, found, strict=True):
+        if not tokens.isdisjoint(completion if row.images else [*prompt, *completion]):
+            raise DataError(
+                "A text holds the model's token for an image", where=row.place,
+                why="found it in a completion or in a prompt without images", do="Take it out of the text",
+            )  # fmt: skip
+
+
 def _as_text(row: Completion, tokenizer: Any) -> tuple[str, str]:
+    sees = has_images(tokenizer)
+    if row.images and not sees:
+        raise DataError(
+            "A row has images, and the model reads text alone", where=row.place, do="Set model.path to a model of both"
+        )
     if isinstance(row.prompt, str) and isinstance(row.completion, str):
         return row.prompt, row.completion
     prompt, completion = _messages(row.prompt, "user"), _messages(row.completion, "assistant")
     if not completion:
         return "", ""
+    if sees:
+        prompt, completion = ([{**m, "content": text_parts(m)} for m in part] for part in (prompt, completion))
     options = {**(dict(row.template) if row.template else {}), "tokenize": False}
     if row.tools:
         options["tools"] = [dict(tool) for tool in row.tools]
@@ -201,15 +236,18 @@ def _collect(
     longest: int,
     longest_prompt: int | None,
     soft: bool,
+    processor: Any,
 ) -> Tokens:
     kept, cut, dropped = [], [], Counter()
     bad_pairs = set()
     for row, (prompt, completion) in zip(rows.rows, found, strict=True):
+        long = bool(longest_prompt and len(prompt) > longest_prompt)
         prompt = prompt[-longest_prompt:] if longest_prompt else prompt
         room = max(0, longest - len(prompt))
-        if not completion or room == 0:
+        if not completion or room == 0 or (long and row.images):
             side = {True: "up", False: "down", None: "unlabelled"}[row.label]
-            dropped[f"{'empty completion' if not completion else 'no completion left'}, {side}"] += 1
+            reason = "images would be cut" if completion and row.images else "no completion left"
+            dropped[f"{reason if completion else 'empty completion'}, {side}"] += 1
             bad_pairs.add(row.pair)
             continue
         kept.append((row, prompt, completion[:room]))
@@ -242,7 +280,15 @@ def _collect(
         dropped=dict(dropped),
         truncated={name: float(truncated[mask].mean()) for name, mask in classes.items() if mask.any()},
         longest=longest,
+        pictures=_pictures([row for row, _, _ in kept], processor),
     )
+
+
+def _pictures(rows: Sequence[Completion], processor: Any) -> Pictures | None:
+    if not has_images(processor):
+        return None
+    texts = [_as_text(row, processor)[0] if row.images else "" for row in rows]
+    return Pictures([row.images for row in rows], texts, [row.place for row in rows], processor)
 
 
 def _target(row: Completion, soft: bool) -> float:
