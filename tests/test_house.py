@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import ast
 import re
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -272,20 +270,15 @@ def test_rules_spare_what_is_right():
     assert config_fields("class AConfig:\n    dead: int = 1") - attributes_read("x.alive") == {"dead"}
 
 
-def median_seconds(*code: str, runs: int = 7) -> float:
-    taken = []
-    for _ in range(runs):
-        began = time.perf_counter()
-        subprocess.run([sys.executable, *code], check=True, capture_output=True, cwd=ROOT)
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken)
-
-
 @pytest.mark.parametrize("code", [("-c", "import align"), ("-m", "align.cli", "--help")])
-def test_start_up_is_quick_and_loads_no_torch(code):
-    """Measured over bare Python in the same minute; 0.3 s is several times what it takes."""
-    assert min(median_seconds(*code) - median_seconds("-c", "pass") for _ in range(2)) < 0.3
-    listing = subprocess.run(
-        [sys.executable, "-X", "importtime", *code], check=True, capture_output=True, text=True, cwd=ROOT
-    ).stderr
+def test_start_up_is_light(code):
+    """What start-up costs is what it imports, counted over bare Python: a clock would measure the machine."""
+
+    def imported(*arguments: str) -> list[str]:
+        command = [sys.executable, "-X", "importtime", *arguments]
+        shown = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stderr
+        return [line for line in shown.splitlines() if line.startswith("import time:")]
+
+    listing = "\n".join(imported(*code))
+    assert len(imported(*code)) - len(imported("-c", "pass")) < 120
     assert not re.search(r"\|\s+(torch|pydantic|numpy|diffusers)$", listing, re.M)

@@ -17,7 +17,6 @@ from align.cli import _VERBS, main
 
 ROOT = Path(__file__).parents[2]
 # The fastest honest measure on a busy machine is the best of a few attempts.
-ATTEMPTS = 5
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -201,18 +200,7 @@ def test_rewards_are_listed_and_described(capsys):
 # --- as a process -----------------------------------------------------------------------------------
 
 
-def test_help_is_fast_and_light():
-    def seconds(*arguments: str) -> float:
-        times = []
-        for _ in range(ATTEMPTS):
-            began = time.perf_counter()
-            child = process(*arguments)
-            child.communicate(timeout=30)
-            assert child.returncode == 0
-            times.append(time.perf_counter() - began)
-        return min(times)
-
-    assert seconds("-m", "align.cli", "--help") - seconds("-c", "pass") < 0.3
+def test_help_is_light():
     heavy = "import sys, align.cli; align.cli.main(['--help']); align.cli.main(['configs']); "
     child = process(
         "-c", heavy + "print(sorted({'torch', 'pydantic', 'numpy', 'diffusers', 'pandas'} & set(sys.modules)))"
