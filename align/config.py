@@ -87,6 +87,9 @@ class ModelConfig(Section):
         default=False,
         description="Recompute activations in the backward pass: less memory, one more forward a trained step.",
     )
+    offload: Bool = Field(
+        default=True, description="Keep text encoders and VAE off the accelerator except while they run."
+    )
 
 
 class PromptsConfig(Section):
@@ -130,10 +133,13 @@ class SamplerConfig(Section):
         default="group",
         description="What shares one initial noise: the members of a group, all prompts of a rank, or nothing.",
     )
-    height: Int | None = Field(
-        default=None, ge=1, description="Image height in pixels; null is the model's native size."
+    embedded_guidance: Float | None = Field(
+        default=None, ge=0, description="Guidance scale that a distilled model is told; null is its pipeline's own."
     )
-    width: Int | None = Field(default=None, ge=1, description="Image width in pixels; null is the model's native size.")
+    height: Int | None = Field(default=None, ge=1, description="Height in pixels; null is the model's native size.")
+    width: Int | None = Field(default=None, ge=1, description="Width in pixels; null is the model's native size.")
+    frames: Int | None = Field(default=None, ge=1, description="Frames of a video; null is the model's native length.")
+    fps: Float | None = Field(default=None, gt=0, description="Frames a second of a video; null is the model's own.")
 
 
 class TrainedStepsConfig(Section):

@@ -39,6 +39,7 @@ from align.engine import DeepSpeedEngine, require_deepspeed
 from align.errors import ConfigError
 from align.groupstats import bootstrap_mean, masked_mean, masked_std
 from align.launch import join_world
+from align.prompts import short_repr
 from align.run import Run, claim_directory, require_directory
 from align.seeding import permutation
 from align.types import Advantages, Samples, Scores, StepStats, max_or_nan, merge_stats, stack_scores
@@ -92,11 +93,11 @@ class DanceGRPO:
         self.heldout = Panel.build(self.config.heldout_rewards)
         self.policy = load_policy(self.config)
         sampler = self.config.sampler
-        self.latent_shape = self.policy.family.latent_shape(sampler.height, sampler.width)
+        self._require_first_frames()
         self.table: StepTable = step_table(
             sampler.kernel,
             sampler.eta,
-            self.policy.family.schedule(sampler.solver_steps, sampler.shift, self.latent_shape),
+            self.policy.family.schedule(sampler.solver_steps, sampler.shift, self.policy.latent_shape),
         )
         if self.world.leads:
             self.world.wait()
@@ -121,11 +122,11 @@ class DanceGRPO:
         """Train to the configured number of steps, or until asked to stop."""
         config, policy, rewards = self.config, self.policy, self.rewards
         for prompts in (self.prompts, self.heldout_prompts):  # in the same batches wherever a run is resumed
-            policy.encodings.add(prompts)
+            policy.encodings.add(prompts.asked)
         if config.objective.kl_weight:
             policy.keep_reference()
         with self.open_run() as run:
-            receipt = Receipt(run, policy, list(self.heldout_prompts), {"reward": rewards, "heldout": self.heldout})
+            receipt = Receipt(run, policy, self.heldout_prompts.asked, {"reward": rewards, "heldout": self.heldout})
             receipt.before()
             for step in run.steps():
                 clock = _Clock()
@@ -133,11 +134,10 @@ class DanceGRPO:
                 with ScoreStream(rewards) as stream:
                     rollout = sample(
                         policy,
-                        prompts.prompts,
+                        prompts.asked,
                         metadata=prompts.metadata,
                         group_size=config.group_size,
                         table=self.table,
-                        latent_shape=self.latent_shape,
                         key=(config.seed, step),
                         noise_scope=config.sampler.initial_noise,
                         batch=self._batches(run)[0],
@@ -178,7 +178,7 @@ class DanceGRPO:
             world=self.world, engine=engine, changed=self._changed,
         )  # fmt: skip
         if "batch_tile" not in run.counters:  # a resumed run keeps its own, so that it goes on bit for bit
-            fit = rows_that_fit(self.policy, self.latent_shape, float(self.table.timestep[0]), next(iter(self.prompts)))
+            fit = rows_that_fit(self.policy, float(self.table.timestep[0]), self.prompts.asked[0])
             run.counters["batch_tile"] = float(min(self.world.gather(fit)))
         return run
 
@@ -268,7 +268,7 @@ class DanceGRPO:
     def _require_first_ratio(self, stats: StepStats, step: int) -> None:
         """Stop all processes when the first ratio is not 1 on one of them."""
         config = self.config
-        nats = math.prod(self.latent_shape) if config.objective.logprob_reduction == "sum" else 1
+        nats = math.prod(self.policy.latent_shape) if config.objective.logprob_reduction == "sum" else 1
         found = self.world.gather((stats.first_ratio_scaled, stats.first_ratio_error))
         scaled, worst = (functools.reduce(max_or_nan, column) for column in zip(*found, strict=True))
         guards.require_first_ratio(
@@ -281,6 +281,18 @@ class DanceGRPO:
             raise ConfigError(
                 f"{self.world.size} processes have only {samples} samples a step to share",
                 where="prompts_per_step, group_size", do="Start fewer processes, or raise one of the two",
+            )  # fmt: skip
+
+    def _require_first_frames(self) -> None:
+        """Refuse prompts without a first frame where the model starts from one, and with one where it does not."""
+        takes = self.policy.family.takes_image
+        wrong = [p for p in (*self.prompts.asked, *self.heldout_prompts.asked) if takes == isinstance(p, str)]
+        if wrong:
+            raise ConfigError(
+                "A prompt has no first frame" if takes else "This model takes no first frame",
+                where=f"prompts.image_column, prompt {short_repr(str(wrong[0]))}",
+                why=f"{self.policy.family.name} {'starts every video from one' if takes else 'starts from text alone'}",
+                do="Name the column that holds image paths" if takes else "Set prompts.image_column to null",
             )  # fmt: skip
 
     def _require_finite(self, rollout: Rollout, step: int) -> None:
@@ -344,14 +356,14 @@ class DanceGRPO:
         objective = self.config.objective
         return clip_bounds(
             objective.clip_range, objective.clip_range_high, unit=objective.clip_unit,
-            reduction=objective.logprob_reduction, dim=math.prod(self.latent_shape),
+            reduction=objective.logprob_reduction, dim=math.prod(self.policy.latent_shape),
             scale=run.counters.get("clip_scale", 1.0),
         )  # fmt: skip
 
     def _clip_metrics(self, run: Run, stats: StepStats) -> dict[str, float]:
         """What the clip was in this step; adapts it for the next one where that is asked for."""
         low, high = self.clip_bounds(run)
-        dim = math.prod(self.latent_shape) if self.config.objective.logprob_reduction == "mean" else 1
+        dim = math.prod(self.policy.latent_shape) if self.config.objective.logprob_reduction == "mean" else 1
         target = self.config.objective.clip_share_target
         if target is not None:
             clipped = stats.mean("clip_share_low") + stats.mean("clip_share_high")
@@ -360,7 +372,7 @@ class DanceGRPO:
 
     def ledger(self) -> dict[str, float]:
         """Return what one sample costs in denoiser forwards, and the clip range in nats."""
-        dim = math.prod(self.latent_shape)
+        dim = math.prod(self.policy.latent_shape)
         return {
             **feq_ledger(self.config),
             "latent_dim": dim,

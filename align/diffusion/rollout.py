@@ -16,7 +16,7 @@ from align.diffusion.policy import Policy
 from align.errors import KernelError
 from align.launch import World
 from align.seeding import normal
-from align.types import Samples
+from align.types import Prompt, Samples, Video, join_samples, text_of
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Rollout:
         decode_seconds: how long decoding took.
     """
 
-    prompts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
     rows: range
     group_size: int
     table: StepTable
@@ -51,7 +51,7 @@ class Rollout:
 class Tile:
     """N (sample, step) rows of a rollout, replayed in one forward, and their share of the update's loss."""
 
-    prompts: list[str]
+    prompts: list[Prompt]
     step: Tensor
     x: Tensor
     x_next: Tensor
@@ -85,7 +85,7 @@ def step_noise(shape: Sequence[int], rows: Sequence[int], group_size: int, step:
 def solve(
     policy: Policy,
     x: Tensor,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     table: StepTable,
     *,
     group_size: int = 1,
@@ -124,16 +124,26 @@ def solve(
 def decode(policy: Policy, latents: Tensor, batch: int | None = None) -> Tensor:
     """Decode latents to CPU pixels in [0, 1], a batch at a time: 65,536 latent positions where it is None."""
     batch = batch or max(1, 65_536 // math.prod(latents.shape[2:]))
-    return torch.cat([policy.family.decode(part).cpu() for part in latents.split(batch)])
+    return torch.cat([policy.decode(part).cpu() for part in latents.split(batch)])
+
+
+def as_samples(
+    policy: Policy, pixels: Tensor, prompts: Sequence[Prompt], metadata: Sequence[Mapping[str, Any]] = ()
+) -> Samples:
+    """Return decoded pixels as the samples that rewards score: images, or videos with their frame rate."""
+    texts = [text_of(prompt) for prompt in prompts]
+    if pixels.ndim == 4:
+        return Samples(prompts=texts, images=pixels, metadata=metadata)
+    fps = policy.size.fps or policy.family.fps
+    return Samples(prompts=texts, videos=[Video(frames, fps) for frames in pixels], metadata=metadata)
 
 
 def sample(
     policy: Policy,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     group_size: int,
     table: StepTable,
-    latent_shape: Sequence[int],
     key: tuple[int | str, ...],
     noise_scope: str = "group",
     metadata: Sequence[Mapping[str, Any]] = (),
@@ -166,29 +176,22 @@ def sample(
     for start in range(rows.start, rows.stop, size):
         own = range(start, min(start + size, rows.stop))
         flat = [prompts[r // group_size] for r in own]
-        noise = initial_noise(latent_shape, own, group_size, noise_scope, *key, rank=world.rank)
+        noise = initial_noise(policy.latent_shape, own, group_size, noise_scope, *key, rank=world.rank)
         x0, path, logp = solve(
             policy, noise, flat, table, group_size=group_size, first=own.start, key=key, reduction=reduction
         )
         began = time.perf_counter()
-        made = Samples(
-            prompts=flat,
-            images=decode(policy, x0),
-            metadata=[metadata[r // group_size] for r in own] if metadata else (),
+        made = as_samples(
+            policy, decode(policy, x0), flat, [metadata[r // group_size] for r in own] if metadata else ()
         )
         decode_seconds += time.perf_counter() - began
         if deliver is not None:
             deliver(made)
         parts.append((path, logp, made))
     paths, logps, samples = zip(*parts, strict=True)
-    whole = Samples(
-        prompts=[p for part in samples for p in part.prompts],
-        images=torch.cat([part.images for part in samples]),
-        metadata=[m for part in samples for m in part.metadata],
-    )
     return Rollout(
-        prompts=tuple(whole.prompts), rows=rows, group_size=group_size, table=table, x=torch.cat(paths),
-        logp=torch.cat(logps), samples=whole, decode_seconds=decode_seconds,
+        prompts=tuple(prompts[r // group_size] for r in rows), rows=rows, group_size=group_size, table=table,
+        x=torch.cat(paths), logp=torch.cat(logps), samples=join_samples(samples), decode_seconds=decode_seconds,
     )  # fmt: skip
 
 
