@@ -53,7 +53,7 @@ class Bench:
     def __init__(self, recipe: str, folder: str) -> None:
         self.config = load_config(recipe)
         self.trainer = DanceGRPO(self.config, out=folder)
-        self.policy, self.table = self.trainer.policy, self.trainer.table
+        self.policy, self.table = self.trainer.policy, self.trainer.table_at(1)
         self.prompts = list(self.trainer.prompts.at(1, self.config.prompts_per_step, self.config.seed))
         self.flat = [p for p in self.prompts for _ in range(self.config.group_size)]
         self.policy.encodings.add([*self.prompts, ""])

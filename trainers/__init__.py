@@ -9,23 +9,25 @@ if TYPE_CHECKING:
     from trainers.dance_grpo import DanceGRPO
     from trainers.dpo import DPO
     from trainers.evaluation import evaluate, sample_images
+    from trainers.forward import Forward
     from trainers.kto import KTO
     from trainers.result import RunResult
     from trainers.sft import SFT
 
-__all__ = ["BCO", "DPO", "KTO", "SFT", "DanceGRPO", "RunResult", "evaluate", "sample_images", "trainer_for"]
+__all__ = ["BCO", "DPO", "KTO", "SFT", "DanceGRPO", "Forward", "RunResult", "evaluate", "sample_images", "trainer_for"]
 
 _HOMES = {
     "BCO": "trainers.bco",
     "DPO": "trainers.dpo",
     "DanceGRPO": "trainers.dance_grpo",
+    "Forward": "trainers.forward",
     "KTO": "trainers.kto",
     "RunResult": "trainers.result",
     "SFT": "trainers.sft",
     "evaluate": "trainers.evaluation",
     "sample_images": "trainers.evaluation",
 }
-_TRAINERS = {"dance_grpo": "DanceGRPO", "kto": "KTO", "bco": "BCO", "dpo": "DPO", "sft": "SFT"}
+_TRAINERS = {"dance_grpo": "DanceGRPO", "forward": "Forward", "kto": "KTO", "bco": "BCO", "dpo": "DPO", "sft": "SFT"}
 
 
 def trainer_for(config: Any, **options: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from align.config import DanceGRPOConfig, ModelConfig, RewardConfig, load_config
+from align.config import ModelConfig, RewardConfig, VisualConfig, load_config
 from align.diffusion.families import Size
 from align.diffusion.kernels import StepTable, step_table
 from align.diffusion.policy import Policy, resolve_model
@@ -61,7 +61,7 @@ def generate(
         noise = torch.cat(
             [initial_noise(shape, [0], 1, "none", seed, "evaluation", str(flat[r]), r % members) for r in rows]
         )
-        x0, _, _ = solve(policy, noise, [flat[r] for r in rows], table)
+        x0 = solve(policy, noise, [flat[r] for r in rows], table).x0
         pixels.append(decode(policy, x0))
     return as_samples(policy, torch.cat(pixels), flat)
 
@@ -176,7 +176,7 @@ def members_for(samples: int, prompts: int) -> int:
     return max(2, math.ceil(samples / prompts))
 
 
-def resolve_prompts(config: DanceGRPOConfig) -> tuple[PromptSet, PromptSet]:
+def resolve_prompts(config: VisualConfig) -> tuple[PromptSet, PromptSet]:
     """Return the training and the held-out prompts; the held-out split is the same for every run seed."""
 
     def digits() -> list[str]:
@@ -192,7 +192,7 @@ class Source:
     """A model to sample or evaluate: its policy, the configuration it was trained with, and its name."""
 
     policy: Policy
-    config: DanceGRPOConfig | None
+    config: VisualConfig | None
     name: str
 
 
@@ -212,7 +212,7 @@ def open_source(source: str | Path, *, guidance_scale: float | None = None) -> S
         policy = Policy.load(resolve_model(str(source)), ModelConfig(path=str(source), train="full"), seed=0)
         return Source(policy.with_guidance(guidance_scale or 1.0), None, str(source))
     config = load_config(run / "config.yaml")
-    if not isinstance(config, DanceGRPOConfig):
+    if not isinstance(config, VisualConfig):
         raise ConfigError(
             f"A run of {config.trainer} makes no images", where=str(run),
             do="Its checkpoint folders load in transformers or PEFT; its report says how it did",
@@ -229,7 +229,7 @@ def open_source(source: str | Path, *, guidance_scale: float | None = None) -> S
     return Source(policy.with_guidance(scale), config, f"{run} at step {found.step}")
 
 
-def load_policy(config: DanceGRPOConfig) -> Policy:
+def load_policy(config: VisualConfig) -> Policy:
     """Load the model of a configuration, ready to train."""
     return Policy.load(
         resolve_model(config.model.path),

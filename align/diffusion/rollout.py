@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.diffusion.kernels import StepTable, transition
+from align.diffusion.kernels import StepTable, second_order, transition
 from align.diffusion.policy import Policy
 from align.errors import KernelError
 from align.launch import World
@@ -26,20 +26,25 @@ class Rollout:
     Args:
         prompts: the prompt of each sample, B of them.
         rows: the places of the B samples among all; other processes hold the others.
+        key: names the rollout; all its noise is a function of it.
         group_size: G.
         table: the S solver steps.
-        x: float32 latents before each step and after the last, `[B, S + 1, ...]`.
-        logp: log-density of each stochastic step as it was taken, `[B, S]`, NaN elsewhere.
+        x: float32 latents before each step and after the last, `[B, S + 1, ...]`; of a rollout that is not
+            replayed the last ones alone, `[B, 1, ...]`.
+        logp: log-density of each stochastic step as it was taken, `[B, S]`, NaN elsewhere; `[B, 0]` then.
+        mean: mean of each step as it was taken, `[B, S, ...]`, where it was to be kept.
         samples: the decoded media.
         decode_seconds: how long decoding took.
     """
 
     prompts: tuple[Prompt, ...]
     rows: range
+    key: tuple[int | str, ...]
     group_size: int
     table: StepTable
     x: Tensor
     logp: Tensor
+    mean: Tensor | None
     samples: Samples
     decode_seconds: float
 
@@ -56,6 +61,7 @@ class Tile:
     x: Tensor
     x_next: Tensor
     logp: Tensor
+    mean: Tensor | None
     advantage: Tensor
     share: float
 
@@ -81,6 +87,16 @@ def step_noise(shape: Sequence[int], rows: Sequence[int], group_size: int, step:
     return torch.stack([normal(shape, *key, r // group_size, r % group_size, step, "sde") for r in rows])
 
 
+@dataclass(frozen=True)
+class Path:
+    """What the way from noise to the final latents `x0` `[B, ...]` left behind: see `Rollout`."""
+
+    x0: Tensor
+    x: Tensor
+    logp: Tensor
+    mean: Tensor | None
+
+
 @torch.no_grad()
 def solve(
     policy: Policy,
@@ -92,32 +108,37 @@ def solve(
     first: int = 0,
     key: tuple[int | str, ...] = (),
     reduction: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    solver: str = "euler",
+    keep_mean: bool = False,
+) -> Path:
     """Run all solver steps from noise `x` `[B, ...]`.
 
     Args:
         group_size, first, key: name the fresh noise: sample i is member `(first + i) % group_size` of its prompt.
-
-    Returns:
-        `(x0, path, logp)`: the final latents `[B, ...]`; with a `reduction`, the trajectories
-        `[B, S + 1, ...]` and log-densities `[B, S]`, else empty tensors.
+        reduction: of the log-density of stochastic steps; None keeps nothing of the way.
+        solver: of the deterministic steps, "euler" or "dpm2m" (see `second_order`).
+        keep_mean: keep the mean of every step as well.
     """
     stochastic = set(table.stochastic_steps)
     state, places = x.to(policy.device), range(first, first + len(prompts))
-    path, logps = [state], []
+    path, logps, means, before = [state], [], [], None
     for s in range(len(table)):
         timestep = table.timestep[s].to(state.device, torch.float32).expand(len(prompts))
         random = s in stochastic
         noise = step_noise(x.shape[1:], places, group_size, s, *key).to(state.device) if random else None
         velocity = policy.velocity(state, timestep, prompts)
         moved = transition(state, velocity, table, s, noise=noise, reduction=reduction if random else None)
-        state = moved.x_next
+        plain = random or solver == "euler"
+        state = moved.x_next if plain else second_order(state, moved.x0_hat, before, table, s)
+        before = (moved.x0_hat, s)
         if reduction is not None:
             path.append(state)
+            means.extend([moved.mean] if keep_mean else [])
             logps.append(moved.logp if moved.logp is not None else state.new_full((len(prompts),), float("nan")))
     if reduction is None:
-        return state, torch.empty(0), torch.empty(0)
-    return state, torch.stack(path, 1), torch.stack([logp.double() for logp in logps], 1)
+        return Path(state, state[:, None], torch.empty(len(prompts), 0), None)
+    logp = torch.stack([logp.double() for logp in logps], 1)
+    return Path(state, torch.stack(path, 1), logp, torch.stack(means, 1) if keep_mean else None)
 
 
 @torch.no_grad()
@@ -148,7 +169,9 @@ def sample(
     noise_scope: str = "group",
     metadata: Sequence[Mapping[str, Any]] = (),
     batch: int | None = None,
-    reduction: str = "mean",
+    reduction: str | None = "mean",
+    solver: str = "euler",
+    keep_mean: bool = False,
     world: World = World(),
     deliver: Callable[[Samples], object] | None = None,
 ) -> Rollout:
@@ -163,9 +186,9 @@ def sample(
             scored while the next batch is sampled.
 
     Raises:
-        KernelError: a table without a stochastic step.
+        KernelError: a table without a stochastic step, of which a log-density is asked.
     """
-    if not table.stochastic_steps:
+    if reduction is not None and not table.stochastic_steps:
         raise KernelError(
             "A deterministic sampler cannot be trained by policy gradients",
             why=f"kernel {table.kind!r} with eta {table.eta:g} has std 0",
@@ -177,21 +200,24 @@ def sample(
         own = range(start, min(start + size, rows.stop))
         flat = [prompts[r // group_size] for r in own]
         noise = initial_noise(policy.latent_shape, own, group_size, noise_scope, *key, rank=world.rank)
-        x0, path, logp = solve(
-            policy, noise, flat, table, group_size=group_size, first=own.start, key=key, reduction=reduction
-        )
+        path = solve(
+            policy, noise, flat, table, group_size=group_size, first=own.start, key=key, reduction=reduction,
+            solver=solver, keep_mean=keep_mean,
+        )  # fmt: skip
         began = time.perf_counter()
         made = as_samples(
-            policy, decode(policy, x0), flat, [metadata[r // group_size] for r in own] if metadata else ()
+            policy, decode(policy, path.x0), flat, [metadata[r // group_size] for r in own] if metadata else ()
         )
         decode_seconds += time.perf_counter() - began
         if deliver is not None:
             deliver(made)
-        parts.append((path, logp, made))
-    paths, logps, samples = zip(*parts, strict=True)
+        parts.append((path, made))
+    paths, samples = zip(*parts, strict=True)
     return Rollout(
-        prompts=tuple(prompts[r // group_size] for r in rows), rows=rows, group_size=group_size, table=table,
-        x=torch.cat(paths), logp=torch.cat(logps), samples=join_samples(samples), decode_seconds=decode_seconds,
+        prompts=tuple(prompts[r // group_size] for r in rows), rows=rows, key=key, group_size=group_size, table=table,
+        x=torch.cat([p.x for p in paths]), logp=torch.cat([p.logp for p in paths]),
+        mean=torch.cat([p.mean for p in paths]) if keep_mean else None,
+        samples=join_samples(samples), decode_seconds=decode_seconds,
     )  # fmt: skip
 
 
@@ -225,6 +251,7 @@ def tiles(
             x=rollout.x[here, at],
             x_next=rollout.x[here, at + 1],
             logp=rollout.logp[here, at],
+            mean=None if rollout.mean is None else rollout.mean[here, at],
             advantage=advantages[r].to(device),
             share=len(part) / (total or len(pairs)),
         )
@@ -232,9 +259,10 @@ def tiles(
 
 @dataclass(frozen=True)
 class Replayed:
-    """What the current policy says of N stored steps: log-density `[N]` and model output `[N, ...]`."""
+    """What the current policy says of N stored steps: log-density `[N]`, mean and model output `[N, ...]`."""
 
     logp: Tensor
+    mean: Tensor
     output: Tensor
 
 
@@ -243,7 +271,7 @@ def replay(policy: Policy, tile: Tile, table: StepTable, reduction: str = "mean"
     timestep = table.timestep[tile.step].to(tile.x.device, torch.float32)
     output = policy.velocity(tile.x, timestep, tile.prompts)
     moved = transition(tile.x, output, table, tile.step, x_next=tile.x_next, reduction=reduction)
-    return Replayed(moved.logp, output)
+    return Replayed(moved.logp, moved.mean, output)
 
 
 def reference_output(policy: Policy, tile: Tile, table: StepTable) -> Tensor:

@@ -62,7 +62,7 @@ def test_ode_rollout_equals_the_pipeline_under_ddim(folder, scale):
     pipeline, shape = policy.family.pipeline, policy.latent_shape
     prompts = ["a red cat", "two dogs", "bold seven"]
     noise = initial_noise(shape, range(3), 1, "none", 5)
-    x0, _, _ = solve(policy, noise, prompts, table_for(policy, "ode", 0.0, steps=10))
+    x0 = solve(policy, noise, prompts, table_for(policy, "ode", 0.0, steps=10)).x0
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     theirs = pipeline(
         prompts, num_inference_steps=10, guidance_scale=scale, latents=noise, output_type="pt", eta=0.0
