@@ -217,6 +217,11 @@ def _forward(config: ForwardConfig) -> list[Finding]:
             "error", "forward_guidance", "An objective on noised samples trains what the model says of a prompt itself",
             "Set sampler.guidance: off; evaluation may use a guidance_scale of its own", "sampler.guidance",
         ))  # fmt: skip
+    if (sampler.kernel == "ode" or sampler.eta == 0) and sampler.initial_noise != "none":
+        found.append(Finding(
+            "error", "one_sample", "From one initial noise the ODE makes one sample: a group would have no differences",
+            "Set sampler.initial_noise: none", "sampler.initial_noise",
+        ))  # fmt: skip
     if sampler.steps_after_window is not None:
         found.append(Finding(
             "error", "no_window", "There is no window that solver steps could come after",
