@@ -26,10 +26,10 @@ class Average:
         self.parameters, self.decay = parameters, decay
         self.values = {name: p.detach().clone() for name, p in parameters.items()}
 
-    def update(self) -> None:
-        """Take in the weights as they are now."""
+    def update(self, decay: float | None = None) -> None:
+        """Take in the weights as they are now; `decay` is that of this once."""
         for name, parameter in self.parameters.items():
-            self.values[name].lerp_(parameter.detach(), 1 - self.decay)
+            self.values[name].lerp_(parameter.detach(), 1 - (self.decay if decay is None else decay))
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

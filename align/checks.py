@@ -13,7 +13,8 @@ from align.errors import AlignError, ConfigError
 from align.registry import suggest
 
 if TYPE_CHECKING:
-    from align.config import DanceGRPOConfig
+    from align.config import DanceGRPOConfig, VisualConfig
+    from align.forward_config import ForwardConfig
 
 BUILTIN = {"digits": 4 * 8 * 8}  # models and prompts that go by a name instead of a path, with their latent size
 Level = Literal["error", "warning", "note"]
@@ -58,13 +59,14 @@ def trained_step_count(solver_steps: int, fraction: float, rule: str) -> int:
     return max(0, min(count, solver_steps - 1))
 
 
-def feq_ledger(config: DanceGRPOConfig, k: float | None = None) -> dict[str, float | int]:
+def feq_ledger(config: VisualConfig, k: float | None = None) -> dict[str, float | int]:
     """Return the cost of one training sample in denoiser forwards without guidance (F_eq).
 
-    `F_eq = c T + s W (b k + n)`, with T solver steps, W trained steps, and s the share of the samples that best-of-N
-    trains on; c = 2 with guidance, else 1. A trained step has b branches with gradient (2 for both_branches), each
-    worth k = 3 for full fine-tuning, 2 for LoRA, and 1 more with gradient checkpointing; and n forwards
-    without gradient: one of a detached branch, and c of the reference with kl_weight.
+    `F_eq = c T + s W (b k + n)`, with T solver steps, W trained rows of a sample (solver steps, or draws of noise),
+    and s the share of the samples that best-of-N trains on; c = 2 with guidance, else 1. A trained row has b branches
+    with gradient (2 for both_branches), each worth k = 3 for full fine-tuning, 2 for LoRA, and 1 more with gradient
+    checkpointing; and n forwards without gradient: one of a detached branch, c of the reference with a KL term, c of an
+    old policy that is not the current one, and 2 c of a pass that weighs whole groups (dgpo).
 
     Returns:
         feq_per_sample, rollout_forwards, train_forwards (forward evaluations of the denoiser in each
@@ -74,11 +76,10 @@ def feq_ledger(config: DanceGRPOConfig, k: float | None = None) -> dict[str, flo
     guidance = config.sampler.guidance
     c, branches = (1 if guidance == "off" else 2), (2 if guidance == "both_branches" else 1)
     share = min(config.advantage.best_of or config.group_size, config.group_size) / config.group_size
-    steps = config.sampler.solver_steps
-    trained = trained_step_count(steps, config.trained_steps.fraction, config.trained_steps.rule)
+    steps, trained, free = _trained_rows(config)
     if k is None:
         k = (3 if config.model.train == "full" else 2) + int(config.model.gradient_checkpointing)
-    without = (c - branches) + (c if config.objective.kl_weight else 0)
+    without = (c - branches) + c * (free + (1 if config.objective.kl_weight else 0))
     return {
         "feq_per_sample": c * steps + share * trained * (branches * k + without),
         "rollout_forwards": c * steps,
@@ -91,6 +92,21 @@ def feq_ledger(config: DanceGRPOConfig, k: float | None = None) -> dict[str, flo
         "k": k,
         "c": c,
     }
+
+
+def _trained_rows(config: Any) -> tuple[int, int, int]:
+    """Return solver steps, trained rows of a sample, and forwards of a row without gradient beside the reference."""
+    steps = config.sampler.solver_steps
+    if config.trainer == "forward":
+        objective = config.objective
+        lagging = objective.loss != "dgpo" and (objective.old_policy != "step" or config.updates_per_step > 1)
+        return steps, objective.draws, int(lagging) + (2 if objective.loss == "dgpo" else 0)
+    window = config.trained_steps.window
+    trained = window or trained_step_count(steps, config.trained_steps.fraction, config.trained_steps.rule)
+    if window is not None and config.sampler.steps_after_window is not None:
+        end = config.trained_steps.first + window  # a window that moves on leaves fewer steps to save
+        steps = end + math.ceil(round(config.sampler.steps_after_window * (steps - end), 9))
+    return steps, trained, 0
 
 
 def clip_nats(config: DanceGRPOConfig, latent_dim: int) -> float:
@@ -116,7 +132,8 @@ def check_config(
         from align.language_checks import check_language_config
 
         return check_language_config(config, files=files)
-    found = [*_sampling(config), *_training(config), *_rewards(config), *_evaluation(config)]
+    own = _forward(config) if config.trainer == "forward" else _reverse(config)
+    found = [*own, *_sampling(config), *_training(config), *_rewards(config), *_evaluation(config)]
     if reward_names is not None:
         found += _reward_names(config, reward_names)
     if files:
@@ -142,7 +159,8 @@ def require_valid(config: Any) -> list[Finding]:
     return findings
 
 
-def _sampling(config: DanceGRPOConfig) -> list[Finding]:
+def _reverse(config: DanceGRPOConfig) -> list[Finding]:
+    """Findings on training the sampler's own steps."""
     sampler, found = config.sampler, []
     if sampler.kernel == "ode" or sampler.eta == 0:
         what = "The ode kernel" if sampler.kernel == "ode" else f"The {sampler.kernel} kernel with eta 0"
@@ -151,7 +169,34 @@ def _sampling(config: DanceGRPOConfig) -> list[Finding]:
             "Use e.g. kernel: dance_sde with eta: 0.3; evaluation uses the ODE in any case",
             "sampler.kernel" if sampler.kernel == "ode" else "sampler.eta",
         ))  # fmt: skip
-    count = trained_step_count(sampler.solver_steps, config.trained_steps.fraction, config.trained_steps.rule)
+    window = config.trained_steps.window
+    count = window or trained_step_count(
+        sampler.solver_steps, config.trained_steps.fraction, config.trained_steps.rule
+    )
+    room = sampler.solver_steps - 1 - config.trained_steps.first
+    if window is not None and window > room:
+        found.append(Finding(
+            "error", "window",
+            f"A window of {window} steps from step {config.trained_steps.first} does not fit {sampler.solver_steps} "
+            "solver steps, the last of which is never trained",
+            "Lower trained_steps.window or trained_steps.first, or raise sampler.solver_steps", "trained_steps.window",
+        ))  # fmt: skip
+    if window is None and (sampler.steps_after_window is not None or sampler.plain_solver != "euler"):
+        key = "sampler.steps_after_window" if sampler.steps_after_window is not None else "sampler.plain_solver"
+        found.append(Finding(
+            "error", "no_window", f"{key} is about the steps beside a window, and every step is stochastic",
+            "Set trained_steps.window, e.g. 4, or leave it out", key,
+        ))  # fmt: skip
+    if config.objective.loss != "clip" and config.objective.logprob_reduction == "sum":
+        found.append(Finding(
+            "error", "reduction", f"The loss {config.objective.loss} is defined on means over latent entries",
+            "Set objective.logprob_reduction: mean", "objective.logprob_reduction",
+        ))  # fmt: skip
+    if config.objective.loss == "dppo" and config.objective.clip_share_target is not None:
+        found.append(Finding(
+            "error", "dppo_clip", "The loss dppo has no clip range to adapt",
+            "Set objective.clip_share_target to null, and objective.dppo_threshold", "objective.clip_share_target",
+        ))  # fmt: skip
     if count == 0:
         short = sampler.solver_steps < 2
         found.append(Finding(
@@ -161,6 +206,42 @@ def _sampling(config: DanceGRPOConfig) -> list[Finding]:
             "Raise sampler.solver_steps to 2 or more" if short else "Raise trained_steps.fraction",
             "sampler.solver_steps" if short else "trained_steps.fraction",
         ))  # fmt: skip
+    return found
+
+
+def _forward(config: ForwardConfig) -> list[Finding]:
+    """Findings on training on noised samples."""
+    found, objective, sampler = [], config.objective, config.sampler
+    if sampler.guidance != "off":
+        found.append(Finding(
+            "error", "forward_guidance", "An objective on noised samples trains what the model says of a prompt itself",
+            "Set sampler.guidance: off; evaluation may use a guidance_scale of its own", "sampler.guidance",
+        ))  # fmt: skip
+    if (sampler.kernel == "ode" or sampler.eta == 0) and sampler.initial_noise != "none":
+        found.append(Finding(
+            "error", "one_sample", "From one initial noise the ODE makes one sample: a group would have no differences",
+            "Set sampler.initial_noise: none", "sampler.initial_noise",
+        ))  # fmt: skip
+    if sampler.steps_after_window is not None:
+        found.append(Finding(
+            "error", "no_window", "There is no window that solver steps could come after",
+            "Leave out sampler.steps_after_window, and lower sampler.solver_steps", "sampler.steps_after_window",
+        ))  # fmt: skip
+    if objective.loss == "dgpo" and config.updates_per_step > 1:
+        found.append(Finding(
+            "error", "dgpo_updates", "The loss dgpo weighs whole groups by the policy as it is, so it takes one update",
+            "Set updates_per_step: 1, and lower prompts_per_step for more updates", "updates_per_step",
+        ))  # fmt: skip
+    if objective.nft_feedback == "label" and config.combine.mode not in ("weighted_sum", "min", "gate"):
+        found.append(Finding(
+            "note", "labels", "Labels are summed by weight as they are, without group statistics", "",
+            "objective.nft_feedback",
+        ))  # fmt: skip
+    return found
+
+
+def _sampling(config: VisualConfig) -> list[Finding]:
+    sampler, found = config.sampler, []
     if sampler.guidance == "off" and sampler.guidance_scale != 1:
         found.append(Finding(
             "error", "guidance_unused", f"guidance_scale is {sampler.guidance_scale:g} while guidance is off",
@@ -189,7 +270,7 @@ def _sampling(config: DanceGRPOConfig) -> list[Finding]:
     return found
 
 
-def _training(config: DanceGRPOConfig) -> list[Finding]:
+def _training(config: VisualConfig) -> list[Finding]:
     found, samples = [], config.prompts_per_step * config.group_size
     if config.group_size < 2:
         found.append(Finding(
@@ -239,7 +320,7 @@ def _training(config: DanceGRPOConfig) -> list[Finding]:
                 f"advantage.clip {config.advantage.clip:g} never binds: a group of {config.group_size} bounds the "
                 f"advantage by {bound * weight:.3g}", "", "advantage.clip",
             ))  # fmt: skip
-    if config.updates_per_step > 1:
+    if config.updates_per_step > 1 and config.trainer == "dance_grpo":
         found.append(Finding(
             "note", "off_policy",
             f"Ratios are exactly 1 in the first of {config.updates_per_step} updates of a rollout; the later ones are "
@@ -253,7 +334,7 @@ def advantage_bound(group_size: int, ddof: int) -> float:
     return math.sqrt(group_size - 1) if ddof == 0 else (group_size - 1) / math.sqrt(group_size)
 
 
-def _rewards(config: DanceGRPOConfig) -> list[Finding]:
+def _rewards(config: VisualConfig) -> list[Finding]:
     found = []
     if all(reward.weight == 0 for reward in config.rewards):
         found.append(Finding(
@@ -303,7 +384,7 @@ def _identity(reward: Any) -> str:
     return f"{reward.name} {sorted(reward.args.items(), key=lambda item: item[0])!r}"
 
 
-def _evaluation(config: DanceGRPOConfig) -> list[Finding]:
+def _evaluation(config: VisualConfig) -> list[Finding]:
     found = []
     if config.prompts.heldout_path is None and config.prompts.heldout_fraction == 0:
         found.append(Finding(
@@ -335,7 +416,7 @@ def _builtin(model: str) -> bool:
     return model.partition("/")[0] in BUILTIN
 
 
-def _reward_names(config: DanceGRPOConfig, known: Collection[str]) -> list[Finding]:
+def _reward_names(config: VisualConfig, known: Collection[str]) -> list[Finding]:
     listed = [
         (f"{part}.{i}.name", r.name)
         for part in ("rewards", "heldout_rewards")
@@ -349,7 +430,7 @@ def _reward_names(config: DanceGRPOConfig, known: Collection[str]) -> list[Findi
     ]
 
 
-def _files(config: DanceGRPOConfig) -> list[Finding]:
+def _files(config: VisualConfig) -> list[Finding]:
     from align.prompts import load_prompts
 
     found, prompts = [], config.prompts
@@ -375,7 +456,7 @@ def _files(config: DanceGRPOConfig) -> list[Finding]:
     return found
 
 
-def latent_dim(config: DanceGRPOConfig) -> int | None:
+def latent_dim(config: VisualConfig) -> int | None:
     """Return the latent elements of one image, or None where the pipeline folder does not tell.
 
     `latent_channels * (height / f) * (width / f)` with f the downsampling of the folder's AutoencoderKL.
@@ -415,11 +496,19 @@ def describe_config(config: Any, findings: list[Finding]) -> dict[str, Any]:
         "steps": config.steps,
         "ledger": feq_ledger(config),
         "latent_dim": dim,
+        **_clip(config, dim),
+        "findings": [asdict(finding) for finding in findings],
+        "valid": all(finding.level != "error" for finding in findings),
+    }
+
+
+def _clip(config: Any, dim: int | None) -> dict[str, Any]:
+    if config.trainer != "dance_grpo":
+        return {}
+    return {
         "clip_range": config.objective.clip_range,
         "clip_nats": None if dim is None else clip_nats(config, dim),
         "logprob_reduction": config.objective.logprob_reduction,
-        "findings": [asdict(finding) for finding in findings],
-        "valid": all(finding.level != "error" for finding in findings),
     }
 
 

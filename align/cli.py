@@ -568,19 +568,21 @@ def _preferences_text(found: dict[str, Any]) -> str:
 
 def _visual_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     ledger = found["ledger"]
-    clip = f"{found['clip_range']:g} nats " + (
-        "per latent dimension" if found["logprob_reduction"] == "mean" else "in all"
-    )
-    if found["clip_nats"] is not None:
-        clip += f"; {found['clip_nats']:.3g} nats over {found['latent_dim']} dimensions"
     cost = "{feq_per_sample:g} F_eq a sample = {rollout_forwards} + {train_forwards:g} x {k:g}".format(**ledger)
-    return [
+    reverse = "clip_range" in found
+    what = f"of {ledger['solver_steps']} solver steps" if reverse else "noise levels of every sample"
+    rows = [
         ("run", f"{found['name']}: {found['steps']} steps of {ledger['samples_per_step']} samples"),
         ("updates", f"{ledger['updates_per_step']} of each rollout"),
         ("cost", cost + (f" + {ledger['free_forwards']:g}" if ledger["free_forwards"] else "")),
-        ("trains", f"{ledger['trained_steps']} of {ledger['solver_steps']} solver steps"),
-        ("clip", clip),
+        ("trains", f"{ledger['trained_steps']} {what}"),
     ]  # fmt: skip
+    if reverse:
+        unit = "per latent dimension" if found["logprob_reduction"] == "mean" else "in all"
+        nats = found["clip_nats"]
+        whole = "" if nats is None else f"; {nats:.3g} nats over {found['latent_dim']} dimensions"
+        rows.append(("clip", f"{found['clip_range']:g} nats {unit}{whole}"))
+    return rows
 
 
 # --- arguments --------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from align.textfiles import Document, dump_value, parse_scalar, parse_yaml, read
 __all__ = [
     "AdvantageConfig", "BatchConfig", "CheckpointConfig", "CombineConfig", "DanceGRPOConfig", "EvaluationConfig",
     "LoraConfig", "ModelConfig", "ObjectiveConfig", "OptimizerConfig", "PromptsConfig", "RewardConfig", "RunConfig",
-    "SamplerConfig", "Section", "TrackingConfig", "TrainedStepsConfig", "config_origins", "config_types",
-    "diff_configs", "list_recipes", "load_config", "save_config",
+    "SamplerConfig", "Section", "TrackingConfig", "TrainedStepsConfig", "VisualConfig", "config_origins",
+    "config_types", "diff_configs", "list_recipes", "load_config", "save_config",
 ]  # fmt: skip
 
 
@@ -87,6 +87,9 @@ class ModelConfig(Section):
         default=False,
         description="Recompute activations in the backward pass: less memory, one more forward a trained step.",
     )
+    offload: Bool = Field(
+        default=True, description="Keep text encoders and VAE off the accelerator except while they run."
+    )
 
 
 class PromptsConfig(Section):
@@ -126,28 +129,55 @@ class SamplerConfig(Section):
         default="off",
         description="Sample without guidance, or with it and gradients through both branches or the prompted one only.",
     )
+    plain_solver: Literal["euler", "dpm2m"] = Field(
+        default="euler", description="Solver of the steps that are not stochastic: Euler, or DPM-Solver++ (2M)."
+    )
+    steps_after_window: Float | None = Field(
+        default=None, gt=0, le=1, description="Share of the solver steps after the window that is kept; null is all."
+    )
     initial_noise: Literal["group", "rank", "none"] = Field(
         default="group",
         description="What shares one initial noise: the members of a group, all prompts of a rank, or nothing.",
     )
-    height: Int | None = Field(
-        default=None, ge=1, description="Image height in pixels; null is the model's native size."
+    embedded_guidance: Float | None = Field(
+        default=None, ge=0, description="Guidance scale that a distilled model is told; null is its pipeline's own."
     )
-    width: Int | None = Field(default=None, ge=1, description="Image width in pixels; null is the model's native size.")
+    height: Int | None = Field(default=None, ge=1, description="Height in pixels; null is the model's native size.")
+    width: Int | None = Field(default=None, ge=1, description="Width in pixels; null is the model's native size.")
+    frames: Int | None = Field(default=None, ge=1, description="Frames of a video; null is the model's native length.")
+    fps: Float | None = Field(default=None, gt=0, description="Frames a second of a video; null is the model's own.")
 
 
 class TrainedStepsConfig(Section):
-    """Which solver steps of a sample are trained: a random subset of its own for each sample."""
+    """Which solver steps are trained: a random subset of its own for each sample, or a window that moves."""
 
     fraction: Float = Field(default=0.6, ge=0, le=1, description="Share of the solver steps that is trained.")
     rule: Literal["paper", "repo"] = Field(
         default="paper",
         description="Count of trained steps: ceil(fraction T) (paper) or floor(fraction (T - 1)) (repo).",
     )
+    window: Int | None = Field(
+        default=None, ge=1,
+        description="Neighbouring steps that alone are stochastic and trained, the same in all samples; null is none.",
+    )  # fmt: skip
+    move: Literal["progressive", "random", "fixed", "exp_decay"] = Field(
+        default="progressive", description="How the window moves over training; exp_decay hurries through later steps."
+    )
+    move_every: Int = Field(default=25, ge=1, description="Training steps that the window stays at one place.")
+    stride: Int = Field(default=1, ge=1, description="Solver steps that the window moves on at once.")
+    first: Int = Field(default=0, ge=0, description="Solver step that the window starts at, the noisiest being 0.")
 
 
 class ObjectiveConfig(Section):
-    """The clipped policy-gradient objective."""
+    """The policy-gradient objective."""
+
+    loss: Literal["clip", "guard", "guard_delta", "dppo"] = Field(
+        default="clip",
+        description="GRPO's clipped ratio; GRPO-Guard's, also divided by the step's length; Flow-DPPO's KL bound.",
+    )
+    dppo_threshold: Float = Field(
+        default=1e-6, gt=0, description="Largest KL of a step, per latent entry, that loss dppo leaves alone."
+    )
 
     clip_range: Float = Field(
         default=1e-4,
@@ -290,15 +320,16 @@ class TrackingConfig(Section):
     tensorboard: Bool = Field(default=False, description="Mirror the metrics to TensorBoard files in the run folder.")
 
 
-class DanceGRPOConfig(RunConfig):
-    """A DanceGRPO run. `prompts_per_step` and `group_size` are the user's; batches are derived from them."""
+class VisualConfig(RunConfig):
+    """What the online visual trainers share.
+
+    `prompts_per_step` and `group_size` are the user's; batches are derived from them.
+    """
 
     about: str = Field(default="", description="One line on what the recipe is for, shown by `align configs list`.")
-    trainer: Literal["dance_grpo"] = Field(default="dance_grpo", description="The training loop.")
+    trainer: str = Field(description="The training loop.")
     name: str = Field(
-        default="dance_grpo",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="Name of the run and of its folder in runs/.",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its folder in runs/."
     )
     seed: Int = Field(default=0, ge=0, lt=2**63, description="Seed from which every random draw of the run is derived.")
     steps: Int = Field(default=300, ge=1, description="Training steps: a rollout, its rewards and its updates.")
@@ -310,8 +341,6 @@ class DanceGRPOConfig(RunConfig):
     model: ModelConfig = Field(description="The model to align.")
     prompts: PromptsConfig = Field(description="The prompts.")
     sampler: SamplerConfig = Field(default=SamplerConfig(), description="The rollout sampler.")
-    trained_steps: TrainedStepsConfig = Field(default=TrainedStepsConfig(), description="The trained solver steps.")
-    objective: ObjectiveConfig = Field(default=ObjectiveConfig(), description="The objective.")
     advantage: AdvantageConfig = Field(default=AdvantageConfig(), description="The advantages.")
     rewards: tuple[RewardConfig, ...] = Field(min_length=1, description="The rewards that are trained on.")
     combine: CombineConfig = Field(default=CombineConfig(), description="The combination of the rewards.")
@@ -323,11 +352,25 @@ class DanceGRPOConfig(RunConfig):
     tracking: TrackingConfig = Field(default=TrackingConfig(), description="The tracking.")
 
 
+class DanceGRPOConfig(VisualConfig):
+    """A DanceGRPO run, or one of its successors that train the sampler's own steps."""
+
+    trainer: Literal["dance_grpo"] = Field(default="dance_grpo", description="The training loop.")
+    name: str = Field(
+        default="dance_grpo",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="Name of the run and of its folder in runs/.",
+    )
+    trained_steps: TrainedStepsConfig = Field(default=TrainedStepsConfig(), description="The trained solver steps.")
+    objective: ObjectiveConfig = Field(default=ObjectiveConfig(), description="The objective.")
+
+
 def config_types() -> dict[str, type[RunConfig]]:
     """Return the config of every training loop, by the value of its `trainer` key."""
+    from align.forward_config import ForwardConfig
     from align.language_config import BCOConfig, DPOConfig, KTOConfig, SFTConfig
 
-    kinds = (DanceGRPOConfig, KTOConfig, BCOConfig, DPOConfig, SFTConfig)
+    kinds = (DanceGRPOConfig, ForwardConfig, KTOConfig, BCOConfig, DPOConfig, SFTConfig)
     return {str(kind.model_fields["trainer"].default): kind for kind in kinds}
 
 

@@ -15,6 +15,7 @@ from align.registry import suggest
 from align.seeding import permutation
 from align.seeding import seed as derive_seed
 from align.textfiles import read_text
+from align.types import ImagePrompt, Prompt
 
 if TYPE_CHECKING:
     from align.config import PromptsConfig
@@ -43,6 +44,12 @@ class PromptSet:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.prompts)
+
+    @property
+    def asked(self) -> tuple[Prompt, ...]:
+        """What a model is asked for: the texts, with their image where there is one."""
+        images = self.images or (None,) * len(self)
+        return tuple(t if i is None else ImagePrompt(t, i) for t, i in zip(self.prompts, images, strict=True))
 
     @property
     def duplicates(self) -> int:

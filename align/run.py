@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from align import checkpoint, guards, launch
 from align.averaging import Average
-from align.config import DanceGRPOConfig, diff_configs, load_config, save_config
+from align.config import VisualConfig, diff_configs, load_config, save_config
 from align.engine import Engine, ReplicaEngine
 from align.errors import AlignError, CheckpointError, ConfigError
 from align.launch import World
@@ -72,7 +72,7 @@ def describe_machine() -> dict[str, dict[str, str]]:
 
 
 def require_directory(
-    directory: Path, config: DanceGRPOConfig, *, overwrite: bool = False, fork: bool = False
+    directory: Path, config: VisualConfig, *, overwrite: bool = False, fork: bool = False
 ) -> list[tuple[str, Any, Any]]:
     """Refuse a folder that cannot become this run's own; write nothing.
 
@@ -101,7 +101,7 @@ def require_directory(
 
 
 def claim_directory(
-    directory: Path, config: DanceGRPOConfig, *, overwrite: bool = False, fork: bool = False
+    directory: Path, config: VisualConfig, *, overwrite: bool = False, fork: bool = False
 ) -> list[tuple[str, Any, Any]]:
     """Make `directory` this run's own and keep the configuration there.
 
@@ -140,11 +140,12 @@ class Run:
         world: the processes of the run.
         engine: carries the updates out; one that replicates the weights when None.
         changed: what a fork changed, to be noted in the log.
+        kept: averages of the weights that are not delivered, and saved with them.
     """
 
     def __init__(
         self,
-        config: DanceGRPOConfig,
+        config: VisualConfig,
         directory: str | Path,
         parameters: Mapping[str, torch.nn.Parameter],
         record: Mapping[str, Any] | None = None,
@@ -152,12 +153,14 @@ class Run:
         world: World = World(),
         engine: Engine | None = None,
         changed: Sequence[tuple[str, Any, Any]] = (),
+        kept: Mapping[str, Average] = {},
     ) -> None:
         self.config, self.directory, self.world = config, Path(directory), world
         self.parameters = dict(parameters)
         self.engine = engine or ReplicaEngine(self.parameters, config.optimizer, world)
         decay = config.optimizer.ema_decay
         self.average = None if decay is None else Average(self.parameters, decay)
+        self.averages = {**kept, **({} if self.average is None else {"average": self.average})}
         self.log = RunLog(self.directory, tensorboard=config.tracking.tensorboard, silent=not world.leads)
         self.stopping = ""
         self._signal = ""
@@ -246,9 +249,9 @@ class Run:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(model[name])
-        if self.average is not None:  # a fork may turn averaging on: it then starts from the weights as they are
-            values = found.tensors.get("average") or model
-            for name, value in self.average.values.items():
+        for group, average in self.averages.items():  # a fork may turn one on: it starts from the weights as they are
+            values = found.tensors.get(group) or model
+            for name, value in average.values.items():
                 value.copy_(values[name])
         self.engine.load_optimizer_state(found.tensors.get("optimizer", {}))
         torch.set_rng_state(found.tensors["rng"]["torch"])
@@ -356,8 +359,7 @@ class Run:
             "optimizer": self.engine.optimizer_state(),
             "rng": {"torch": torch.get_rng_state()},
         }
-        if self.average is not None:
-            tensors["average"] = self.average.values
+        tensors |= {group: average.values for group, average in self.averages.items()}
         state = {"counters": self.counters, "config": self.config.model_dump(mode="json")}
         root, keep = self.directory / "checkpoints", self.config.checkpoint.keep
         self.world.led(lambda: checkpoint.save(root, self.step, tensors, state, keep=keep))

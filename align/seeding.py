@@ -34,6 +34,11 @@ def normal(shape: Sequence[int], *key: int | str) -> torch.Tensor:
     return torch.randn(tuple(shape), generator=generator(*key), dtype=torch.float32)
 
 
+def uniform(*key: int | str) -> float:
+    """Draw a number in [0, 1) that depends on `key` alone."""
+    return seed(*key) / 2**63
+
+
 def permutation(count: int, *key: int | str) -> list[int]:
     """Return a uniformly random order of `range(count)` that depends on `count` and `key` alone."""
     import torch

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.errors import DataError
@@ -35,6 +36,26 @@ class Video:
             )
         if not isinstance(self.fps, (int, float)) or not 0 < self.fps < float("inf"):
             raise DataError("A video needs its frame rate", why=f"got {self.fps!r}", do="Give Video(frames, fps=24.0)")
+
+
+@dataclass(frozen=True)
+class ImagePrompt:
+    """A prompt and the image file that its video starts from."""
+
+    text: str
+    image: Path
+
+    def __str__(self) -> str:
+        return f"{self.text} ({self.image})"
+
+
+Prompt = str | ImagePrompt
+"""What a visual model is asked for."""
+
+
+def text_of(prompt: Prompt) -> str:
+    """Return the words of a prompt."""
+    return prompt if isinstance(prompt, str) else prompt.text
 
 
 MEDIA = ("images", "videos", "texts")
@@ -99,6 +120,20 @@ class Samples:
             texts=pick(self.texts),
             metadata=[self.metadata[i] for i in index] if self.metadata else (),
         )
+
+
+def join_samples(parts: Sequence[Samples]) -> Samples:
+    """Put samples of one kind one after another."""
+    import torch
+
+    kind = parts[0].media
+    rows = [getattr(part, kind) for part in parts]
+    whole = torch.cat(rows) if all(hasattr(r, "ndim") for r in rows) else [row for part in rows for row in part]
+    return Samples(
+        prompts=[p for part in parts for p in part.prompts],
+        metadata=[m for part in parts for m in part.metadata],
+        **{kind: whole},
+    )
 
 
 @dataclass(frozen=True)

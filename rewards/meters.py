@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from align.types import Samples
+
 NAMES = ("saturation", "clipped", "contrast", "sharpness", "edges", "border")
 
 
@@ -29,6 +31,15 @@ def measure_images(images: Tensor | Sequence[Tensor]) -> dict[str, np.ndarray]:
     """
     rows = [_meters(image.detach().double()) for image in images]
     return {name: np.array([row[i] for row in rows]) for i, name in enumerate(NAMES)}
+
+
+def measure_pixels(samples: Samples, frames: int = 8) -> dict[str, np.ndarray]:
+    """Return every meter of B samples, float64 `[B]`: of images, or the mean over up to `frames` frames of a video."""
+    if samples.videos is None:
+        return measure_images(samples.images)
+    picked = [v.frames[np.linspace(0, len(v.frames) - 1, min(frames, len(v.frames))).round()] for v in samples.videos]
+    parts = [measure_images(part) for part in picked]
+    return {name: np.array([part[name].mean() for part in parts]) for name in NAMES}
 
 
 def _meters(image: Tensor) -> list[float]:

@@ -53,7 +53,7 @@ class Bench:
     def __init__(self, recipe: str, folder: str) -> None:
         self.config = load_config(recipe)
         self.trainer = DanceGRPO(self.config, out=folder)
-        self.policy, self.table = self.trainer.policy, self.trainer.table
+        self.policy, self.table = self.trainer.policy, self.trainer.table_at(1)
         self.prompts = list(self.trainer.prompts.at(1, self.config.prompts_per_step, self.config.seed))
         self.flat = [p for p in self.prompts for _ in range(self.config.group_size)]
         self.policy.encodings.add([*self.prompts, ""])
@@ -76,7 +76,7 @@ class Bench:
         c = self.config
         return sample(
             self.policy, self.prompts, group_size=c.group_size, table=self.table,
-            latent_shape=self.trainer.latent_shape, key=(c.seed, 1), noise_scope=c.sampler.initial_noise,
+            key=(c.seed, 1), noise_scope=c.sampler.initial_noise,
             batch=self.trainer._batches(self.run)[0], reduction=c.objective.logprob_reduction,
         )  # fmt: skip
 
@@ -121,7 +121,7 @@ class Bench:
     def bare_model(self) -> None:
         """The denoiser calls of an iteration, and nothing else: same count, shapes and gradients."""
         batch = len(self.flat)
-        x = torch.randn(batch, *self.trainer.latent_shape, device=self.policy.device)
+        x = torch.randn(batch, *self.trainer.policy.latent_shape, device=self.policy.device)
         t = torch.full((batch,), 500.0, device=self.policy.device)
         cond = self.policy.encodings.stack(self.flat)
         if self.guided:
@@ -171,7 +171,7 @@ class Bench:
         scheduler.set_timesteps(c.sampler.solver_steps, device=self.policy.device)
         self.sigmas, self.timesteps = scheduler.sigmas, scheduler.timesteps
         rows = range(len(self.flat))
-        noise = initial_noise(self.trainer.latent_shape, rows, c.group_size, c.sampler.initial_noise, 0, 1)
+        noise = initial_noise(self.trainer.policy.latent_shape, rows, c.group_size, c.sampler.initial_noise, 0, 1)
         noise = noise.to(self.policy.device)
         size = chunk or len(self.flat)
         parts = [

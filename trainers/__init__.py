@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from trainers.dance_grpo import DanceGRPO
     from trainers.dpo import DPO
     from trainers.evaluation import evaluate, sample_images
+    from trainers.forward import Forward
     from trainers.kto import KTO
     from trainers.language_verbs import evaluate_language, sample_completions
     from trainers.result import RunResult
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from trainers.sources import find_source
 
 __all__ = [
-    "BCO", "DPO", "KTO", "SFT", "DanceGRPO", "RunResult", "evaluate", "evaluate_language", "find_source",
+    "BCO", "DPO", "KTO", "SFT", "DanceGRPO", "Forward", "RunResult", "evaluate", "evaluate_language", "find_source",
     "sample_completions", "sample_images", "trainer_for",
 ]  # fmt: skip
 
@@ -24,6 +25,7 @@ _HOMES = {
     "BCO": "trainers.bco",
     "DPO": "trainers.dpo",
     "DanceGRPO": "trainers.dance_grpo",
+    "Forward": "trainers.forward",
     "KTO": "trainers.kto",
     "RunResult": "trainers.result",
     "SFT": "trainers.sft",
@@ -33,7 +35,7 @@ _HOMES = {
     "sample_completions": "trainers.language_verbs",
     "sample_images": "trainers.evaluation",
 }
-_TRAINERS = {"dance_grpo": "DanceGRPO", "kto": "KTO", "bco": "BCO", "dpo": "DPO", "sft": "SFT"}
+_TRAINERS = {"dance_grpo": "DanceGRPO", "forward": "Forward", "kto": "KTO", "bco": "BCO", "dpo": "DPO", "sft": "SFT"}
 
 
 def trainer_for(config: Any, **options: Any) -> Any:

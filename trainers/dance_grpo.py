@@ -12,7 +12,11 @@ Where this differs from the paper
 6. A reward that fails is missing: its sample leaves the group's statistics and the loss.
 7. Best-of-N picks within each group, not within whatever stands on one process.
 8. Samples whose advantage is 0 (a group of equals) are counted in the loss but not replayed: they move nothing.
-9. Evaluation samples with the ODE, on held-out prompts, with a reward that is never trained on, and measures
+9. With `trained_steps.window` the trained steps are neighbours, the only stochastic ones, and the same for every
+   sample of a step (MixGRPO, arXiv 2507.21802; Flow-GRPO-Fast); `sampler.plain_solver` and
+   `sampler.steps_after_window` make the others cheaper (MixGRPO-Flash).
+10. `objective.loss` puts another bound in the place of the clip: see `trainers.objectives.LOSSES`.
+11. Evaluation samples with the ODE, on held-out prompts, with a reward that is never trained on, and measures
    the weights that are delivered: the running average, where there is one.
 """
 
@@ -20,402 +24,134 @@ from __future__ import annotations
 
 import functools
 import math
-import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from align import guards
-from align.checks import clip_nats, feq_ledger, require_valid, trained_step_count
-from align.config import DanceGRPOConfig, load_config
+from align.checks import clip_nats, trained_step_count
+from align.config import DanceGRPOConfig
 from align.diffusion.kernels import StepTable, step_table
-from align.diffusion.memory import rows_that_fit
-from align.diffusion.rollout import Replayed, Rollout, Tile, reference_output, replay, sample, tiles
-from align.diffusion.schedules import trained_subset
-from align.engine import DeepSpeedEngine, require_deepspeed
-from align.errors import ConfigError
-from align.groupstats import bootstrap_mean, masked_mean, masked_std
-from align.launch import join_world
-from align.run import Run, claim_directory, require_directory
-from align.seeding import permutation
-from align.types import Advantages, Samples, Scores, StepStats, max_or_nan, merge_stats, stack_scores
-from rewards.compose import Composed
-from rewards.panel import Panel
-from rewards.remote import remote_rewards, wait_until_healthy
-from rewards.streaming import ScoreStream
-from trainers.advantages import group_advantages
-from trainers.evaluation import load_policy, resolve_prompts
-from trainers.objectives import Terms, adapt_clip, clip_bounds, gaussian_kl, grpo_clip, velocity_distance
-from trainers.receipt import Receipt
-from trainers.result import RunResult
+from align.diffusion.rollout import Replayed, Rollout, Tile, reference_output, replay, tiles
+from align.diffusion.schedules import compressed, trained_subset, window_at
+from align.run import Run
+from align.types import StepStats, max_or_nan
+from trainers.objectives import LOSSES, Steps, Terms, adapt_clip, clip_bounds, gaussian_kl, velocity_distance
+from trainers.online import OnlineRun
 
 
-class DanceGRPO:
-    """Align a diffusion model with rewards.
+class DanceGRPO(OnlineRun):
+    """Policy gradients through the sampler's own steps; see `OnlineRun` for the arguments."""
 
-    Args:
-        config: a `DanceGRPOConfig`, or a recipe name, a path or a mapping for `load_config`.
-        out: the run folder, `runs/<name>` when None. An unfinished run there is resumed.
-        overwrite: start again, replacing a run that is there.
-        fork: go on with a run that is there under a changed configuration.
-        rewards: a panel to train on in place of the configuration's.
-        deepspeed: name or file of DeepSpeed settings, to train under ZeRO; see `align.engine`.
+    config_type = DanceGRPOConfig
+    config: DanceGRPOConfig
 
-    Started by `torchrun` or `deepspeed`, every process builds one of these and does its share.
-    """
-
-    def __init__(
-        self,
-        config: DanceGRPOConfig | str | Path | Mapping[str, Any],
-        *,
-        out: str | Path | None = None,
-        overwrite: bool = False,
-        fork: bool = False,
-        rewards: Panel | None = None,
-        deepspeed: str | None = None,
-    ) -> None:
-        self.config = config if isinstance(config, DanceGRPOConfig) else load_config(config, kind=DanceGRPOConfig)
-        require_valid(self.config)
-        if deepspeed is not None:
-            require_deepspeed(deepspeed)
-        self.world, self.deepspeed = join_world(), deepspeed
-        self._require_enough_samples()
-        self.directory = Path(out or Path("runs") / self.config.name)
-        self.world.led(lambda: require_directory(self.directory, self.config, overwrite=overwrite, fork=fork))
-        if not self.world.leads:
-            self.world.wait()  # what the first process builds and caches, the others find
-        self.prompts, self.heldout_prompts = resolve_prompts(self.config)
-        self.rewards = rewards or Panel.build(self.config.rewards, self.config.combine)
-        self.heldout = Panel.build(self.config.heldout_rewards)
-        self.policy = load_policy(self.config)
-        sampler = self.config.sampler
-        self.latent_shape = self.policy.family.latent_shape(sampler.height, sampler.width)
-        self.table: StepTable = step_table(
-            sampler.kernel,
-            sampler.eta,
-            self.policy.family.schedule(sampler.solver_steps, sampler.shift, self.latent_shape),
-        )
-        if self.world.leads:
-            self.world.wait()
-        self._changed: list[tuple[str, Any, Any]] = []
-        self.world.led(
-            lambda: self._changed.extend(claim_directory(self.directory, self.config, overwrite=overwrite, fork=fork))
-        )
-
-    @classmethod
-    def resume(cls, directory: str | Path, *, deepspeed: str | None = None) -> DanceGRPO:
-        """Open an earlier run to go on where it stopped.
-
-        Raises:
-            ConfigError: no run in that folder.
-        """
-        config = Path(directory) / "config.yaml"
-        if not config.is_file():
-            raise ConfigError("There is no run to resume", where=str(directory), why="it has no config.yaml")
-        return cls(load_config(config), out=directory, deepspeed=deepspeed)
-
-    def train(self) -> RunResult:
-        """Train to the configured number of steps, or until asked to stop."""
-        config, policy, rewards = self.config, self.policy, self.rewards
-        for prompts in (self.prompts, self.heldout_prompts):  # in the same batches wherever a run is resumed
-            policy.encodings.add(prompts)
-        if config.objective.kl_weight:
-            policy.keep_reference()
-        with self.open_run() as run:
-            receipt = Receipt(run, policy, list(self.heldout_prompts), {"reward": rewards, "heldout": self.heldout})
-            receipt.before()
-            for step in run.steps():
-                clock = _Clock()
-                prompts = self.prompts.at(step, config.prompts_per_step, config.seed)
-                with ScoreStream(rewards) as stream:
-                    rollout = sample(
-                        policy,
-                        prompts.prompts,
-                        metadata=prompts.metadata,
-                        group_size=config.group_size,
-                        table=self.table,
-                        latent_shape=self.latent_shape,
-                        key=(config.seed, step),
-                        noise_scope=config.sampler.initial_noise,
-                        batch=self._batches(run)[0],
-                        reduction=config.objective.logprob_reduction,
-                        world=self.world,
-                        deliver=clock.timed("time/reward", stream.submit),
-                    )
-                    self._require_finite(rollout, step)
-                    clock.lap("time/rollout", less={"time/decode": rollout.decode_seconds})
-                    scores = self._collect(stream, rollout, run, step)
-                if scores is None:  # asked to stop while a reward server was down
-                    run.stop_uncommitted()
-                    continue
-                rewards.require_scored(scores, f"step {step}")
-                composed = rewards.compose(scores, config.group_size)
-                advantages = group_advantages(
-                    composed.scores, config.group_size, composed.weights, mode=config.combine.mode,
-                    **config.advantage.model_dump(),
-                )  # fmt: skip
-                clock.lap("time/reward")
-                stats = self.learn(run, rollout, advantages, step)
-                run.update_average()
-                clock.lap("time/train")
-                self._watch_base_rate(scores, run, step)
-                metrics = {**self._metrics(scores, composed, advantages, run), **self._clip_metrics(run, stats)}
-                run.commit(step, {**metrics, **receipt.during(step), **clock.laps}, stats)
-            return self._finish(run, receipt)
-
-    def open_run(self) -> Run:
-        """Return the run in this trainer's folder, resumed where there is a checkpoint."""
-        parameters, engine = self.policy.trainable(), None
-        if self.deepspeed is not None:
-            engine = DeepSpeedEngine(
-                self.policy.family.denoiser, parameters, self.config.optimizer, self.world, self.deepspeed
-            )
-        run = Run(
-            self.config, self.directory, parameters, self._record(),
-            world=self.world, engine=engine, changed=self._changed,
+    def window(self, step: int) -> range | None:
+        """Return the solver steps that training step `step` trains on; None where every sample has its own."""
+        trained = self.config.trained_steps
+        if trained.window is None:
+            return None
+        return window_at(
+            step, self.config.sampler.solver_steps, trained.window, move=trained.move, every=trained.move_every,
+            stride=trained.stride, first=trained.first, seed=self.config.seed,
         )  # fmt: skip
-        if "batch_tile" not in run.counters:  # a resumed run keeps its own, so that it goes on bit for bit
-            fit = rows_that_fit(self.policy, self.latent_shape, float(self.table.timestep[0]), next(iter(self.prompts)))
-            run.counters["batch_tile"] = float(min(self.world.gather(fit)))
-        return run
 
-    def _batches(self, run: Run) -> tuple[int, int]:
-        """Return how many samples are rolled out at once, and how many (sample, step) pairs replayed.
+    def table_at(self, step: int) -> StepTable:
+        """Return the solver steps of a training step: with a window, only its own are stochastic."""
+        sampler, schedule, window = self.config.sampler, self.schedule, self.window(step)
+        if window is not None and sampler.steps_after_window is not None:
+            schedule = compressed(schedule, window.stop, sampler.steps_after_window)
+        return step_table(sampler.kernel, sampler.eta, schedule, stochastic=window)
 
-        Without gradients a row needs a fraction of what it needs with them.
-        """
-        fit = int(run.counters["batch_tile"])
-        return self.config.batch.rollout or 4 * fit, self.config.batch.tile or fit
+    @property
+    def rollout_options(self) -> dict[str, Any]:
+        """Keep trajectories and their log-density, and the means where the loss needs them."""
+        objective = self.config.objective
+        return {
+            "reduction": objective.logprob_reduction, "keep_mean": LOSSES[objective.loss].needs_mean,
+            "solver": self.config.sampler.plain_solver,
+        }  # fmt: skip
 
-    def learn(self, run: Run, rollout: Rollout, advantages: Advantages, step: int) -> StepStats:
-        """Take the updates of one rollout: disjoint minibatches of samples, each replayed in tiles.
+    def prepare(self) -> None:
+        """Keep the model before training where the objective looks back at it."""
+        if self.config.objective.kl_weight:
+            self.policy.keep_reference()
 
-        Every process knows all minibatches and replays those of their samples that it holds.
-        """
-        config, stats = self.config, StepStats()
-        count = trained_step_count(
+    def moves(self, advantages: np.ndarray) -> np.ndarray:
+        """Return which samples are worth a replay: with a KL term, all of them."""
+        return np.ones(len(advantages), bool) if self.config.objective.kl_weight else advantages != 0
+
+    def tiles(self, rollout: Rollout, rows: Sequence[int], advantages: Tensor, size: int, of: int) -> Iterator[Tile]:
+        """Yield the trained (sample, solver step) pairs, the steps a random subset of each sample's own."""
+        config, candidates = self.config, rollout.table.stochastic_steps
+        count = len(candidates) if config.trained_steps.window is not None else trained_step_count(
             config.sampler.solver_steps, config.trained_steps.fraction, config.trained_steps.rule
-        )
-        values = torch.as_tensor(advantages.values.reshape(-1))
-        kept = np.flatnonzero(advantages.kept.reshape(-1))
-        order = kept[permutation(len(kept), config.seed, step, "minibatches")]
-        size = self._batches(run)[1]
-        bounds = self.clip_bounds(run)
-        first = True
-        for rows in np.array_split(order, config.updates_per_step):
-            moving = rows if config.objective.kl_weight else rows[values.numpy()[rows] != 0]
-            if not len(moving):
-                continue  # nothing was learnt from these samples
-            mine = [int(r) for r in moving if r in rollout.rows]
-            chosen = [trained_subset(self.table.stochastic_steps, count, config.seed, step, r, "trained") for r in mine]
-            for tile in tiles(rollout, mine, chosen, values, size, total=len(rows) * count):
-                replayed = replay(self.policy, tile, self.table, config.objective.logprob_reduction)
-                terms = grpo_clip(replayed.logp, tile.logp, tile.advantage, clip_low=bounds[0], clip_high=bounds[1])
-                loss = terms.loss.mean()
-                if config.objective.kl_weight:
-                    distance = self._distance(replayed, tile)
-                    loss = loss + config.objective.kl_weight * distance.mean()
-                    stats.add(0, sums={"kl_reference": float(distance.detach().sum())})
-                run.backward(loss, weight=tile.share)
-                self._count(stats, terms, replayed, tile, first=first)
-            if first:
-                self._require_first_ratio(stats, step)
-            run.update(expect_gradient=first)
-            first = False
-        return merge_stats(self.world.gather(stats))
+        )  # fmt: skip
+        chosen = [trained_subset(candidates, count, *rollout.key, r, "trained") for r in rows]
+        yield from tiles(rollout, rows, chosen, advantages, size, total=of * count)
 
-    def _collect(self, stream: ScoreStream, rollout: Rollout, run: Run, step: int) -> Scores | None:
-        """Return the scores of all processes; None when asked to stop while waiting for a reward server.
+    def terms(self, tile: Tile, rollout: Rollout, run: Run, *, first: bool) -> Terms:
+        """Replay a tile and return its losses."""
+        objective, table = self.config.objective, rollout.table
+        replayed = replay(self.policy, tile, table, objective.logprob_reduction)
+        low, high = self.clip_bounds(run)
+        std, delta = table.std[tile.step], (table.sigma - table.sigma_next)[tile.step]
+        terms = LOSSES[objective.loss].terms(
+            Steps(
+                replayed.logp, tile.logp, tile.advantage, replayed.mean, tile.mean, tile.x_next,
+                std.to(tile.x.device), delta.to(tile.x.device), low, high, objective.dppo_threshold,
+            )
+        )  # fmt: skip
+        loss, stats = terms.loss, dict(terms.stats)
+        if objective.kl_weight:
+            distance = self._distance(replayed, tile, table)
+            loss, stats["kl_reference"] = loss + objective.kl_weight * distance, distance.detach()
+        errors = guards.first_ratio_errors(replayed.logp, tile.logp, std) if first else None
+        return Terms(loss, stats, errors)
 
-        A server that is down leaves scores missing. While that is more than `combine.max_fail_frac` allows, the run
-        waits until the server is back and has the rollout scored again: nothing is lost, and nothing counts as 0.
-        """
-        scores = stack_scores(self.world.gather(stream.result()))
-        remote = remote_rewards(self.rewards.rewards)
-        while self.rewards.too_many_missing(scores):
-            down = self.world.first([reward.unreachable for reward in remote])
-            if not down:
-                return scores  # the servers answer, so this is for the guard to judge
-            run.say(step, "reward_server", f"the run waits for a reward server: {down}")
-            back = wait_until_healthy(remote, run.asked_to_stop, lambda message: None)
-            if not all(self.world.gather(back)):
-                return None
-            run.say(step, "reward_server", "the reward server is back; the rollout is scored again")
-            scores = stack_scores(self.world.gather(self.rewards.score(rollout.samples)))
-        return scores
-
-    def _distance(self, replayed: Replayed, tile: Tile) -> torch.Tensor:
+    def _distance(self, replayed: Replayed, tile: Tile, table: StepTable) -> Tensor:
         """How far each term's model output is from the model before training."""
-        reference = reference_output(self.policy, tile, self.table)
+        reference = reference_output(self.policy, tile, table)
         if self.config.objective.kl_form == "velocity":
             return velocity_distance(replayed.output, reference)
-        mean_v, std = (getattr(self.table, n)[tile.step].to(reference.device) for n in ("mean_v", "std"))
+        mean_v, std = (getattr(table, n)[tile.step].to(reference.device) for n in ("mean_v", "std"))
         return gaussian_kl(replayed.output, reference, mean_v, std)
 
-    def _count(self, stats: StepStats, terms: Terms, replayed: Replayed, tile: Tile, *, first: bool) -> None:
-        if first:
-            scaled, worst = guards.first_ratio_errors(replayed.logp, tile.logp, self.table.std[tile.step])
-            stats.first_ratio_scaled = max_or_nan(stats.first_ratio_scaled, scaled)
-            stats.first_ratio_error = max_or_nan(stats.first_ratio_error, worst)
-        ratio = terms.stats["ratio"]
-        sums = {n: float(v.sum()) for n, v in terms.stats.items() if n != "ratio"}
-        sums |= {"loss": float(terms.loss.detach().sum()), "ratio_mean": float(ratio.sum())}
-        stats.add(len(ratio), sums=sums, extremes={"ratio": (float(ratio.min()), float(ratio.max()))})
-
-    def _require_first_ratio(self, stats: StepStats, step: int) -> None:
+    def before_update(self, stats: StepStats, step: int) -> None:
         """Stop all processes when the first ratio is not 1 on one of them."""
         config = self.config
-        nats = math.prod(self.latent_shape) if config.objective.logprob_reduction == "sum" else 1
+        nats = math.prod(self.policy.latent_shape) if config.objective.logprob_reduction == "sum" else 1
         found = self.world.gather((stats.first_ratio_scaled, stats.first_ratio_error))
         scaled, worst = (functools.reduce(max_or_nan, column) for column in zip(*found, strict=True))
         guards.require_first_ratio(
             scaled, worst, guards.FIRST_RATIO_TOLERANCE[config.model.dtype] * nats, f"step {step}"
         )
 
-    def _require_enough_samples(self) -> None:
-        samples = self.config.prompts_per_step * self.config.group_size
-        if samples < self.world.size:
-            raise ConfigError(
-                f"{self.world.size} processes have only {samples} samples a step to share",
-                where="prompts_per_step, group_size", do="Start fewer processes, or raise one of the two",
-            )  # fmt: skip
-
-    def _require_finite(self, rollout: Rollout, step: int) -> None:
-        """Stop all processes before a rollout that is not finite on one of them is scored or trained on."""
-        trajectory = rollout.x.isfinite().all() & rollout.logp[:, self.table.stochastic_steps].isfinite().all()
-        found = torch.tensor(0.0 if bool(trajectory) else float("nan"), device=rollout.x.device)
-        guards.require_finite(self.world.add(found), "The rollout", f"step {step}")
-
-    def _metrics(self, scores: Scores, composed: Composed, advantages: Advantages, run: Run) -> dict[str, float]:
-        config = self.config
-        total = self.rewards.total(scores, config.group_size)
-        reward = bootstrap_mean(total, np.arange(len(total)) // config.group_size, draws=500)
-        ledger = self.ledger()
-        run.count(samples=len(total), feq=len(total) * ledger["feq_per_sample"])
-        return {
-            "samples": len(total),
-            "reward": reward.mean,
-            "reward_ci_low": reward.ci_low,
-            "reward_ci_high": reward.ci_high,
-            **{f"reward/{name}/mean": float(np.nanmean(scores.column(name))) for name in scores.names},
-            **{f"reward/{name}/std": std for name, std in zip(scores.names, self._within_std(scores), strict=True)},
-            **{
-                f"reward/{name}/fail_frac": float(failed)
-                for name, failed in zip(scores.names, (~scores.valid).mean(0), strict=True)
-            },
-            "gated": composed.gated,
-            "valid_share": float(scores.valid.any(1).mean()),
-            "zero_std_groups": advantages.zero_std_groups,
-            "invalid_members": advantages.invalid_members,
-            "dropped_groups": advantages.dropped_groups,
-            "unselected": advantages.unselected,
-            "feq": len(total) * ledger["feq_per_sample"],
-            "feq_total": run.counters["feq"],
-            "feq_per_sample": ledger["feq_per_sample"],
-        }
-
-    def _within_std(self, scores: Scores) -> list[float]:
-        """Standard deviation of each component within groups, averaged over groups; NaN where no group has two."""
-        shape = (-1, self.config.group_size, len(scores.names))
-        within = masked_std(
-            scores.values.reshape(shape), scores.valid.reshape(shape), axis=1, ddof=self.config.advantage.ddof
-        )
-        return masked_mean(within, np.isfinite(within), axis=0).tolist()
-
-    def _watch_base_rate(self, scores: Scores, run: Run, step: int) -> None:
-        """Warn when a binary reward says nearly always the same: most groups then teach nothing."""
-        for name in scores.names:
-            values = scores.column(name)[scores.valid[:, scores.names.index(name)]]
-            rate = float(values.mean()) if len(values) else 0.5
-            if run.counters.get(f"base_rate/{name}") or not np.isin(values, (0.0, 1.0)).all() or 0.1 <= rate <= 0.9:
-                continue
-            run.counters[f"base_rate/{name}"] = 1.0  # once a run
-            raw = scores.extras.get(f"raw/{name.rpartition('_above_')[0]}")
-            middle = "" if raw is None else f"; half of them are above {float(np.nanmedian(raw)):.3g}"
-            run.log.warn(
-                step, "warning", "base_rate", f"the binary reward {name} is 1 for {rate:.0%} of the samples{middle}"
-            )
-
     def clip_bounds(self, run: Run) -> tuple[float, float]:
         """Return how far ratios may fall and rise in the step at hand."""
         objective = self.config.objective
         return clip_bounds(
             objective.clip_range, objective.clip_range_high, unit=objective.clip_unit,
-            reduction=objective.logprob_reduction, dim=math.prod(self.latent_shape),
+            reduction=objective.logprob_reduction, dim=math.prod(self.policy.latent_shape),
             scale=run.counters.get("clip_scale", 1.0),
         )  # fmt: skip
 
-    def _clip_metrics(self, run: Run, stats: StepStats) -> dict[str, float]:
-        """What the clip was in this step; adapts it for the next one where that is asked for."""
+    def after_step(self, run: Run, stats: StepStats, step: int) -> dict[str, float]:
+        """Return what the clip was in this step; adapt it for the next one where that is asked for."""
         low, high = self.clip_bounds(run)
-        dim = math.prod(self.latent_shape) if self.config.objective.logprob_reduction == "mean" else 1
+        dim = math.prod(self.policy.latent_shape) if self.config.objective.logprob_reduction == "mean" else 1
         target = self.config.objective.clip_share_target
         if target is not None:
             clipped = stats.mean("clip_share_low") + stats.mean("clip_share_high")
             run.counters["clip_scale"] = adapt_clip(run.counters.get("clip_scale", 1.0), clipped, target)
-        return {"clip_low": low, "clip_high": high, "clip_nats": high * dim}
+        window = self.window(step)
+        where = {} if window is None else {"window_start": float(window.start)}
+        return {"clip_low": low, "clip_high": high, "clip_nats": high * dim, **where}
 
     def ledger(self) -> dict[str, float]:
         """Return what one sample costs in denoiser forwards, and the clip range in nats."""
-        dim = math.prod(self.latent_shape)
-        return {
-            **feq_ledger(self.config),
-            "latent_dim": dim,
-            "clip_range": self.config.objective.clip_range,
-            "clip_nats": clip_nats(self.config, dim),
-        }
-
-    def _record(self) -> dict[str, Any]:
-        trainable = sum(p.numel() for p in self.policy.trainable().values())
-        everything = sum(p.numel() for p in self.policy.family.denoiser.parameters())
-        return {
-            "model": {
-                "path": self.config.model.path,
-                "family": self.policy.family.name,
-                "train": self.config.model.train,
-                "parameters": everything,
-                "trained_parameters": trainable,
-            },
-            "rewards": self.rewards.describe(),
-            "heldout_rewards": self.heldout.describe(),
-            "ledger": self.ledger(),
-        }
-
-    def _finish(self, run: Run, receipt: Receipt) -> RunResult:
-        if run.stopping and run.step < self.config.steps:
-            run.finish("stopped")
-            return RunResult(self.directory, "stopped", {})
-        summary = receipt.after()
-        run.finish("complete")
-        return RunResult(self.directory, "complete", summary)
-
-
-class _Clock:
-    """Seconds between laps, by name."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
-        self._inside = 0.0
-
-    def lap(self, name: str, less: Mapping[str, float] = {}) -> None:
-        """End the lap `name`; parts of it that have a name of their own are counted there."""
-        now = time.perf_counter()
-        for part, seconds in less.items():
-            self.laps[part] = self.laps.get(part, 0.0) + seconds
-        whole = now - self._last - sum(less.values()) - self._inside
-        self.laps[name], self._last, self._inside = self.laps.get(name, 0.0) + whole, now, 0.0
-
-    def timed(self, name: str, work: Callable[[Samples], None]) -> Callable[[Samples], None]:
-        """Return `work`, its seconds counted under `name` and not in the lap it runs in."""
-
-        def run(samples: Samples) -> None:
-            began = time.perf_counter()
-            work(samples)
-            seconds = time.perf_counter() - began
-            self.laps[name], self._inside = self.laps.get(name, 0.0) + seconds, self._inside + seconds
-
-        return run
+        found = super().ledger()
+        return {**found, "clip_range": self.config.objective.clip_range,
+                "clip_nats": clip_nats(self.config, int(found["latent_dim"]))}  # fmt: skip

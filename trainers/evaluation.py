@@ -17,66 +17,67 @@ from typing import Any
 import numpy as np
 import torch
 
-from align.config import DanceGRPOConfig, ModelConfig, RewardConfig
+from align.config import ModelConfig, RewardConfig, VisualConfig
+from align.diffusion.families import Size
 from align.diffusion.kernels import StepTable, step_table
 from align.diffusion.policy import Policy, resolve_model
-from align.diffusion.rollout import decode, initial_noise, solve
+from align.diffusion.rollout import as_samples, decode, initial_noise, solve
 from align.errors import ConfigError
 from align.groupstats import Estimate, bootstrap_mean
 from align.launch import World
 from align.prompts import PromptSet, load_prompts, training_and_heldout
-from align.types import Samples
-from rewards.meters import measure_images
+from align.types import Prompt, Samples
+from rewards.meters import measure_pixels
 from rewards.panel import Panel
 from trainers.sources import find_source
 
 
-def ode_table(policy: Policy, solver_steps: int, shift: float | None, latent_shape: Sequence[int]) -> StepTable:
+def ode_table(policy: Policy, solver_steps: int, shift: float | None) -> StepTable:
     """Tabulate the deterministic sampler of `solver_steps` steps."""
-    return step_table("ode", 0.0, policy.family.schedule(solver_steps, shift, tuple(latent_shape)))
+    return step_table("ode", 0.0, policy.family.schedule(solver_steps, shift, policy.latent_shape))
 
 
 def generate(
     policy: Policy,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     members: int,
     *,
     seed: int,
     solver_steps: int,
     shift: float | None = None,
-    size: tuple[int | None, int | None] = (None, None),
-    batch: int = 256,
+    batch: int | None = None,
 ) -> Samples:
-    """Sample `members` images a prompt with the ODE, every image from its own noise; member fastest."""
-    shape = policy.family.latent_shape(*size)
-    table = ode_table(policy, solver_steps, shift, shape)
+    """Sample `members` images or videos a prompt with the ODE, each from its own noise; member fastest.
+
+    Args:
+        batch: sampled at once; as many as 256 images of 64 x 64 latents are worth when None.
+    """
+    shape = policy.latent_shape
+    batch = batch or max(1, min(256, (256 << 12) // math.prod(shape[1:])))
+    table = ode_table(policy, solver_steps, shift)
     flat = [p for p in prompts for _ in range(members)]
-    images = []
+    pixels = []
     for start in range(0, len(flat), batch):
         rows = range(start, min(start + batch, len(flat)))
         noise = torch.cat(
-            [initial_noise(shape, [0], 1, "none", seed, "evaluation", prompts[r // members], r % members) for r in rows]
+            [initial_noise(shape, [0], 1, "none", seed, "evaluation", str(flat[r]), r % members) for r in rows]
         )
-        x0, _, _ = solve(policy, noise, [flat[r] for r in rows], table)
-        images.append(decode(policy, x0))
-    return Samples(prompts=flat, images=torch.cat(images))
+        x0 = solve(policy, noise, [flat[r] for r in rows], table).x0
+        pixels.append(decode(policy, x0))
+    return as_samples(policy, torch.cat(pixels), flat)
 
 
-def diversity(images: torch.Tensor, prompts: Sequence[str]) -> float:
-    """Return the within-prompt pixel standard deviation: `sqrt(mean over prompts and pixels of Var_members)`.
-
-    Prompts with one image say nothing and are left out; NaN when none is left.
-    """
-    variances = _variances(images, prompts)
-    return math.sqrt(sum(variances) / len(variances)) if variances else float("nan")
-
-
-def _variances(images: torch.Tensor, prompts: Sequence[str]) -> list[float]:
-    """Pixel variance over the members of each prompt, averaged over pixels."""
-    groups: dict[str, list[int]] = {}
+def _variances(samples: Samples, prompts: Sequence[Prompt]) -> list[float]:
+    """Pixel variance over the members of each prompt, averaged over pixels; diversity is the root of their mean."""
+    pixels = samples.images if samples.videos is None else [video.frames for video in samples.videos]
+    groups: dict[Prompt, list[int]] = {}
     for i, prompt in enumerate(prompts):
         groups.setdefault(prompt, []).append(i)
-    return [float(images[rows].double().var(0, unbiased=True).mean()) for rows in groups.values() if len(rows) > 1]
+    return [
+        float(torch.stack([pixels[i] for i in rows]).double().var(0, unbiased=True).mean())
+        for rows in groups.values()
+        if len(rows) > 1
+    ]
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Measurement:
 
 def measure(
     policy: Policy,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     members: int,
     panels: Mapping[str, Panel],
     *,
@@ -135,7 +136,7 @@ def measure(
     def stacked(key: str) -> dict[str, np.ndarray]:
         return {name: np.concatenate([part[key][name] for part in parts]) for name in parts[0][key]}
 
-    flat = [p for p in prompts for _ in range(members)]
+    flat = [str(p) for p in prompts for _ in range(members)]
     variances = [v for part in parts for v in part["variances"]]
     return Measurement(
         prompts=flat,
@@ -148,7 +149,7 @@ def measure(
 
 
 def _measure_share(
-    policy: Policy, prompts: Sequence[str], members: int, panels: Mapping[str, Panel], sampler: Mapping[str, Any]
+    policy: Policy, prompts: Sequence[Prompt], members: int, panels: Mapping[str, Panel], sampler: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What one process measured; nothing where it has no prompt."""
     if not prompts:
@@ -166,8 +167,9 @@ def _measure_share(
                 if np.shape(v) == (len(samples),)
             }
         )
-    extras.update({f"meter/{name}": value for name, value in measure_images(samples.images).items()})
-    return {"values": values, "extras": extras, "variances": _variances(samples.images, samples.prompts)}
+    extras.update({f"meter/{name}": value for name, value in measure_pixels(samples).items()})
+    flat = [p for p in prompts for _ in range(members)]
+    return {"values": values, "extras": extras, "variances": _variances(samples, flat)}
 
 
 def members_for(samples: int, prompts: int) -> int:
@@ -175,7 +177,7 @@ def members_for(samples: int, prompts: int) -> int:
     return max(2, math.ceil(samples / prompts))
 
 
-def resolve_prompts(config: DanceGRPOConfig) -> tuple[PromptSet, PromptSet]:
+def resolve_prompts(config: VisualConfig) -> tuple[PromptSet, PromptSet]:
     """Return the training and the held-out prompts; the held-out split is the same for every run seed."""
 
     def digits() -> list[str]:
@@ -191,7 +193,7 @@ class Source:
     """A model to sample or evaluate: its policy, the configuration it was trained with, and its name."""
 
     policy: Policy
-    config: DanceGRPOConfig | None
+    config: VisualConfig | None
     name: str
 
 
@@ -224,7 +226,7 @@ def open_source(source: str | Path, *, guidance_scale: float | None = None) -> S
     return Source(policy.with_guidance(scale), config, f"{found.run} at step {saved.step}")
 
 
-def load_policy(config: DanceGRPOConfig) -> Policy:
+def load_policy(config: VisualConfig) -> Policy:
     """Load the model of a configuration, ready to train."""
     return Policy.load(
         resolve_model(config.model.path),
@@ -232,16 +234,18 @@ def load_policy(config: DanceGRPOConfig) -> Policy:
         seed=config.seed,
         guidance=config.sampler.guidance,
         guidance_scale=config.sampler.guidance_scale,
+        embedded_guidance=config.sampler.embedded_guidance,
+        size=Size(**{name: getattr(config.sampler, name) for name in ("height", "width", "frames", "fps")}),
     )
 
 
-def _prompts_for(source: Source, prompts: Any) -> list[str]:
+def _prompts_for(source: Source, prompts: Any) -> list[Prompt]:
     if prompts is not None:
         single = isinstance(prompts, str) and not Path(prompts).suffix
-        return list(load_prompts([prompts] if single else prompts))
+        return list(load_prompts([prompts] if single else prompts).asked)
     if source.config is None:
         raise ConfigError("Which prompts", where=source.name, do="Give a prompts file: a model folder brings none")
-    return list(resolve_prompts(source.config)[1])
+    return list(resolve_prompts(source.config)[1].asked)
 
 
 def _sampler(source: Source, seed: int | None, solver_steps: int | None) -> dict[str, Any]:
@@ -250,7 +254,6 @@ def _sampler(source: Source, seed: int | None, solver_steps: int | None) -> dict
         "seed": seed if seed is not None else (config.seed if config else 0),
         "solver_steps": solver_steps or (config.evaluation.solver_steps if config else 20),
         "shift": config.sampler.shift if config else None,
-        "size": (config.sampler.height, config.sampler.width) if config else (None, None),
     }
 
 
@@ -318,8 +321,12 @@ def sample_images(
     solver_steps: int | None = None,
     out: str | Path = "samples",
 ) -> Path:
-    """Write `count` images a prompt as PNG files, `grid.png`, and `samples.jsonl` that says which is which."""
+    """Write `count` images or videos a prompt, `grid.png`, and `samples.jsonl` that says which is which.
+
+    Images are PNG files, videos MP4 files, of which the grid shows frames.
+    """
     from align.tracking import save_grid, save_image
+    from align.videos import save_video, still_images
 
     opened = open_source(source, guidance_scale=guidance_scale)
     names = _prompts_for(opened, prompts)
@@ -329,10 +336,14 @@ def sample_images(
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
         for i, prompt in enumerate(made.prompts):
-            name = f"{i // count:04d}_{i % count:02d}.png"
-            save_image(folder / name, made.images[i])
-            file.write(json.dumps({"image": name, "prompt": prompt, "member": i % count, **sampler}) + "\n")
-    save_grid(folder / "grid.png", made.images, columns=count, labels=names)
+            kind = "image" if made.videos is None else "video"
+            name = f"{i // count:04d}_{i % count:02d}.{'png' if kind == 'image' else 'mp4'}"
+            if made.videos is None:
+                save_image(folder / name, made.images[i])
+            else:
+                save_video(folder / name, made.videos[i])
+            file.write(json.dumps({kind: name, "prompt": prompt, "member": i % count, **sampler}) + "\n")
+    save_grid(folder / "grid.png", still_images(made), columns=count, labels=[str(name) for name in names])
     return folder
 
 

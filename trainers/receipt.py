@@ -14,6 +14,8 @@ from align import guards
 from align.diffusion.policy import Policy
 from align.run import Run, peak_memory_mb
 from align.tracking import read_jsonl, save_grid
+from align.types import Prompt
+from align.videos import save_video, still_images
 from rewards.panel import Panel
 from trainers.evaluation import Measurement, generate, measure, members_for, read_rows, write_rows
 
@@ -30,17 +32,15 @@ class Receipt:
         panels: "reward" (trained on) and "heldout" (never trained on).
     """
 
-    def __init__(self, run: Run, policy: Policy, prompts: Sequence[str], panels: Mapping[str, Panel]) -> None:
+    def __init__(self, run: Run, policy: Policy, prompts: Sequence[Prompt], panels: Mapping[str, Panel]) -> None:
         self.run, self.config, self.prompts = run, run.config, list(prompts)
         self.policy = policy.with_guidance(self.config.evaluation.guidance_scale)
         self.panels = {name: panel for name, panel in panels.items() if panel}
         self.heldout = "heldout" if "heldout" in self.panels else "reward"
-        sampler = self.config.sampler
         self._sampler: dict[str, Any] = {
             "seed": self.config.seed,
             "solver_steps": self.config.evaluation.solver_steps,
-            "shift": sampler.shift,
-            "size": (sampler.height, sampler.width),
+            "shift": self.config.sampler.shift,
         }
         self._base: Measurement | None = None
 
@@ -152,7 +152,10 @@ class Receipt:
             made = generate(self.policy, prompts, GRID_MEMBERS, **self._sampler)
         folder = self.run.directory / "samples"
         folder.mkdir(exist_ok=True)
-        save_grid(folder / f"step_{step:06d}.png", made.images, columns=GRID_MEMBERS, labels=prompts)
+        labels = [str(prompt) for prompt in prompts]
+        save_grid(folder / f"step_{step:06d}.png", still_images(made), columns=GRID_MEMBERS, labels=labels)
+        for i, video in enumerate((made.videos or [])[::GRID_MEMBERS]):
+            save_video(folder / f"step_{step:06d}_{i:02d}.mp4", video)
         names = folder / "prompts.json"
         if not names.is_file():
-            names.write_text(json.dumps({"prompts": prompts, "columns": GRID_MEMBERS}), encoding="utf-8")
+            names.write_text(json.dumps({"prompts": labels, "columns": GRID_MEMBERS}), encoding="utf-8")

@@ -40,7 +40,7 @@ from align.diffusion.digits_data import (
     prompt_for,
 )
 from align.diffusion.digits_models import TOKENS, digits_sd, digits_sd3
-from align.diffusion.families import FAMILIES, Family
+from align.diffusion.families import FAMILIES, Family, Size
 from align.diffusion.policy import quiet_loading
 from align.errors import ConfigError, ModelError
 from align.registry import suggest
@@ -188,7 +188,7 @@ def _train_denoiser(family: Family, config: DigitsRecipe, bar: tqdm) -> None:
     split, vae, model = load_split("generator"), family.pipeline.vae, family.denoiser
     latents = (_encode(vae, split.images) - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
     prompts = [*digit_prompts(), ""]
-    encoded, bands = family.encode(prompts), ink_bands("generator")
+    encoded, bands = family.encode(prompts, Size()), ink_bands("generator")
     weighted = torch.tensor([
         prompts.index(prompt_for(digit, _band(bands, digit, ink)))
         for digit, ink in zip(split.labels.tolist(), split.ink.tolist(), strict=True)

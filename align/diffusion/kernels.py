@@ -43,7 +43,7 @@ Sources: DanceGRPO (arXiv 2505.07818, eq. 7-8), Flow-GRPO (2505.05470), CPS (250
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -155,6 +155,7 @@ class StepTable:
 
     Args:
         kind, eta: the kernel of the stochastic steps.
+        alpha, alpha_next: signal levels before and after the step.
         sigma, sigma_next: noise levels before and after the step.
         mean_x, mean_v: the mean is `mean_x x + mean_v v`.
         x0_x, x0_v: x0_hat is `x0_x x + x0_v v`.
@@ -164,6 +165,8 @@ class StepTable:
 
     kind: str
     eta: float
+    alpha: Tensor
+    alpha_next: Tensor
     sigma: Tensor
     sigma_next: Tensor
     mean_x: Tensor
@@ -182,8 +185,10 @@ class StepTable:
         return [i for i, std in enumerate(self.std.tolist()) if std > 0]
 
 
-def step_table(kind: str, eta: float, schedule: Schedule) -> StepTable:
+def step_table(kind: str, eta: float, schedule: Schedule, stochastic: Collection[int] | None = None) -> StepTable:
     """Tabulate kernel `kind` on the levels of `schedule`.
+
+    Only the steps in `stochastic`, all of them when None, are random; the others are those of `ode`.
 
     The last step is always deterministic: on a flow its mean is x0_hat, that is what gets decoded, and
     no noise drawn there could touch the reward. It is never trained.
@@ -199,17 +204,21 @@ def step_table(kind: str, eta: float, schedule: Schedule) -> StepTable:
             why=f"it is made for {made_for}, and the model predicts {schedule.prediction}",
             do=f"Set sampler.kernel to {use}",
         )
+
+    def random(s: int) -> bool:
+        return s < len(schedule) - 1 and (stochastic is None or s in stochastic)
+
     levels = list(zip(schedule.alpha.tolist(), schedule.sigma.tolist(), strict=True))
     rows = []
     for s, ((alpha, sigma), (alpha_next, sigma_next)) in enumerate(zip(levels, levels[1:], strict=False)):
-        noise_coef, std = coefficients("ode" if s == len(levels) - 2 else kind, sigma, sigma_next, eta)
+        noise_coef, std = coefficients(kind if random(s) else "ode", sigma, sigma_next, eta)
         (x0_x, x0_v), (noise_x, noise_v) = estimates(schedule.prediction, alpha, sigma)
         if flow:  # alpha_next x0_hat + sigma_next noise_hat is x - delta v exactly; add what is kept beyond it
             extra = noise_coef - sigma_next
             mean = (1 + extra, -(sigma - sigma_next) + extra * (1 - sigma))
         else:
             mean = (alpha_next * x0_x + noise_coef * noise_x, alpha_next * x0_v + noise_coef * noise_v)
-        rows.append((sigma, sigma_next, *mean, x0_x, x0_v, std))
+        rows.append((alpha, alpha_next, sigma, sigma_next, *mean, x0_x, x0_v, std))
     return StepTable(kind, eta, *torch.tensor(rows, dtype=torch.float64).T, timestep=schedule.timestep.double())
 
 
@@ -307,3 +316,30 @@ def transition(
         x0_hat=row("x0_x") * x + row("x0_v") * velocity,
         logp=None if reduction is None else gaussian_logp(x_next, mean, std, reduction),
     )
+
+
+def second_order(x: Tensor, x0_hat: Tensor, before: tuple[Tensor, int] | None, table: StepTable, step: int) -> Tensor:
+    """Take a deterministic step of DPM-Solver++(2M), which looks at the estimate of the step before.
+
+        lambda = log(alpha / sigma),  h = lambda_next - lambda,  r = h_before / h
+        D      = x0_hat + (x0_hat - x0_hat_before) / (2 r)
+        x_next = sigma_next / sigma x + (alpha_next - sigma_next alpha / sigma) D
+
+    First order, which is the ODE's own step, without a step before, from pure noise, and to the last level.
+
+    Args:
+        x, x0_hat: latents and the estimate at them, `[B, ...]`.
+        before: `x0_hat` of the step before, and its index.
+
+    Source: DPM-Solver++ (arXiv 2211.01095), the midpoint form.
+    """
+    alpha, alpha_next, sigma, sigma_next = (
+        float(getattr(table, name)[step]) for name in ("alpha", "alpha_next", "sigma", "sigma_next")
+    )
+    guess = x0_hat
+    if before is not None and alpha > 0 and sigma_next > 0 and float(table.alpha[before[1]]) > 0:
+        last = before[1]
+        h = math.log(alpha_next / sigma_next) - math.log(alpha / sigma)
+        h_before = math.log(alpha / sigma) - math.log(float(table.alpha[last]) / float(table.sigma[last]))
+        guess = x0_hat + (h / (2 * h_before)) * (x0_hat - before[0])
+    return (sigma_next / sigma) * x + (alpha_next - sigma_next * alpha / sigma) * guess

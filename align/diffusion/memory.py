@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from align.diffusion.policy import Policy
 from align.memory import rows_within, saved_bytes
+from align.types import Prompt
 
 
-def rows_that_fit(policy: Policy, latent_shape: Sequence[int], timestep: float, prompt: str) -> int:
+def rows_that_fit(policy: Policy, timestep: float, prompt: Prompt) -> int:
     """Return how many (sample, step) rows can be replayed at once with gradients.
 
     One row goes forward once; its backward pass is not needed. Several processes on one CPU share its memory.
     """
-    x = torch.zeros(1, *latent_shape, device=policy.device)
+    x = torch.zeros(1, *policy.latent_shape, device=policy.device)
     times = torch.full((1,), timestep, device=policy.device)
     return rows_within(saved_bytes(lambda: policy.velocity(x, times, [prompt])), policy.device)

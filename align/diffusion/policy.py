@@ -8,16 +8,17 @@ import json
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from align.config import LoraConfig, ModelConfig
-from align.diffusion.families import FAMILIES, Conditioning, Family
+from align.diffusion.families import FAMILIES, Conditioning, Family, Size, device_of
 from align.errors import ModelError
 from align.registry import suggest
 from align.seeding import seed as derive_seed
+from align.types import ImagePrompt, Prompt
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -25,10 +26,30 @@ if TYPE_CHECKING:
 ADAPTER = "policy"
 
 
-def load_family(path: str | Path, family: str | None = None, device: str | torch.device | None = None) -> Family:
-    """Load a diffusers pipeline folder in float32, frozen, in eval mode, on `device`.
+def store_frozen(family: Family) -> None:
+    """Keep what does not train in bfloat16, for half the memory: encoders whole, and matrices of the denoiser.
+
+    Autocast would round the denoiser's matrices alike in every forward. Trained weights, norms, embeddings and the
+    VAE stay float32.
+    """
+    for name in set(family.encoders) - {"vae"}:
+        encoder = getattr(family.pipeline, name, None)
+        if encoder is not None:
+            encoder.to(torch.bfloat16)
+    for module in family.denoiser.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
+            for parameter in module.parameters(recurse=False):
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def load_family(
+    path: str | Path, family: str | None = None, device: str | torch.device | None = None, *, offload: bool = True
+) -> Family:
+    """Load a diffusers pipeline folder in float32, frozen, in eval mode, its denoiser on `device`.
 
     Args:
+        offload: leave encoders and VAE on the CPU, where they are fetched from when they are used; see `present`.
         path: the folder, holding `model_index.json`.
         family: a pipeline class name that overrides the one in `model_index.json`.
         device: CUDA where there is one, else the CPU, when None.
@@ -66,11 +87,13 @@ def load_family(path: str | Path, family: str | None = None, device: str | torch
             f"The {name} folder cannot be loaded", where=str(folder), why=str(error).splitlines()[0]
         ) from error
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False).eval()
-    return FAMILIES.get(name)(pipeline)
+    found = FAMILIES.get(name)(pipeline)
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    (found.denoiser if offload else pipeline).to(where)
+    return found
 
 
 @contextlib.contextmanager
@@ -116,33 +139,67 @@ def add_lora(family: Family, lora: LoraConfig, run_seed: int) -> None:
     family.denoiser.set_adapter(ADAPTER)
 
 
+@contextlib.contextmanager
+def present(family: Family, components: Iterable[str]) -> Iterator[None]:
+    """Have components of a pipeline where its denoiser is within the block, and back where they were after it."""
+    device = device_of(family.denoiser)
+    modules = [m for m in (getattr(family.pipeline, name, None) for name in components) if isinstance(m, nn.Module)]
+    before = [device_of(module) for module in modules]
+    for module in modules:
+        module.to(device)
+    try:
+        yield
+    finally:
+        for module, where in zip(modules, before, strict=True):
+            module.to(where)
+
+
 class Encodings:
-    """Encoded prompts by text, the least recently used dropped beyond `limit` bytes."""
+    """Encoded prompts, the least recently used dropped beyond `limit` bytes.
 
-    def __init__(self, family: Family, limit: int = 2 << 30) -> None:
-        self.family, self.limit, self._rows, self._bytes = family, limit, OrderedDict[str, Conditioning](), 0
+    A prompt whose conditioning is shorter than another's is filled up with zeros where they are stacked; a family
+    whose conditioning has no fixed length gives its mask along with it.
+    """
 
-    def add(self, prompts: Iterable[str], batch: int = 64) -> None:
+    def __init__(self, family: Family, size: Size, limit: int = 2 << 30) -> None:
+        self.family, self.size, self.limit = family, size, limit
+        self._rows, self._bytes = OrderedDict[Prompt, Conditioning](), 0
+
+    def add(self, prompts: Iterable[Prompt], batch: int = 64) -> None:
         """Encode the prompts that are not held."""
         wanted = list(dict.fromkeys(prompts))
         new = [p for p in wanted if p not in self._rows]
-        for start in range(0, len(new), batch):
-            chunk = new[start : start + batch]
-            encoded = self.family.encode(chunk)
-            for i, prompt in enumerate(chunk):
-                self._rows[prompt] = {name: value[i].clone() for name, value in encoded.items()}
-                self._bytes += sum(v.nbytes for v in self._rows[prompt].values())
+        if new:
+            with present(self.family, self.family.encoders):
+                self._encode(new, batch)
         for prompt in wanted:
             self._rows.move_to_end(prompt)
         while self._bytes > self.limit and len(self._rows) > len(wanted):
             _, dropped = self._rows.popitem(last=False)
             self._bytes -= sum(v.nbytes for v in dropped.values())
 
-    def stack(self, prompts: Sequence[str]) -> Conditioning:
+    def _encode(self, prompts: Sequence[Prompt], batch: int) -> None:
+        for start in range(0, len(prompts), batch):
+            chunk = list(prompts[start : start + batch])
+            encoded = self.family.encode(chunk, self.size)
+            for i, prompt in enumerate(chunk):
+                self._rows[prompt] = {name: _kept(value[i]) for name, value in encoded.items()}
+                self._bytes += sum(v.nbytes for v in self._rows[prompt].values())
+
+    def stack(self, prompts: Sequence[Prompt]) -> Conditioning:
         """Return the conditioning of B prompts, encoding what is not held."""
         self.add(prompts)
         rows = [self._rows[p] for p in prompts]
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return {name: _stacked([row[name] for row in rows]) for name in rows[0]}
+
+
+def _kept(row: Tensor) -> Tensor:
+    return row.float() if row.dtype == torch.bfloat16 else row.clone()
+
+
+def _stacked(rows: Sequence[Tensor]) -> Tensor:
+    same = all(row.shape == rows[0].shape for row in rows)
+    return torch.stack(list(rows)) if same else nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
 
 class Policy:
@@ -155,29 +212,43 @@ class Policy:
             both; "uncond_detached" computes the same with two forwards, the unconditional one without
             gradient, which takes half the memory and moves the prompted branch only.
         guidance_scale: used by the two modes with guidance.
-        dtype: "fp32", or "bf16" for autocast compute over float32 weights and latents.
+        embedded_guidance: the scale that a guidance-distilled denoiser is told; the pipeline's own when None.
+        size: what to make.
+        dtype: "fp32", or "bf16" for autocast compute over float32 latents and trained weights.
+
+    Raises:
+        ModelError: an embedded guidance scale for a denoiser that is told none.
     """
 
     def __init__(
-        self, family: Family, *, guidance: str = "off", guidance_scale: float = 1.0, dtype: str = "fp32"
-    ) -> None:
+        self, family: Family, *, guidance: str = "off", guidance_scale: float = 1.0,
+        embedded_guidance: float | None = None, size: Size = Size(), dtype: str = "fp32",
+    ) -> None:  # fmt: skip
         self.family, self.guidance, self.guidance_scale, self.dtype = family, guidance, guidance_scale, dtype
-        self.encodings = Encodings(family)
+        if embedded_guidance is not None and family.embedded_guidance is None:
+            raise ModelError(
+                "This denoiser is told no guidance scale", where=type(family.denoiser).__name__,
+                do="Set sampler.embedded_guidance to null; sampler.guidance_scale is classifier-free guidance",
+            )  # fmt: skip
+        self.embedded_guidance = family.embedded_guidance if embedded_guidance is None else embedded_guidance
+        self.size = size
+        self.latent_shape = family.latent_shape(size)
+        self.encodings = Encodings(family, size)
         self._frozen: nn.Module | None = None
 
     @classmethod
-    def load(
-        cls, path: str | Path, model: ModelConfig, *, seed: int, guidance: str = "off", guidance_scale: float = 1.0
-    ) -> Policy:
-        """Load the pipeline at `path` and make its weights trainable as `model` says."""
-        family = load_family(path, model.family)
+    def load(cls, path: str | Path, model: ModelConfig, *, seed: int, **options: Any) -> Policy:
+        """Load the pipeline at `path` and make its weights trainable as `model` says; `options` are the policy's."""
+        family = load_family(path, model.family, offload=model.offload)
         if model.train == "lora":
             add_lora(family, model.lora, seed)
         else:
             family.denoiser.requires_grad_(True)
         if model.gradient_checkpointing:
             family.denoiser.enable_gradient_checkpointing()
-        return cls(family, guidance=guidance, guidance_scale=guidance_scale, dtype=model.dtype)
+        if model.dtype == "bf16":
+            store_frozen(family)
+        return cls(family, dtype=model.dtype, **options)
 
     def with_guidance(self, guidance_scale: float) -> Policy:
         """Return this policy at another guidance scale, sharing weights and encoded prompts; 1 turns it off."""
@@ -185,6 +256,8 @@ class Policy:
             self.family,
             guidance="off" if guidance_scale == 1.0 else "both_branches",
             guidance_scale=guidance_scale,
+            embedded_guidance=self.embedded_guidance,
+            size=self.size,
             dtype=self.dtype,
         )
         other.encodings = self.encodings
@@ -193,7 +266,7 @@ class Policy:
     @property
     def device(self) -> torch.device:
         """Where the denoiser lives."""
-        return next(self.family.denoiser.parameters()).device
+        return device_of(self.family.denoiser)
 
     def keep_reference(self) -> None:
         """Remember the model as it is now, before training, for `reference`.
@@ -231,13 +304,18 @@ class Policy:
         """Return the trained parameters by name."""
         return {n: p for n, p in self.family.denoiser.named_parameters() if p.requires_grad}
 
-    def velocity(self, x: Tensor, timestep: Tensor, prompts: Sequence[str]) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return pixels in [0, 1], `[B, C, H, W]` or `[B, F, C, H, W]`."""
+        with present(self.family, ("vae",)):
+            return self.family.decode(latents)
+
+    def velocity(self, x: Tensor, timestep: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Return the guided model output `[B, ...]`, float32, at latents x and timesteps `[B]`.
 
         It is what the schedule says the model predicts: a velocity for flows, noise or v for diffusion.
         The unconditional rows stand first in a doubled batch, as in diffusers' pipelines.
         """
-        empty = [""] * len(prompts)
+        empty = [self._unconditional(prompt) for prompt in prompts]
         if self.guidance == "both_branches":
             doubled = self._predict(torch.cat([x, x]), torch.cat([timestep, timestep]), [*empty, *prompts])
             uncond, cond = doubled.chunk(2)
@@ -247,11 +325,19 @@ class Policy:
             cond = self._predict(x, timestep, prompts)
         else:
             return self._predict(x, timestep, prompts)
-        return uncond + self.guidance_scale * (cond - uncond)
+        return self.family.guide(uncond, cond, self.guidance_scale)
 
-    def _predict(self, x: Tensor, timestep: Tensor, prompts: Sequence[str]) -> Tensor:
+    def _unconditional(self, prompt: Prompt) -> Prompt:
+        """Return what the branch without a prompt is asked for: nothing, from the same first frame."""
+        empty = self.family.unconditional
+        return ImagePrompt(empty, prompt.image) if isinstance(prompt, ImagePrompt) else empty
+
+    def _predict(self, x: Tensor, timestep: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        conditioning = self.encodings.stack(prompts)
+        if self.embedded_guidance is not None:
+            conditioning["guidance"] = x.new_full((len(x),), self.embedded_guidance)
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bf16"):
-            return self.family.predict(x, timestep, self.encodings.stack(prompts)).float()
+            return self.family.predict(x, timestep, conditioning).float()
 
 
 def resolve_model(path: str) -> Path:

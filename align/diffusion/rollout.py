@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.diffusion.kernels import StepTable, transition
+from align.diffusion.kernels import StepTable, second_order, transition
 from align.diffusion.policy import Policy
 from align.errors import KernelError
 from align.launch import World
 from align.seeding import normal
-from align.types import Samples
+from align.types import Prompt, Samples, Video, join_samples, text_of
 
 
 @dataclass(frozen=True)
@@ -26,20 +26,25 @@ class Rollout:
     Args:
         prompts: the prompt of each sample, B of them.
         rows: the places of the B samples among all; other processes hold the others.
+        key: names the rollout; all its noise is a function of it.
         group_size: G.
         table: the S solver steps.
-        x: float32 latents before each step and after the last, `[B, S + 1, ...]`.
-        logp: log-density of each stochastic step as it was taken, `[B, S]`, NaN elsewhere.
+        x: float32 latents before each step and after the last, `[B, S + 1, ...]`; of a rollout that is not
+            replayed the last ones alone, `[B, 1, ...]`.
+        logp: log-density of each stochastic step as it was taken, `[B, S]`, NaN elsewhere; `[B, 0]` then.
+        mean: mean of each step as it was taken, `[B, S, ...]`, where it was to be kept.
         samples: the decoded media.
         decode_seconds: how long decoding took.
     """
 
-    prompts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
     rows: range
+    key: tuple[int | str, ...]
     group_size: int
     table: StepTable
     x: Tensor
     logp: Tensor
+    mean: Tensor | None
     samples: Samples
     decode_seconds: float
 
@@ -51,11 +56,12 @@ class Rollout:
 class Tile:
     """N (sample, step) rows of a rollout, replayed in one forward, and their share of the update's loss."""
 
-    prompts: list[str]
+    prompts: list[Prompt]
     step: Tensor
     x: Tensor
     x_next: Tensor
     logp: Tensor
+    mean: Tensor | None
     advantage: Tensor
     share: float
 
@@ -81,64 +87,91 @@ def step_noise(shape: Sequence[int], rows: Sequence[int], group_size: int, step:
     return torch.stack([normal(shape, *key, r // group_size, r % group_size, step, "sde") for r in rows])
 
 
+@dataclass(frozen=True)
+class Path:
+    """What the way from noise to the final latents `x0` `[B, ...]` left behind: see `Rollout`."""
+
+    x0: Tensor
+    x: Tensor
+    logp: Tensor
+    mean: Tensor | None
+
+
 @torch.no_grad()
 def solve(
     policy: Policy,
     x: Tensor,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     table: StepTable,
     *,
     group_size: int = 1,
     first: int = 0,
     key: tuple[int | str, ...] = (),
     reduction: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    solver: str = "euler",
+    keep_mean: bool = False,
+) -> Path:
     """Run all solver steps from noise `x` `[B, ...]`.
 
     Args:
         group_size, first, key: name the fresh noise: sample i is member `(first + i) % group_size` of its prompt.
-
-    Returns:
-        `(x0, path, logp)`: the final latents `[B, ...]`; with a `reduction`, the trajectories
-        `[B, S + 1, ...]` and log-densities `[B, S]`, else empty tensors.
+        reduction: of the log-density of stochastic steps; None keeps nothing of the way.
+        solver: of the deterministic steps, "euler" or "dpm2m" (see `second_order`).
+        keep_mean: keep the mean of every step as well.
     """
     stochastic = set(table.stochastic_steps)
     state, places = x.to(policy.device), range(first, first + len(prompts))
-    path, logps = [state], []
+    path, logps, means, before = [state], [], [], None
     for s in range(len(table)):
         timestep = table.timestep[s].to(state.device, torch.float32).expand(len(prompts))
         random = s in stochastic
         noise = step_noise(x.shape[1:], places, group_size, s, *key).to(state.device) if random else None
         velocity = policy.velocity(state, timestep, prompts)
         moved = transition(state, velocity, table, s, noise=noise, reduction=reduction if random else None)
-        state = moved.x_next
+        plain = random or solver == "euler"
+        state = moved.x_next if plain else second_order(state, moved.x0_hat, before, table, s)
+        before = (moved.x0_hat, s)
         if reduction is not None:
             path.append(state)
+            means.extend([moved.mean] if keep_mean else [])
             logps.append(moved.logp if moved.logp is not None else state.new_full((len(prompts),), float("nan")))
     if reduction is None:
-        return state, torch.empty(0), torch.empty(0)
-    return state, torch.stack(path, 1), torch.stack([logp.double() for logp in logps], 1)
+        return Path(state, state[:, None], torch.empty(len(prompts), 0), None)
+    logp = torch.stack([logp.double() for logp in logps], 1)
+    return Path(state, torch.stack(path, 1), logp, torch.stack(means, 1) if keep_mean else None)
 
 
 @torch.no_grad()
 def decode(policy: Policy, latents: Tensor, batch: int | None = None) -> Tensor:
     """Decode latents to CPU pixels in [0, 1], a batch at a time: 65,536 latent positions where it is None."""
     batch = batch or max(1, 65_536 // math.prod(latents.shape[2:]))
-    return torch.cat([policy.family.decode(part).cpu() for part in latents.split(batch)])
+    return torch.cat([policy.decode(part).cpu() for part in latents.split(batch)])
+
+
+def as_samples(
+    policy: Policy, pixels: Tensor, prompts: Sequence[Prompt], metadata: Sequence[Mapping[str, Any]] = ()
+) -> Samples:
+    """Return decoded pixels as the samples that rewards score: images, or videos with their frame rate."""
+    texts = [text_of(prompt) for prompt in prompts]
+    if pixels.ndim == 4:
+        return Samples(prompts=texts, images=pixels, metadata=metadata)
+    fps = policy.size.fps or policy.family.fps
+    return Samples(prompts=texts, videos=[Video(frames, fps) for frames in pixels], metadata=metadata)
 
 
 def sample(
     policy: Policy,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     group_size: int,
     table: StepTable,
-    latent_shape: Sequence[int],
     key: tuple[int | str, ...],
     noise_scope: str = "group",
     metadata: Sequence[Mapping[str, Any]] = (),
     batch: int | None = None,
-    reduction: str = "mean",
+    reduction: str | None = "mean",
+    solver: str = "euler",
+    keep_mean: bool = False,
     world: World = World(),
     deliver: Callable[[Samples], object] | None = None,
 ) -> Rollout:
@@ -153,9 +186,9 @@ def sample(
             scored while the next batch is sampled.
 
     Raises:
-        KernelError: a table without a stochastic step.
+        KernelError: a table without a stochastic step, of which a log-density is asked.
     """
-    if not table.stochastic_steps:
+    if reduction is not None and not table.stochastic_steps:
         raise KernelError(
             "A deterministic sampler cannot be trained by policy gradients",
             why=f"kernel {table.kind!r} with eta {table.eta:g} has std 0",
@@ -166,29 +199,25 @@ def sample(
     for start in range(rows.start, rows.stop, size):
         own = range(start, min(start + size, rows.stop))
         flat = [prompts[r // group_size] for r in own]
-        noise = initial_noise(latent_shape, own, group_size, noise_scope, *key, rank=world.rank)
-        x0, path, logp = solve(
-            policy, noise, flat, table, group_size=group_size, first=own.start, key=key, reduction=reduction
-        )
+        noise = initial_noise(policy.latent_shape, own, group_size, noise_scope, *key, rank=world.rank)
+        path = solve(
+            policy, noise, flat, table, group_size=group_size, first=own.start, key=key, reduction=reduction,
+            solver=solver, keep_mean=keep_mean,
+        )  # fmt: skip
         began = time.perf_counter()
-        made = Samples(
-            prompts=flat,
-            images=decode(policy, x0),
-            metadata=[metadata[r // group_size] for r in own] if metadata else (),
+        made = as_samples(
+            policy, decode(policy, path.x0), flat, [metadata[r // group_size] for r in own] if metadata else ()
         )
         decode_seconds += time.perf_counter() - began
         if deliver is not None:
             deliver(made)
-        parts.append((path, logp, made))
-    paths, logps, samples = zip(*parts, strict=True)
-    whole = Samples(
-        prompts=[p for part in samples for p in part.prompts],
-        images=torch.cat([part.images for part in samples]),
-        metadata=[m for part in samples for m in part.metadata],
-    )
+        parts.append((path, made))
+    paths, samples = zip(*parts, strict=True)
     return Rollout(
-        prompts=tuple(whole.prompts), rows=rows, group_size=group_size, table=table, x=torch.cat(paths),
-        logp=torch.cat(logps), samples=whole, decode_seconds=decode_seconds,
+        prompts=tuple(prompts[r // group_size] for r in rows), rows=rows, key=key, group_size=group_size, table=table,
+        x=torch.cat([p.x for p in paths]), logp=torch.cat([p.logp for p in paths]),
+        mean=torch.cat([p.mean for p in paths]) if keep_mean else None,
+        samples=join_samples(samples), decode_seconds=decode_seconds,
     )  # fmt: skip
 
 
@@ -222,6 +251,7 @@ def tiles(
             x=rollout.x[here, at],
             x_next=rollout.x[here, at + 1],
             logp=rollout.logp[here, at],
+            mean=None if rollout.mean is None else rollout.mean[here, at],
             advantage=advantages[r].to(device),
             share=len(part) / (total or len(pairs)),
         )
@@ -229,9 +259,10 @@ def tiles(
 
 @dataclass(frozen=True)
 class Replayed:
-    """What the current policy says of N stored steps: log-density `[N]` and model output `[N, ...]`."""
+    """What the current policy says of N stored steps: log-density `[N]`, mean and model output `[N, ...]`."""
 
     logp: Tensor
+    mean: Tensor
     output: Tensor
 
 
@@ -240,7 +271,7 @@ def replay(policy: Policy, tile: Tile, table: StepTable, reduction: str = "mean"
     timestep = table.timestep[tile.step].to(tile.x.device, torch.float32)
     output = policy.velocity(tile.x, timestep, tile.prompts)
     moved = transition(tile.x, output, table, tile.step, x_next=tile.x_next, reduction=reduction)
-    return Replayed(moved.logp, output)
+    return Replayed(moved.logp, moved.mean, output)
 
 
 def reference_output(policy: Policy, tile: Tile, table: StepTable) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -77,6 +78,75 @@ def trained_subset(candidates: list[int], count: int, *key: int | str) -> list[i
             do="Raise trained_steps.fraction or sampler.solver_steps; the last step is never trained",
         )
     return sorted(candidates[i] for i in permutation(len(candidates), *key)[:count])
+
+
+def window_at(
+    step: int, solver_steps: int, size: int, *, move: str, every: int, stride: int = 1, first: int = 0, seed: int = 0
+) -> range:
+    """Return the `size` neighbouring solver steps that training step `step`, counted from 1, trains on.
+
+    The window starts between 0 and `solver_steps - 1 - size`: the last solver step is never trained, and a window
+    never shrinks at the end.
+
+        fixed         starts at `first`
+        progressive   starts at `first` and moves on by `stride` every `every` training steps, until it is at the end
+        exp_decay     progressive, with less and less time beyond 13/25 of the schedule:
+                      round(every exp(-.1 max(0, start - 13/25 solver_steps))), at least 1
+        random        starts anywhere, as a function of (seed, step)
+
+    Raises:
+        KernelError: a window that does not fit, or an unknown way to move.
+
+    Source: MixGRPO (arXiv 2507.21802); Flow-GRPO-Fast draws at random.
+    """
+    last = solver_steps - 1 - size
+    if not size >= 1 or not 0 <= first <= last:
+        raise KernelError(
+            "The window does not fit the schedule",
+            why=f"{size} steps from {first} of {solver_steps}, the last of which is never trained",
+            do="Lower trained_steps.window or trained_steps.first, or raise sampler.solver_steps",
+        )
+    if move not in ("fixed", "progressive", "random", "exp_decay"):
+        raise KernelError(f"Unknown way to move a window {move!r}", do="Use fixed, progressive, random or exp_decay")
+    start = first
+    if move == "random":
+        start = permutation(last + 1, seed, step, "window")[0]
+    elif move == "progressive":
+        start = min(last, first + stride * ((step - 1) // every))
+    elif move == "exp_decay":
+        left = step - 1
+        while start < last:
+            stay = max(1, round(every * math.exp(-0.1 * max(0.0, start - solver_steps * 13 / 25))))
+            if left < stay:
+                break
+            left, start = left - stay, min(last, start + stride)
+    return range(start, start + size)
+
+
+def compressed(schedule: Schedule, start: int, share: float) -> Schedule:
+    """Return a flow's schedule with fewer steps from step `start` on: `ceil(share (S - start))` in their place.
+
+    The levels kept are evenly spaced in the numbers of the steps, between two of them by interpolation.
+
+    Raises:
+        KernelError: a diffusion model, which is asked at whole timesteps only.
+
+    Source: MixGRPO-Flash (arXiv 2507.21802), share .4.
+    """
+    if schedule.prediction != "velocity":
+        raise KernelError("Only a flow's schedule can be compressed", do="Set sampler.steps_after_window to null")
+    size = len(schedule)
+    count = max(1, math.ceil(round(share * (size - start), 9)))
+    places = torch.linspace(start, size, count + 1, dtype=torch.float64)
+    times = torch.cat([schedule.timestep.double(), torch.zeros(1, dtype=torch.float64)])
+
+    def between(values: Tensor) -> Tensor:
+        low = places.floor().long().clamp(max=size - 1)
+        return values[low] + (places - low) * (values[low + 1] - values[low])
+
+    sigma = torch.cat([schedule.sigma[:start], between(schedule.sigma)])
+    timestep = torch.cat([times[:start], between(times)[:-1]])
+    return flow_schedule(sigma, timestep)
 
 
 def flow_match_schedule(

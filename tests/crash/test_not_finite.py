@@ -47,9 +47,7 @@ class Injected(DanceGRPO):
 
     def open_run(self):
         run = self.run = super().open_run()
-        predict, score, replay, clip, update = (
-            self.policy.family.predict, self.rewards.joined, loop.replay, loop.grpo_clip, run.update,
-        )  # fmt: skip
+        predict, score, replay, update = self.policy.family.predict, self.rewards.joined, loop.replay, run.update
 
         def predicted(x, timestep, conditioning):
             out = predict(x, timestep, conditioning)
@@ -71,10 +69,6 @@ class Injected(DanceGRPO):
                 return dataclasses.replace(found, logp=logp)
             return found
 
-        def clipped(*arguments, **options):
-            found = clip(*arguments, **options)
-            return dataclasses.replace(found, loss=found.loss * self.value) if self.armed("loss") else found
-
         def updated(**options):
             norm = update(**options)
             self.updates += 1
@@ -82,10 +76,14 @@ class Injected(DanceGRPO):
             return norm
 
         self.policy.family.predict, self.rewards.joined, run.update = predicted, scored, updated
-        loop.replay, loop.grpo_clip = replayed, clipped
+        loop.replay = replayed
         first = next(iter(self.policy.trainable().values()))
         first.register_hook(lambda g: g * self.value if self.armed("gradient") else g)
         return run
+
+    def terms(self, tile, rollout, run, *, first):
+        found = super().terms(tile, rollout, run, first=first)
+        return dataclasses.replace(found, loss=found.loss * self.value) if self.armed("loss") else found
 
     def train(self):
         self.prompts = _Watched(self.prompts, self)
@@ -142,9 +140,9 @@ def require_stopped(found, words, out, update=0):
 
 @pytest.fixture(autouse=True)
 def loop_as_it_was():
-    kept = loop.replay, loop.grpo_clip
+    kept = loop.replay
     yield
-    loop.replay, loop.grpo_clip = kept
+    loop.replay = kept
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])

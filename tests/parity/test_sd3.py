@@ -11,6 +11,7 @@ import torch
 import tiny
 from align import guards
 from align.config import LoraConfig, ModelConfig
+from align.diffusion.families import Size
 from align.diffusion.kernels import step_table
 from align.diffusion.policy import Policy, load_family
 from align.diffusion.rollout import decode, initial_noise, replay, sample, solve, tiles
@@ -26,12 +27,12 @@ def folder(tmp_path_factory):
 
 
 def load(folder, **options):
-    guidance = {k: options.pop(k) for k in ("guidance", "guidance_scale") if k in options}
+    guidance = {k: options.pop(k) for k in ("guidance", "guidance_scale", "size") if k in options}
     return Policy.load(folder, ModelConfig(path=str(folder), **options), seed=0, **guidance)
 
 
 def table_for(policy, kind="dance_sde", eta=0.3, steps=6, shift=None):
-    return step_table(kind, eta, policy.family.schedule(steps, shift, policy.family.latent_shape(None, None)))
+    return step_table(kind, eta, policy.family.schedule(steps, shift, policy.latent_shape))
 
 
 def roll(policy, table, batch=None, **options):
@@ -40,7 +41,6 @@ def roll(policy, table, batch=None, **options):
         PROMPTS,
         group_size=3,
         table=table,
-        latent_shape=policy.family.latent_shape(None, None),
         key=(0, 1),
         batch=batch,
         **options,
@@ -58,12 +58,12 @@ def errors(policy, rollout, size, reduction="mean"):
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_ode_rollout_equals_the_pipeline(folder, scale):
     policy = load(folder).with_guidance(scale)
-    shape, prompts = policy.family.latent_shape(None, None), ["a red cat", "two dogs", "bold seven"]
+    shape, prompts = policy.latent_shape, ["a red cat", "two dogs", "bold seven"]
     noise = initial_noise(shape, range(3), 1, "none", 5)
     theirs = policy.family.pipeline(
         prompts, num_inference_steps=7, guidance_scale=scale, latents=noise, output_type="pt"
     ).images
-    x0, _, _ = solve(policy, noise, prompts, table_for(policy, "ode", 0.0, steps=7))
+    x0 = solve(policy, noise, prompts, table_for(policy, "ode", 0.0, steps=7)).x0
     torch.testing.assert_close(decode(policy, x0), theirs, atol=1e-5, rtol=0)
     assert theirs.std() > 0.05
 
@@ -247,7 +247,7 @@ def test_prompts_are_encoded_once(folder):
     policy = load(folder)
     calls = []
     encode = policy.family.encode
-    policy.family.encode = lambda prompts: calls.append(list(prompts)) or encode(prompts)
+    policy.family.encode = lambda prompts, size: calls.append(list(prompts)) or encode(prompts, size)
     roll(policy, table_for(policy))
     roll(policy, table_for(policy))
     assert calls == [PROMPTS]
@@ -270,4 +270,4 @@ def test_bad_folders_are_named(folder, tmp_path):
     with pytest.raises(ModelError, match="matches no linear layer"):
         load(folder, lora=LoraConfig(targets=("attn.to_qq",)))
     with pytest.raises(ModelError, match="multiples of 4"):
-        load(folder).family.latent_shape(18, 16)
+        load(folder, size=Size(18, 16))

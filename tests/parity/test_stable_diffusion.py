@@ -8,6 +8,7 @@ import torch
 import tiny
 from align import guards
 from align.config import ModelConfig
+from align.diffusion.families import Size
 from align.diffusion.kernels import step_table
 from align.diffusion.policy import Policy
 from align.diffusion.rollout import (
@@ -34,12 +35,12 @@ def load(folder, train="lora", **guidance):
 
 
 def table_for(policy, kind="ddim", eta=1.0, steps=5):
-    return step_table(kind, eta, policy.family.schedule(steps, None, policy.family.latent_shape(None, None)))
+    return step_table(kind, eta, policy.family.schedule(steps, None, policy.latent_shape))
 
 
 def roll(policy, table, **options):
-    shape = policy.family.latent_shape(None, None)
-    return sample(policy, PROMPTS, group_size=3, table=table, latent_shape=shape, key=(0, 1), **options)
+    shape = policy.latent_shape
+    return sample(policy, PROMPTS, group_size=3, table=table, key=(0, 1), **options)
 
 
 def all_tiles(rollout, size):
@@ -58,10 +59,10 @@ def test_ode_rollout_equals_the_pipeline_under_ddim(folder, scale):
     from diffusers import DDIMScheduler
 
     policy = load(folder).with_guidance(scale)
-    pipeline, shape = policy.family.pipeline, policy.family.latent_shape(None, None)
+    pipeline, shape = policy.family.pipeline, policy.latent_shape
     prompts = ["a red cat", "two dogs", "bold seven"]
     noise = initial_noise(shape, range(3), 1, "none", 5)
-    x0, _, _ = solve(policy, noise, prompts, table_for(policy, "ode", 0.0, steps=10))
+    x0 = solve(policy, noise, prompts, table_for(policy, "ode", 0.0, steps=10)).x0
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     theirs = pipeline(
         prompts, num_inference_steps=10, guidance_scale=scale, latents=noise, output_type="pt", eta=0.0
@@ -88,7 +89,7 @@ def test_t17_detaching_the_unconditional_branch_keeps_the_value_and_drops_its_gr
         policy = load(folder, guidance=mode, guidance_scale=3.0)
         torch.manual_seed(1)
         perturb(policy)
-        x = torch.randn(2, *policy.family.latent_shape(None, None), generator=torch.Generator().manual_seed(0))
+        x = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
         output = policy.velocity(x, torch.tensor([500.0, 300.0]), PROMPTS)
         output.square().sum().backward()
         return output.detach(), torch.cat([p.grad.flatten() for p in policy.trainable().values()])
@@ -101,7 +102,7 @@ def test_t17_detaching_the_unconditional_branch_keeps_the_value_and_drops_its_gr
     policy = load(folder, guidance_scale=1.0)
     torch.manual_seed(1)
     perturb(policy)
-    x = torch.randn(2, *policy.family.latent_shape(None, None), generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([500.0, 300.0])
     cond = policy.velocity(x, t, PROMPTS)
     with torch.no_grad():
@@ -149,5 +150,5 @@ def test_flow_kernels_shifts_and_bad_sizes_are_refused(folder):
     with pytest.raises(ModelError, match="no time shift"):
         policy.family.schedule(5, 3.0, (4, 8, 8))
     with pytest.raises(ModelError, match="multiples of 2"):
-        policy.family.latent_shape(15, 16)
-    assert policy.family.latent_shape(32, None) == (4, 16, 8)
+        policy.family.latent_shape(Size(15, 16))
+    assert policy.family.latent_shape(Size(32)) == (4, 16, 8)

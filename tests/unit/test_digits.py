@@ -11,6 +11,7 @@ import torch
 from align.diffusion import digits_data
 from align.diffusion.digits import TOKENS, build_digits
 from align.diffusion.digits_data import build_once, digit_prompts, load_split, parse_prompt, prompt_for
+from align.diffusion.families import Size
 from align.diffusion.policy import load_family
 from align.errors import ConfigError, DataError
 
@@ -56,7 +57,7 @@ def test_it_is_an_ordinary_sd3_folder(folder):
 def test_every_prompt_is_told_apart_and_word_by_word(folder):
     family = load_family(folder)
     assert family.pipeline.tokenizer("a bold handwritten seven").input_ids.__len__() == TOKENS
-    encoded = family.encode(digit_prompts())
+    encoded = family.encode(digit_prompts(), Size())
     assert encoded["encoder_hidden_states"].shape[1] == 2 * TOKENS
     for name in ("encoder_hidden_states", "pooled_projections"):
         rows = encoded[name].flatten(1)

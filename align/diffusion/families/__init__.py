@@ -7,19 +7,32 @@ pipeline class in `FAMILIES`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from align.errors import ModelError
 from align.registry import Registry
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import AutoencoderKL, DiffusionPipeline
     from torch import Tensor, nn
 
     from align.diffusion.schedules import Schedule
+    from align.types import Prompt
 
 Conditioning = dict[str, "Tensor"]
 """What the denoiser is conditioned on, by name, batch first."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What to make: pixels a side, frames, and frames a second. None is the family's own; images have no frames."""
+
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    fps: float | None = None
 
 
 class Family(Protocol):
@@ -30,6 +43,16 @@ class Family(Protocol):
     """Name of the denoiser among the pipeline's components."""
     lora_targets: tuple[str, ...]
     pipeline: DiffusionPipeline
+    unconditional: str
+    """The text of the branch without a prompt, as the pipeline has it."""
+    takes_image: bool
+    """Whether every prompt comes with a first frame."""
+    fps: float | None
+    """Frames a second of what it makes; None makes images."""
+
+    @property
+    def embedded_guidance(self) -> float | None:
+        """The pipeline's own value of the guidance scale that the denoiser is told; None where it is told none."""
 
     @property
     def denoiser(self) -> nn.Module:
@@ -39,17 +62,27 @@ class Family(Protocol):
     def idle_layers(self) -> frozenset[str]:
         """Layers whose output reaches nothing, and which an adapter would never move."""
 
-    def encode(self, prompts: list[str]) -> Conditioning:
-        """Encode B prompts with the pipeline's own text encoders."""
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """Names of the components that `encode` runs, for them to be elsewhere meanwhile."""
 
-    def latent_shape(self, height: int | None, width: int | None) -> tuple[int, ...]:
-        """Return the shape of one latent, the pipeline's default size where None."""
+    def encode(self, prompts: list[Prompt], size: Size) -> Conditioning:
+        """Encode B prompts with the pipeline's own encoders: their text, and their first frame at `size`."""
+
+    def latent_shape(self, size: Size) -> tuple[int, ...]:
+        """Return the shape of one latent, `[C, H, W]` or `[C, F, H, W]`."""
 
     def schedule(self, solver_steps: int, shift: float | None, latent_shape: tuple[int, ...]) -> Schedule:
         """Return the levels and timesteps of S solver steps."""
 
     def predict(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        """Return what the schedule says the model predicts, at latents `x` `[B, ...]` and timesteps `[B]`."""
+        """Return what the schedule says the model predicts, at latents `x` `[B, ...]` and timesteps `[B]`.
+
+        `conditioning` is of `encode`; with `embedded_guidance`, it holds "guidance" `[B]` too.
+        """
+
+    def guide(self, uncond: Tensor, cond: Tensor, scale: float) -> Tensor:
+        """Put the two branches of classifier-free guidance together, as the pipeline does."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return pixels in [0, 1], `[B, C, H, W]` or `[B, F, C, H, W]`."""
@@ -66,15 +99,36 @@ FAMILIES: Registry[type[Family]] = Registry(
 """Diffusers pipeline class name, as in `model_index.json`, to the family that runs it."""
 
 
-def image_latent_shape(
-    channels: int, size: tuple[int | None, int | None], *, default: int, factor: int, patch: int
-) -> tuple[int, int, int]:
+def device_of(module: nn.Module) -> torch.device:
+    """Return where a module's weights are."""
+    return next(module.parameters()).device
+
+
+class TextToImage:
+    """What most families of images from text have in common: no first frame, no frames, plain guidance."""
+
+    unconditional = ""
+    takes_image = False
+    fps: float | None = None
+    embedded_guidance: float | None = None
+    idle_layers: frozenset[str] = frozenset()
+    encoders: tuple[str, ...] = ("text_encoder",)
+
+    @staticmethod
+    def guide(uncond: Tensor, cond: Tensor, scale: float) -> Tensor:
+        """Return `uncond + scale (cond - uncond)`."""
+        return uncond + scale * (cond - uncond)
+
+
+def image_latent_shape(channels: int, size: Size, *, default: int, factor: int, patch: int) -> tuple[int, int, int]:
     """Return `(C, H / factor, W / factor)`; a side that is None is `default` latents long.
 
     Raises:
-        ModelError: a side that is no multiple of `factor * patch`.
+        ModelError: a side that is no multiple of `factor * patch`, or frames.
     """
-    height, width = (side or default * factor for side in size)
+    if size.frames is not None:
+        raise ModelError("This model makes images", why=f"sampler.frames is {size.frames}", do="Set it to null")
+    height, width = (side or default * factor for side in (size.height, size.width))
     multiple = factor * patch
     if height % multiple or width % multiple:
         nearest = "x".join(str(max(1, round(side / multiple)) * multiple) for side in (height, width))

@@ -7,14 +7,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from align.diffusion.families import Conditioning, image_latent_shape, to_pixels
+from align.diffusion.families import (
+    Conditioning,
+    Size,
+    TextToImage,
+    device_of,
+    image_latent_shape,
+    to_pixels,
+)
 from align.diffusion.schedules import Schedule, flow_match_schedule
 
 if TYPE_CHECKING:
     from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 
-class SD3:
+class SD3(TextToImage):
     """Adapter of `diffusers.StableDiffusion3Pipeline`."""
 
     name = "sd3"
@@ -25,6 +32,7 @@ class SD3:
         "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0",
         "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
     )  # fmt: skip
+    encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
     def __init__(self, pipeline: StableDiffusion3Pipeline) -> None:
         self.pipeline = pipeline
@@ -40,19 +48,19 @@ class SD3:
         return frozenset({f"transformer_blocks.{len(self.denoiser.transformer_blocks) - 1}.attn.add_q_proj"})
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> Conditioning:
+    def encode(self, prompts: list[str], size: Size) -> Conditioning:
         """Encode B prompts with both CLIP towers and T5 (zeros where the folder has none).
 
         T5 reads the pipeline's 256 tokens, or what its tokenizer was made for if that is less.
         """
         t5 = self.pipeline.tokenizer_3
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
-            prompts, None, None, device=self.pipeline._execution_device, do_classifier_free_guidance=False,
+            prompts, None, None, device=device_of(self.denoiser), do_classifier_free_guidance=False,
             max_sequence_length=256 if t5 is None else min(256, t5.model_max_length),
         )  # fmt: skip
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
-    def latent_shape(self, height: int | None, width: int | None) -> tuple[int, ...]:
+    def latent_shape(self, size: Size) -> tuple[int, ...]:
         """Return `(C, H / f, W / f)` with f the VAE's factor.
 
         Raises:
@@ -60,7 +68,7 @@ class SD3:
         """
         pipe = self.pipeline
         return image_latent_shape(
-            self.denoiser.config.in_channels, (height, width), default=pipe.default_sample_size,
+            self.denoiser.config.in_channels, size, default=pipe.default_sample_size,
             factor=pipe.vae_scale_factor, patch=pipe.patch_size,
         )  # fmt: skip
 

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from align.diffusion.families import Conditioning, image_latent_shape, to_pixels
+from align.diffusion.families import (
+    Conditioning,
+    Size,
+    TextToImage,
+    device_of,
+    image_latent_shape,
+    to_pixels,
+)
 from align.diffusion.schedules import Schedule, ddim_schedule
 from align.errors import ModelError
 
@@ -19,7 +26,7 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 
-class StableDiffusion:
+class StableDiffusion(TextToImage):
     """Adapter of `diffusers.StableDiffusionPipeline`."""
 
     name = "stable_diffusion"
@@ -29,7 +36,6 @@ class StableDiffusion:
         "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0",
         "ff.net.0.proj", "ff.net.2",
     )  # fmt: skip
-    idle_layers: frozenset[str] = frozenset()
 
     def __init__(self, pipeline: StableDiffusionPipeline) -> None:
         self.pipeline = pipeline
@@ -40,14 +46,14 @@ class StableDiffusion:
         return self.pipeline.unet
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> Conditioning:
+    def encode(self, prompts: list[str], size: Size) -> Conditioning:
         """Encode B prompts with the CLIP text encoder."""
         embeds, _ = self.pipeline.encode_prompt(
-            prompts, device=self.pipeline._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            prompts, device=device_of(self.denoiser), num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         return {"encoder_hidden_states": embeds}
 
-    def latent_shape(self, height: int | None, width: int | None) -> tuple[int, ...]:
+    def latent_shape(self, size: Size) -> tuple[int, ...]:
         """Return `(C, H / f, W / f)` with f the VAE's factor.
 
         Raises:
@@ -55,7 +61,7 @@ class StableDiffusion:
         """
         config = self.denoiser.config
         return image_latent_shape(
-            config.in_channels, (height, width), default=config.sample_size, factor=self.pipeline.vae_scale_factor,
+            config.in_channels, size, default=config.sample_size, factor=self.pipeline.vae_scale_factor,
             patch=1,
         )  # fmt: skip
 
