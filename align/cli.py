@@ -551,7 +551,15 @@ def _visual_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("cost", cost + (f" + {ledger['free_forwards']:g}" if ledger["free_forwards"] else "")),
         ("trains", f"{ledger['trained_steps']} of {ledger['solver_steps']} solver steps"),
         ("clip", clip),
+        *_memory_row(found["memory_gb"]),
     ]  # fmt: skip
+
+
+def _memory_row(memory: dict[int, float]) -> list[tuple[str, str]]:
+    if not memory:
+        return []
+    one, eight = (f"{memory[n]:.3g} GB" for n in (1, 8))
+    return [("memory", f"{one} of weights and optimizer; {eight} on each of 8 under zero2; activations on top")]
 
 
 # --- arguments --------------------------------------------------------------------------------------
