@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
@@ -10,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from align.errors import AlignError, ConfigError
+from align.published import BUILTIN, PUBLISHED, is_builtin, is_hub_name, latent_dim, training_memory
 from align.registry import suggest
 
 if TYPE_CHECKING:
     from align.config import DanceGRPOConfig, VisualConfig
     from align.forward_config import ForwardConfig
 
-BUILTIN = {"digits": 4 * 8 * 8}  # models and prompts that go by a name instead of a path, with their latent size
 Level = Literal["error", "warning", "note"]
 
 
@@ -300,7 +299,7 @@ def _training(config: VisualConfig) -> list[Finding]:
             "note", "reference_copy", "kl_weight on full fine-tuning keeps a frozen copy of the denoiser in memory", "",
             "objective.kl_weight",
         ))  # fmt: skip
-    if config.prompts_per_step < 16 and not _builtin(config.model.path):
+    if config.prompts_per_step < 16 and not is_builtin(config.model.path):
         found.append(Finding(
             "warning", "few_prompts", f"{config.prompts_per_step} prompts a step make noisy updates of a large model",
             "Use 32 prompts or more; 16 is the least that worked", "prompts_per_step",
@@ -412,10 +411,6 @@ def _evaluation(config: VisualConfig) -> list[Finding]:
     return found
 
 
-def _builtin(model: str) -> bool:
-    return model.partition("/")[0] in BUILTIN
-
-
 def _reward_names(config: VisualConfig, known: Collection[str]) -> list[Finding]:
     listed = [
         (f"{part}.{i}.name", r.name)
@@ -448,7 +443,9 @@ def _files(config: VisualConfig) -> list[Finding]:
                 "Remove them, unless their images or metadata differ", key,
             ))  # fmt: skip
     model = config.model.path
-    if not _builtin(model) and not (Path(model) / "model_index.json").is_file():
+    if is_hub_name(model):
+        found += _hub_model(model)
+    elif not is_builtin(model) and not (Path(model) / "model_index.json").is_file():
         found.append(Finding(
             "error", "model", f"{model!r} is no diffusers pipeline folder: it has no model_index.json",
             "Give a folder written by save_pretrained, or 'digits' for the embedded model", "model.path",
@@ -456,28 +453,17 @@ def _files(config: VisualConfig) -> list[Finding]:
     return found
 
 
-def latent_dim(config: VisualConfig) -> int | None:
-    """Return the latent elements of one image, or None where the pipeline folder does not tell.
+def _hub_model(name: str) -> list[Finding]:
+    """Say of a model on the hub that it is not here yet."""
+    from huggingface_hub import try_to_load_from_cache
 
-    `latent_channels * (height / f) * (width / f)` with f the downsampling of the folder's AutoencoderKL.
-    """
-    if _builtin(config.model.path):
-        return BUILTIN[config.model.path.partition("/")[0]]
-    parts: dict[str, dict[str, Any]] = {}
-    for name in ("vae", "transformer", "unet"):
-        file = Path(config.model.path) / name / "config.json"
-        if file.is_file():
-            try:
-                parts[name] = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError:
-                return None
-    vae, denoiser = parts.get("vae", {}), parts.get("transformer") or parts.get("unet") or {}
-    if vae.get("_class_name") != "AutoencoderKL":
-        return None
-    factor, native = 2 ** (len(vae.get("block_out_channels", [0])) - 1), denoiser.get("sample_size")
-    sides = [native if pixels is None else pixels // factor for pixels in (config.sampler.height, config.sampler.width)]
-    sizes = [n for n in (vae.get("latent_channels"), *sides) if isinstance(n, int)]
-    return math.prod(sizes) if len(sizes) == 3 else None
+    if isinstance(try_to_load_from_cache(name, "model_index.json"), str):
+        return []
+    doubt = "" if name in PUBLISHED else "; it is none of the published models known here"
+    return [Finding(
+        "warning", "model_absent", f"There is no folder {name!r}, so a run fetches it from the hub{doubt}",
+        "Fetch it where there is a network, or give a folder written by save_pretrained", "model.path",
+    )]  # fmt: skip
 
 
 def describe_config(config: Any, findings: list[Finding]) -> dict[str, Any]:
@@ -496,6 +482,7 @@ def describe_config(config: Any, findings: list[Finding]) -> dict[str, Any]:
         "steps": config.steps,
         "ledger": feq_ledger(config),
         "latent_dim": dim,
+        "memory_gb": {n: round(held / 1e9, 1) for n in (1, 8) if (held := training_memory(config, n)) is not None},
         **_clip(config, dim),
         "findings": [asdict(finding) for finding in findings],
         "valid": all(finding.level != "error" for finding in findings),

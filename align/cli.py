@@ -576,6 +576,7 @@ def _visual_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("updates", f"{ledger['updates_per_step']} of each rollout"),
         ("cost", cost + (f" + {ledger['free_forwards']:g}" if ledger["free_forwards"] else "")),
         ("trains", f"{ledger['trained_steps']} {what}"),
+        *_memory_row(found["memory_gb"]),
     ]  # fmt: skip
     if reverse:
         unit = "per latent dimension" if found["logprob_reduction"] == "mean" else "in all"
@@ -583,6 +584,13 @@ def _visual_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         whole = "" if nats is None else f"; {nats:.3g} nats over {found['latent_dim']} dimensions"
         rows.append(("clip", f"{found['clip_range']:g} nats {unit}{whole}"))
     return rows
+
+
+def _memory_row(memory: dict[int, float]) -> list[tuple[str, str]]:
+    if not memory:
+        return []
+    one, eight = (f"{memory[n]:.3g} GB" for n in (1, 8))
+    return [("memory", f"{one} of weights and optimizer; {eight} on each of 8 under zero2; activations on top")]
 
 
 # --- arguments --------------------------------------------------------------------------------------

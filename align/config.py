@@ -71,7 +71,10 @@ class LoraConfig(Section):
 class ModelConfig(Section):
     """The model to align and which of its weights move."""
 
-    path: str = Field(min_length=1, description="A diffusers pipeline folder, or `digits` for the embedded model.")
+    path: str = Field(
+        min_length=1,
+        description="A diffusers pipeline folder, `owner/name` of one on the hub, or `digits` for the embedded model.",
+    )
     family: str | None = Field(
         default=None,
         description="Pipeline class that overrides model_index.json, such as StableDiffusion3Pipeline; null reads it.",

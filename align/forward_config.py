@@ -53,6 +53,7 @@ class ForwardConfig(VisualConfig):
         default=1, ge=1, description="Optimizer updates of a rollout, on disjoint parts of it."
     )
     sampler: SamplerConfig = Field(
-        default=SamplerConfig(kernel="ode", eta=0.0, solver_steps=10, initial_noise="none"), description="The rollout sampler."
+        default=SamplerConfig(kernel="ode", eta=0.0, solver_steps=10, initial_noise="none"),
+        description="The rollout sampler.",
     )
     objective: ForwardObjectiveConfig = Field(default=ForwardObjectiveConfig(), description="The objective.")

@@ -119,6 +119,24 @@ def download_folder(repo: str, revision: str | None = None) -> Path:
     return folder
 
 
+def download_pipeline(repo: str) -> Path:
+    """Return the folder of a diffusers pipeline on the hub: its parts in safetensors, no code, nothing pickled.
+
+    Raises:
+        ModelError: the hub cannot be reached, or has no such pipeline.
+    """
+    from diffusers import DiffusionPipeline
+
+    try:
+        return Path(DiffusionPipeline.download(repo, use_safetensors=True))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(
+            "There is no such folder, and the hub has no pipeline of that name to be fetched", where=repo,
+            why=(str(error).strip().splitlines() or [type(error).__name__])[0],
+            do="Give the path of a folder, or download the repository where there is a network",
+        ) from error  # fmt: skip
+
+
 def require_file(path: Path, weights: Weights) -> None:
     """Refuse a file that is not the published one.
 

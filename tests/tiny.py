@@ -22,8 +22,11 @@ def clip_tokenizer(folder: Path, length: int = 8):
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=length)
 
 
-def sd3(folder: Path, *, seed: int = 0, layers: int = 2) -> Path:
-    """Save a StableDiffusion3Pipeline of about 40 k weights that makes 8x8 latents and 16x16 images."""
+def sd3(folder: Path, *, seed: int = 0, layers: int = 2, shifted: bool = False, **transformer: object) -> Path:
+    """Save a StableDiffusion3Pipeline of about 40 k weights that makes 8x8 latents and 16x16 images.
+
+    `shifted` has the schedule move with resolution; `transformer` is more of the transformer's configuration.
+    """
     from diffusers import (
         AutoencoderKL,
         FlowMatchEulerDiscreteScheduler,
@@ -43,9 +46,9 @@ def sd3(folder: Path, *, seed: int = 0, layers: int = 2) -> Path:
         transformer=SD3Transformer2DModel(
             sample_size=8, patch_size=2, in_channels=4, num_layers=layers, attention_head_dim=8, num_attention_heads=2,
             joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32, out_channels=4,
-            pos_embed_max_size=8,
+            pos_embed_max_size=8, **transformer,
         ),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=shifted),
         vae=AutoencoderKL(
             in_channels=3, out_channels=3, block_out_channels=(8, 8), layers_per_block=1, latent_channels=4,
             norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
@@ -55,13 +58,17 @@ def sd3(folder: Path, *, seed: int = 0, layers: int = 2) -> Path:
         text_encoder_2=CLIPTextModelWithProjection(text), tokenizer_2=tokenizer,
         text_encoder_3=None, tokenizer_3=None,
     )  # fmt: skip
-    # Zero-initialised output layers would make every velocity 0 and hide mistakes.
-    with torch.no_grad():
-        for parameter in pipeline.transformer.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.05)
+    wake(pipeline.transformer)
     pipeline.save_pretrained(folder)
     return folder
+
+
+def wake(module: torch.nn.Module) -> None:
+    """Make zero-initialised weights random: zero output layers make every velocity 0 and hide mistakes."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.05)
 
 
 def stable_diffusion(folder: Path, *, seed: int = 0, prediction: str = "epsilon") -> Path:

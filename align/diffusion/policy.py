@@ -7,6 +7,7 @@ import copy
 import json
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 from align.config import LoraConfig, ModelConfig
 from align.diffusion.families import FAMILIES, Conditioning, Family, Size, device_of
 from align.errors import ModelError
+from align.published import is_hub_name
 from align.registry import suggest
 from align.seeding import seed as derive_seed
 from align.types import ImagePrompt, Prompt
+from align.weights import download_pipeline
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -43,16 +46,12 @@ def store_frozen(family: Family) -> None:
                     parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def load_family(
-    path: str | Path, family: str | None = None, device: str | torch.device | None = None, *, offload: bool = True
-) -> Family:
-    """Load a diffusers pipeline folder in float32, frozen, in eval mode, its denoiser on `device`.
+def load_family(path: str | Path, family: str | None = None) -> Family:
+    """Load a diffusers pipeline folder in float32, frozen, in eval mode, on the CPU.
 
     Args:
-        offload: leave encoders and VAE on the CPU, where they are fetched from when they are used; see `present`.
         path: the folder, holding `model_index.json`.
         family: a pipeline class name that overrides the one in `model_index.json`.
-        device: CUDA where there is one, else the CPU, when None.
 
     Raises:
         ModelError: not a pipeline folder, a pipeline of no known family, or a component that cannot be loaded.
@@ -76,13 +75,21 @@ def load_family(
     import diffusers
 
     # A component saved as absent (SD3 without T5) has to be passed as absent to be loaded so.
-    absent = {part: None for part, home in listed.items() if isinstance(home, list) and home[0] is None}
+    parts = {part: home for part, home in listed.items() if isinstance(home, list)}
+    absent = {part: None for part, home in parts.items() if home[0] is None}
+    lost = [part for part in parts if part not in absent and not (folder / part).is_dir()]
+    if lost:
+        raise ModelError(
+            f"The {name} folder cannot be loaded", where=str(folder),
+            why=f"its model_index.json lists {lost[0]}, and there is no such folder in it",
+            do="Download the whole pipeline, or save it again with save_pretrained",
+        )  # fmt: skip
     try:
         with quiet_loading():
             pipeline: DiffusionPipeline = getattr(diffusers, name).from_pretrained(
                 folder, dtype=torch.float32, **absent
             )
-    except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, KeyError, AttributeError) as error:
         raise ModelError(
             f"The {name} folder cannot be loaded", where=str(folder), why=str(error).splitlines()[0]
         ) from error
@@ -90,10 +97,7 @@ def load_family(
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False).eval()
-    found = FAMILIES.get(name)(pipeline)
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    (found.denoiser if offload else pipeline).to(where)
-    return found
+    return FAMILIES.get(name)(pipeline)
 
 
 @contextlib.contextmanager
@@ -112,6 +116,11 @@ def quiet_loading() -> Iterator[None]:
             log.enable_progress_bar()
 
 
+def _ends(name: str, ending: str) -> bool:
+    """Whether a layer's name ends in `ending`, in which `*` stands for anything."""
+    return fnmatchcase(f".{name}", f"*.{ending}")
+
+
 def add_lora(family: Family, lora: LoraConfig, run_seed: int) -> None:
     """Add a LoRA adapter to the denoiser: `W + (alpha / rank) B A`, with B = 0, so it starts as the base model.
 
@@ -122,8 +131,8 @@ def add_lora(family: Family, lora: LoraConfig, run_seed: int) -> None:
 
     names = [name for name, module in family.denoiser.named_modules() if isinstance(module, nn.Linear)]
     endings = lora.targets or family.lora_targets
-    targets = [n for n in names if any(f".{n}".endswith(f".{e}") for e in endings) and n not in family.idle_layers]
-    missing = [e for e in lora.targets or () if not any(f".{n}".endswith(f".{e}") for n in targets)]
+    targets = [n for n in names if any(_ends(n, e) for e in endings) and n not in family.idle_layers]
+    missing = [e for e in lora.targets or () if not any(_ends(n, e) for n in targets)]
     if missing or not targets:
         raise ModelError(
             "A LoRA target matches no linear layer",
@@ -238,8 +247,12 @@ class Policy:
 
     @classmethod
     def load(cls, path: str | Path, model: ModelConfig, *, seed: int, **options: Any) -> Policy:
-        """Load the pipeline at `path` and make its weights trainable as `model` says; `options` are the policy's."""
-        family = load_family(path, model.family, offload=model.offload)
+        """Load the pipeline at `path` and make its weights trainable as `model` says; `options` are the policy's.
+
+        Weights that do not train are made small before they go to the accelerator. With `model.offload`, encoders and
+        VAE stay on the CPU, where they are fetched from when they are used; see `present`.
+        """
+        family = load_family(path, model.family)
         if model.train == "lora":
             add_lora(family, model.lora, seed)
         else:
@@ -248,6 +261,8 @@ class Policy:
             family.denoiser.enable_gradient_checkpointing()
         if model.dtype == "bf16":
             store_frozen(family)
+        where = "cuda" if torch.cuda.is_available() else "cpu"
+        (family.denoiser if model.offload else family.pipeline).to(where)
         return cls(family, dtype=model.dtype, **options)
 
     def with_guidance(self, guidance_scale: float) -> Policy:
@@ -341,9 +356,13 @@ class Policy:
 
 
 def resolve_model(path: str) -> Path:
-    """Return the folder of a model: `digits` and `digits/<recipe>` are built and cached on first use."""
+    """Return the folder of a model: `digits` and `digits/<recipe>` are built, `owner/name` fetched, on first use.
+
+    Raises:
+        ModelError: no folder, and no pipeline on the hub, of that name.
+    """
     if path == "digits" or path.startswith("digits/"):
         from align.diffusion.digits import build_digits
 
         return build_digits(recipe=path.partition("/")[2] or "default")
-    return Path(path)
+    return download_pipeline(path) if is_hub_name(path) else Path(path)

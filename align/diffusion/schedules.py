@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -155,18 +156,20 @@ def flow_match_schedule(
     *,
     shift: float | None = None,
     mu: float | None = None,
+    sigmas: Sequence[float] | None = None,
 ) -> Schedule:
     """Return the schedule of S solver steps as a diffusers flow-matching pipeline would use it.
 
-    With `shift` None the pipeline's own scheduler decides (`mu` for resolution-dependent shifting), so
-    that the `ode` kernel visits exactly the levels of a plain pipeline call. With a number, the levels
+    With `shift` None the pipeline's own scheduler decides (`mu` for resolution-dependent shifting, `sigmas` where
+    the pipeline starts from levels of its own), so that the `ode` kernel visits exactly the levels of a plain
+    pipeline call. With a number, the levels
     are `shifted_sigmas`, which is what DanceGRPO trains on. The timestep stays the float the pipeline
     passes: `sigma * num_train_timesteps`, never truncated.
     """
     if shift is not None:
-        sigmas = shifted_sigmas(solver_steps, shift).to(torch.float32)
-        return flow_schedule(sigmas, sigmas[:-1] * scheduler.config.num_train_timesteps)
-    extra = {} if mu is None else {"mu": mu}
+        levels = shifted_sigmas(solver_steps, shift).to(torch.float32)
+        return flow_schedule(levels, levels[:-1] * scheduler.config.num_train_timesteps)
+    extra = {name: value for name, value in (("mu", mu), ("sigmas", sigmas)) if value is not None}
     scheduler.set_timesteps(solver_steps, device="cpu", **extra)
     return flow_schedule(scheduler.sigmas, scheduler.timesteps)
 

@@ -15,7 +15,7 @@ from align.registry import Registry
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import AutoencoderKL, DiffusionPipeline
+    from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
     from torch import Tensor, nn
 
     from align.diffusion.schedules import Schedule
@@ -92,8 +92,11 @@ FAMILIES: Registry[type[Family]] = Registry(
     "model family",
     group="align.families",
     entries={
+        "FluxPipeline": "align.diffusion.families.flux:Flux",
+        "QwenImagePipeline": "align.diffusion.families.qwen_image:QwenImage",
         "StableDiffusion3Pipeline": "align.diffusion.families.sd3:SD3",
         "StableDiffusionPipeline": "align.diffusion.families.stable_diffusion:StableDiffusion",
+        "StableDiffusionXLPipeline": "align.diffusion.families.sdxl:StableDiffusionXL",
     },
 )
 """Diffusers pipeline class name, as in `model_index.json`, to the family that runs it."""
@@ -138,6 +141,14 @@ def image_latent_shape(channels: int, size: Size, *, default: int, factor: int, 
             do=f"Try {nearest}",
         )
     return (channels, height // factor, width // factor)
+
+
+def resolution_mu(scheduler: FlowMatchEulerDiscreteScheduler, tokens: int) -> float:
+    """Return the mu of a schedule that shifts with resolution: linear in the number of image tokens."""
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+    return calculate_shift(tokens, *(scheduler.config.get(name, value) for name, value in defaults.items()))
 
 
 def to_pixels(vae: AutoencoderKL, latents: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from align.diffusion.families import (
     TextToImage,
     device_of,
     image_latent_shape,
+    resolution_mu,
     to_pixels,
 )
 from align.diffusion.schedules import Schedule, flow_match_schedule
@@ -76,11 +77,8 @@ class SD3(TextToImage):
         """Return the pipeline's schedule, or DanceGRPO's at an explicit shift."""
         scheduler, mu = self.pipeline.scheduler, None
         if shift is None and scheduler.config.get("use_dynamic_shifting"):
-            from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
-
             tokens = (latent_shape[1] // self.pipeline.patch_size) * (latent_shape[2] // self.pipeline.patch_size)
-            names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-            mu = calculate_shift(tokens, **{n: scheduler.config[n] for n in names})
+            mu = resolution_mu(scheduler, tokens)
         return flow_match_schedule(scheduler, solver_steps, shift=shift, mu=mu)
 
     def predict(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
