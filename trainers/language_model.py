@@ -32,6 +32,9 @@ from trainers.tiny_language import tiny_model
 LOGIT_BYTES = 256 << 20
 """Logits of so many bytes at most exist at once, in float32, before chunks are recomputed in the backward pass."""
 
+CPU_BYTES = 32 << 20
+"""The same on a CPU where no gradient is needed: larger temporary memory would be mapped anew every time."""
+
 Batch = Mapping[str, Any]
 
 
@@ -203,20 +206,32 @@ def without_dropout(model: nn.Module) -> None:
 
 
 class _LogProb(torch.autograd.Function):
-    """`logit_target - logsumexp(logits)` in float32, `[N, V]` and `[N]` to `[N]`; one buffer in the backward pass."""
+    """`logit_target - logsumexp(logits)` in float32, `[N, V]` and `[N]` to `[N]`; the gradient takes the logits' place.
+
+    What is temporary exists for a few rows at a time. The logits serve one backward pass; autograd refuses a second.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
-        normaliser = logits.float().logsumexp(-1, keepdim=True)
+        blocks = logits.split(tokens_at_once(logits.shape[-1], logits.device))
+        normaliser = torch.cat([block.float().logsumexp(-1, keepdim=True) for block in blocks])
         ctx.save_for_backward(logits, normaliser, target)
         return logits.gather(-1, target[:, None]).float().sub_(normaliser)[:, 0]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         logits, normaliser, target = ctx.saved_tensors
-        gradient = gradients[0][:, None]
-        result = (logits.float() - normaliser).exp_().mul_(-gradient)
-        return result.scatter_add_(-1, target[:, None], gradient.to(result.dtype)).to(logits.dtype), None
+        size, outer = tokens_at_once(logits.shape[-1], logits.device), gradients[0][:, None]
+        parts = (whole.split(size) for whole in (logits, normaliser, target[:, None], outer))
+        for block, shift, ids, scale in zip(*parts, strict=True):
+            found = (block.float() - shift).exp_().mul_(-scale)
+            block.copy_(found.scatter_add_(-1, ids, scale))
+        return logits, None
+
+
+def tokens_at_once(vocabulary: int, device: torch.device) -> int:
+    """Return how many tokens' logits are worked on together where they are not kept for a gradient."""
+    return max(1, (CPU_BYTES if device.type == "cpu" else LOGIT_BYTES) // (4 * vocabulary))
 
 
 def token_logps(hidden: Tensor, target: Tensor, head: Callable[[Tensor], Tensor], chunk: int) -> Tensor:
@@ -265,7 +280,7 @@ def with_completion_logps(model: nn.Module, chunk: int | None = None) -> nn.Modu
     if head is None or body is inner:
         raise ModelError("This is not a causal language model", where=type(inner).__name__)
     text = inner.config.get_text_config()
-    size = chunk or max(1, LOGIT_BYTES // (4 * int(text.vocab_size)))
+    kept = chunk or max(1, LOGIT_BYTES // (4 * int(text.vocab_size)))
     cap, scale = getattr(text, "final_logit_softcapping", None), getattr(text, "logit_scale", None)
     divisor = getattr(text, "logits_scaling", None)
 
@@ -282,6 +297,7 @@ def with_completion_logps(model: nn.Module, chunk: int | None = None) -> nn.Modu
             options.pop(unused, None)
         hidden = body(*args, **{**options, "use_cache": False}).last_hidden_state
         mask = completion_mask(logp_labels)
+        size = kept if torch.is_grad_enabled() else min(kept, tokens_at_once(text.vocab_size, hidden.device))
         return token_logps(hidden[:, :-1][mask], logp_labels[:, 1:][mask], logits, size)
 
     inner.forward = forward

@@ -12,6 +12,7 @@ from trainers.language_model import (
     completion_mask,
     frozen_copy,
     token_logps,
+    tokens_at_once,
     with_completion_logps,
     without_dropout,
 )
@@ -89,6 +90,27 @@ def test_half_precision_logits_are_summed_in_single_precision():
     expected = logits.double().log_softmax(-1).gather(-1, target[:, None])[:, 0]
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_over_several_blocks_of_rows_are_those_of_log_softmax(dtype):
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(20, 1_000_000, generator=draw).to(dtype).requires_grad_()
+    target, outer = torch.randint(0, 1_000_000, (20,), generator=draw), torch.randn(20, generator=draw)
+    assert tokens_at_once(1_000_000, logits.device) < 10  # several blocks
+    expected = logits.detach().float().softmax(-1).mul_(-outer[:, None])
+    expected.scatter_add_(-1, target[:, None], outer[:, None])
+    found = token_logps(logits, target, lambda part: part * 1, 20)
+    (gradient,) = torch.autograd.grad((found * outer).sum(), logits)
+    torch.testing.assert_close(gradient.float(), expected, atol=1e-6, rtol=1e-5 if dtype == torch.float32 else 8e-3)
+
+
+def test_a_second_backward_pass_is_refused_as_the_logits_are_gone():
+    logits = torch.randn(3, 7, requires_grad=True)
+    loss = token_logps(logits, torch.tensor([1, 2, 3]), lambda part: part * 1, 3).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_the_whole_of_the_logits_never_exists(folder):
