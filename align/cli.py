@@ -36,7 +36,7 @@ INTERRUPTED = 130
 _EXTRAS = {
     "torch": "diffusion", "diffusers": "diffusion", "transformers": "diffusion", "peft": "diffusion",
     "sklearn": "diffusion", "datasets": "llm", "deepspeed": "llm", "open_clip": "rewards", "httpx": "rewards",
-    "fastapi": "server", "uvicorn": "server", "pyarrow": "rewards",
+    "fastapi": "server", "uvicorn": "server", "pyarrow": "rewards", "accelerate": "llm",
 }  # fmt: skip
 _DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
@@ -173,12 +173,23 @@ def _launch(options: argparse.Namespace, arguments: list[str], out: Path, config
     from align.launch import launch_command, run_launched, shown
     from align.run import read_record
 
-    if options.launch == "deepspeed":
-        if config.trainer == "dance_grpo":  # refused before anything starts; language models take ZeRO 3 too
-            deepspeed_settings(options.deepspeed or "zero2")
-        arguments = [*arguments, "--deepspeed", options.deepspeed or "zero2"]
-    elif options.deepspeed:
-        raise ConfigError("ZeRO needs DeepSpeed's launcher", where="--deepspeed", do="Add --launch deepspeed")
+    settings = options.deepspeed or ("zero2" if options.launch == "deepspeed" else None)
+    if config.trainer == "dance_grpo":  # all of this is refused before anything starts
+        if options.launch == "accelerate":
+            raise ConfigError("accelerate launches language models", where="--launch", do="Use --launch torchrun")
+        if settings is not None:
+            deepspeed_settings(settings)
+    else:
+        from align.language_checks import require_divisible
+        from trainers.language_engine import read_settings
+
+        require_divisible(config, options.nproc)
+        if settings is not None:
+            read_settings(settings)
+    if settings is not None:
+        if options.launch == "torchrun":
+            raise ConfigError("ZeRO needs DeepSpeed's launcher", where="--deepspeed", do="Add --launch deepspeed")
+        arguments = [*arguments, "--deepspeed", settings]
     if options.json is not None:
         arguments = [*arguments, "--json", options.json]
     command, environment = launch_command(options.launch, options.nproc, arguments)
@@ -600,11 +611,13 @@ _Arguments = argparse.ArgumentParser
 
 def _add_launch(parser: _Arguments) -> None:
     parser.add_argument(
-        "--launch", metavar="LAUNCHER", help="start several processes with deepspeed or torchrun; prints the command"
+        "--launch", metavar="LAUNCHER",
+        help="start several processes with deepspeed, torchrun or (language models) accelerate; prints the command",
     )
     parser.add_argument("--nproc", type=_positive, default=2, metavar="N", help="how many processes (default: 2)")
     parser.add_argument(
-        "--deepspeed", metavar="NAME", help="under the deepspeed launcher: zero1, zero2 or a JSON file (default: zero2)"
+        "--deepspeed", metavar="NAME",
+        help="ZeRO: zero1, zero2, (language models) zero3 or a JSON file (--launch deepspeed: zero2)",
     )
 
 

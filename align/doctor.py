@@ -77,9 +77,12 @@ def _checks() -> Iterator[Check]:
         ("transformers", "diffusion"),
         ("peft", "diffusion"),
         ("scikit-learn", "diffusion"),
+        ("accelerate", "llm"),
     ):
         found = _installed(package)
         yield Check(package, bool(found), found or "not installed", f"pip install 'align[{extra}]'")
+    found = _installed("deepspeed")
+    yield Check("deepspeed", True, found or "not installed; --launch deepspeed needs it: pip install deepspeed")
     yield _cache()
     free = shutil.disk_usage(Path.cwd()).free / 1e9
     yield Check("disk", free > 2, f"{free:.0f} GB free here", "Free at least 2 GB: runs keep checkpoints")

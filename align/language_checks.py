@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.checks import Finding
-from align.errors import AlignError
+from align.errors import AlignError, ConfigError
 from align.language_config import BCOConfig, DPOConfig, KTOConfig, LanguageConfig, SFTConfig
 
 if TYPE_CHECKING:
@@ -34,6 +34,19 @@ def check_language_config(config: LanguageConfig, *, files: bool = False) -> lis
         found += _files(config)
     order = ("error", "warning", "note")
     return sorted(found, key=lambda finding: order.index(finding.level))
+
+
+def require_divisible(config: LanguageConfig, processes: int) -> None:
+    """Refuse a number of processes that a microbatch does not divide over.
+
+    Raises:
+        ConfigError: with what to set.
+    """
+    if config.microbatch % processes:
+        raise ConfigError(
+            f"A microbatch of {config.microbatch} does not divide over {processes} processes", where="microbatch",
+            do=f"Set it to a multiple of {processes}; it counts the rows of all processes",
+        )  # fmt: skip
 
 
 def _batches(config: LanguageConfig) -> list[Finding]:

@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ from align.registry import suggest
 if TYPE_CHECKING:
     import torch
 
-LAUNCHERS = ("deepspeed", "torchrun")
+LAUNCHERS = ("deepspeed", "torchrun", "accelerate")
 _STOP_FILE = "ALIGN_STOP_FILE"
 
 
@@ -144,6 +145,14 @@ def join_world() -> World:
     return World(dist.get_rank(), dist.get_world_size())
 
 
+def started_by() -> str | None:
+    """Return the launcher that started this process, by what it leaves in the environment; None without one."""
+    if "RANK" not in os.environ:
+        return None
+    marks = {"accelerate": "ACCELERATE_MIXED_PRECISION", "torchrun": "TORCHELASTIC_RUN_ID", "deepspeed": "LOCAL_SIZE"}
+    return next((launcher for launcher, name in marks.items() if name in os.environ), None)
+
+
 def leave_world() -> None:
     """Leave the process group, if this process is in one, when all have come so far: a launcher ends the others
     of a process that has ended with an exit code."""
@@ -181,6 +190,16 @@ def launch_command(launcher: str, processes: int, arguments: Sequence[str]) -> t
     if launcher == "torchrun":
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
         return [*command, "--master_port", str(_free_port()), "--module", "align.cli", *arguments], extra
+    if launcher == "accelerate":
+        if find_spec("accelerate") is None:
+            raise ConfigError(
+                "accelerate is not installed", where="--launch accelerate", do="pip install 'align[llm]'"
+            )
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+        command += ["--main_process_port", str(_free_port())]
+        if not torch.cuda.is_available() and processes > 1:
+            command.append("--multi_gpu")  # or it starts one process; they talk over gloo
+        return [*command, "--module", "align.cli", *arguments], extra
     found = shutil.which("deepspeed", path=os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]))
     if found is None:
         raise ConfigError("DeepSpeed is not installed", where="--launch deepspeed", do="pip install deepspeed")

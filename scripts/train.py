@@ -2,6 +2,7 @@
 
 deepspeed --num_gpus 8 scripts/train.py my.yaml --deepspeed zero2
 torchrun --nproc_per_node 8 scripts/train.py my.yaml
+accelerate launch --config_file zero3.yaml scripts/train.py my.yaml
 """
 
 from __future__ import annotations
@@ -11,4 +12,5 @@ import sys
 from align.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]  # deepspeed adds it
+    sys.exit(main(["train", *words]))

@@ -29,17 +29,19 @@ from torch import Tensor, nn
 from align import checkpoint
 from align.checks import require_valid
 from align.errors import CheckpointError, ConfigError
+from align.language_checks import require_divisible
 from align.language_config import LanguageConfig
 from align.launch import join_world
 from align.preferences import PreferenceSet, load_preferences
 from align.run import claim_directory, require_directory
 from align.tracking import RunLog
+from trainers.language_engine import engine_settings, settled, sharded, zero_stage
 from trainers.language_generation import Prompt, choose_prompts, read_prompts
 from trainers.language_images import has_images
 from trainers.language_measures import LanguageEvaluation
 from trainers.language_model import LogpCache, Reference, load_language_model, load_processor, reference_mode
 from trainers.language_objective import Objective
-from trainers.language_session import Session, engine_name
+from trainers.language_session import Session
 from trainers.language_trainer import AlignTrainer, training_arguments
 from trainers.preference import effective_sample_size
 from trainers.preference_data import Plan, Tokens, plan_epoch, tokenise
@@ -56,7 +58,7 @@ class LanguageRun:
         out: the run folder, `runs/<name>` when None. An unfinished run there is resumed.
         overwrite: start again, replacing a run that is there.
         fork: go on with a run that is there under a changed configuration.
-        deepspeed: name or file of DeepSpeed settings.
+        deepspeed: name or file of DeepSpeed settings; those of `accelerate launch`, if it has any, when None.
         rows: training rows in place of `data.path`, and held-out ones in place of `data.heldout_path`.
     """
 
@@ -71,10 +73,11 @@ class LanguageRun:
         deepspeed: str | None = None,
         rows: tuple[PreferenceSet, PreferenceSet | None] | None = None,
     ) -> None:
-        self.config, self.objective, self.deepspeed = config, objective, deepspeed
+        self.config, self.objective = config, objective
         self.findings = require_valid(config)
         self.world = join_world()
-        self._require_divisible()
+        require_divisible(config, self.world.size)
+        self.deepspeed = engine_settings(deepspeed, config, self.world)
         self.directory = Path(out or Path("runs") / config.name)
         self.world.led(lambda: require_directory(self.directory, config, overwrite=overwrite, fork=fork))
         if not self.world.leads:
@@ -101,18 +104,17 @@ class LanguageRun:
         """Microbatches of an optimizer step."""
         return self.config.batch_size // self.config.microbatch
 
-    def _require_divisible(self) -> None:
-        if self.config.microbatch % self.world.size:
-            raise ConfigError(
-                f"A microbatch of {self.config.microbatch} does not divide over {self.world.size} processes",
-                where="microbatch",
-                do=f"Set it to a multiple of {self.world.size}; it counts the rows of all processes",
-            )  # fmt: skip
+    @property
+    def engine(self) -> str:
+        """What carries the updates out, as run.json names it."""
+        if self.deepspeed is not None:
+            return f"deepspeed_zero{zero_stage(self.deepspeed)}"
+        return "single" if self.world.size == 1 else "data_parallel"
 
     def _require_images_everywhere(self) -> None:
         """Refuse what would wait for ever: under ZeRO 3 all processes gather the vision tower's weights or none."""
         found = [tokens.pictures for tokens in (self.tokens, self.heldout) if tokens is not None]
-        if any(p is not None and p.mixed for p in found) and engine_name(self) == "deepspeed_zero3":
+        if any(p is not None and p.mixed for p in found) and zero_stage(self.deepspeed) == 3:
             raise ConfigError(
                 "Under ZeRO 3 either all rows have images or none", where="--deepspeed", why="some rows have none",
                 do="Use zero2, or split the data",
@@ -151,20 +153,43 @@ class LanguageRun:
         began = time.perf_counter()
         found = checkpoint.latest(self.directory / "checkpoints")
         saved = _read_state(found) if found is not None else None
-        model = load_language_model(self.config.model, seed=self.config.seed)
-        reference = Reference(self.reference, model) if self.objective.referenced else None
-        cache = self._precompute(model) if self.reference == "precomputed" else None
-        log = RunLog(self.directory, tensorboard=self.config.tracking.tensorboard, silent=not self.world.leads)
-        with Session(self, log, saved, began) as session:
-            arguments = training_arguments(self, session.directory / "checkpoints" / ".staging")
-            trainer = AlignTrainer(self, session, cache, reference, model=model, args=arguments)
-            session.evaluation = LanguageEvaluation(self, trainer.models, cache, log)
-            session.before()
-            if session.step < self.steps:
+        if saved is not None:
+            self._require_same_engine(saved)
+        with settled():
+            # Under ZeRO 3 these arguments are why `from_pretrained` leaves each process its share of the weights.
+            arguments = training_arguments(self, self.directory / "checkpoints" / ".staging")
+            model = load_language_model(self.config.model, seed=self.config.seed)
+            reference = self._reference(model) if self.objective.referenced else None
+            cache = self._precompute(model) if self.reference == "precomputed" else None
+            log = RunLog(self.directory, tensorboard=self.config.tracking.tensorboard, silent=not self.world.leads)
+            with Session(self, log, saved, began) as session:
+                trainer = AlignTrainer(self, session, cache, reference, model=model, args=arguments)
+                session.evaluation = LanguageEvaluation(self, trainer.models, cache, log)
                 trainer.train(resume_from_checkpoint=None if found is None else str(found))
-            elif found is not None:  # nothing is left to train, but the trained weights are to be measured
-                trainer._load_from_checkpoint(str(found))
-            return session.after()
+                return session.after()
+
+    def _require_same_engine(self, saved: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint whose optimizer is split in another way: DeepSpeed keeps a file of each process."""
+        there, now = (saved.get("engine"), saved.get("processes")), (self.engine, self.world.size)
+        if there == now or not any(str(engine).startswith("deepspeed") for engine, _ in (there, now)):
+            return
+        raise CheckpointError(
+            "The run cannot go on under this engine", where=str(self.directory),
+            why=f"its optimizer is that of {there[0]} on {there[1]} processes, and this is {now[0]} on {now[1]}",
+            do="Launch it as before; or start another run from the checkpoint, whose weights are whole",
+        )  # fmt: skip
+
+    def _reference(self, model: nn.Module, mode: str = "") -> Reference:
+        """Return the model before training, sharded under ZeRO 3 and else a replica, where it is one of its own."""
+        mode, half = mode or self.reference, self.config.model.dtype == "bf16"
+        if mode != "copy" or zero_stage(self.deepspeed) < 3:
+            found = Reference(mode, model)
+            if found.copy is not None and self.deepspeed is not None and half:
+                found.copy.to(torch.bfloat16)  # as DeepSpeed makes the policy
+            return found
+        whole = self.config.model.model_copy(update={"train": "full", "gradient_checkpointing": False})
+        again = load_language_model(whole, seed=self.config.seed).requires_grad_(False)
+        return Reference(mode, model, sharded(again, self.deepspeed, half=half))
 
     def _precompute(self, model: nn.Module) -> LogpCache:
         """Compute the reference's log-probs of everything the run will ask for, once."""
@@ -173,9 +198,11 @@ class LanguageRun:
         if self.objective.mismatched:
             plan = self.plan(0)
             wanted += list(zip(plan.rows.flatten().tolist(), plan.partners.flatten().tolist(), strict=True))
-        reference = Reference("precomputed", model)
+        partitioned = zero_stage(self.deepspeed) == 3  # no weights are at hand outside of an engine
+        reference = self._reference(model, "copy" if partitioned else "")
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        model.to(device)
+        if not partitioned:
+            model.to(device)
 
         def score(batch: Mapping[str, Tensor]) -> Tensor:
             half = torch.autocast(device.type, torch.bfloat16, enabled=self.config.model.dtype == "bf16")

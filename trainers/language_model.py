@@ -165,6 +165,7 @@ def _with_adapters(model: nn.Module, config: LanguageModelConfig, seed: int) -> 
     targets: list[str] | str = list(config.lora.targets) if config.lora.targets else "all-linear"
     if not config.train_vision and _sees(model):
         targets = _language_targets(model, config.lora.targets)
+    partitioned = hasattr(next(model.parameters()), "ds_id")  # ZeRO 3 keeps float32 masters, and wants one dtype
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -177,6 +178,7 @@ def _with_adapters(model: nn.Module, config: LanguageModelConfig, seed: int) -> 
                     target_modules=targets,
                     task_type="CAUSAL_LM",
                 ),
+                autocast_adapter_dtype=not partitioned,
             )
         except ValueError as error:
             raise ModelError(
@@ -301,24 +303,28 @@ def with_completion_logps(model: nn.Module, chunk: int | None = None) -> nn.Modu
         return token_logps(hidden[:, :-1][mask], logp_labels[:, 1:][mask], logits, size)
 
     inner.forward = forward
-    _require_same_logps(inner, plain, text.vocab_size)
+    first = next(inner.parameters())
+    if first.device.type != "meta" and not hasattr(first, "ds_id"):  # partitioned weights need their engine first
+        require_same_logps(model)
     return model
 
 
-def _require_same_logps(inner: Any, plain: Callable[..., Any], vocabulary: int) -> None:
-    """Compare with the logits the model itself returns, once, on a few tokens."""
-    device = next(inner.parameters()).device
-    if device.type == "meta":
-        return
-    ids = (torch.arange(12, device=device) * 7919 % vocabulary)[None]
-    training = inner.training
-    inner.eval()
+def require_same_logps(model: nn.Module) -> None:
+    """Compare log-probs with the logits the model itself returns, once, on a few tokens.
+
+    Raises:
+        ModelError: they differ.
+    """
+    first, training = next(model.parameters()), model.training
+    ids = (torch.arange(12, device=first.device) * 7919 % model.config.get_text_config().vocab_size)[None]
+    model.eval()
     with torch.no_grad():
-        ours = inner.forward(input_ids=ids, attention_mask=torch.ones_like(ids), logp_labels=ids)
-        own = plain(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, :-1].float().log_softmax(-1)
-    inner.train(training)
+        ours = model(input_ids=ids, attention_mask=torch.ones_like(ids), logp_labels=ids)
+        own = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, :-1].float().log_softmax(-1)
+    model.train(training)
     error = float((ours - own.gather(-1, ids[0, 1:, None])[:, 0]).abs().max())
-    if not error <= (1e-3 if next(inner.parameters()).dtype == torch.float32 else 0.2):
+    if not error <= (1e-3 if first.dtype == torch.float32 else 0.2):
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         raise ModelError(
             "Log-probs of this model cannot be had from its hidden states", where=type(inner).__name__,
             why=f"they differ from its own logits by up to {error:.2g} nats", do="Report the model's name",
@@ -353,11 +359,14 @@ class Reference:
     Args:
         mode: "lora_off" switches the adapters off, "copy" keeps a frozen copy, "precomputed" has none: see `LogpCache`.
         model: the model in training, not yet wrapped.
+        copy: the copy of mode "copy", where it is made already and stands on its device; made of `model` when None.
     """
 
-    def __init__(self, mode: str, model: nn.Module) -> None:
+    def __init__(self, mode: str, model: nn.Module, copy: nn.Module | None = None) -> None:
         self.mode, self._model = mode, model
-        self.copy: nn.Module | None = frozen_copy(model) if mode == "copy" else None
+        self.copy, self._placed = copy, copy is not None
+        if mode == "copy" and copy is None:
+            self.copy = frozen_copy(model)
 
     @property
     def live(self) -> bool:
@@ -378,7 +387,7 @@ class Reference:
     def logps(self, batch: Batch) -> TokenLogps:
         """Return the reference's log-probs."""
         with torch.no_grad(), self.model() as model:
-            if self.copy is not None:
+            if self.copy is not None and not self._placed:
                 self.copy.to(batch["input_ids"].device)
             return completion_logps(model, batch)
 
@@ -443,6 +452,8 @@ class LogpCache:
     ) -> None:  # fmt: skip
         """Compute what is missing, each process its share, and have all of it known to every process.
 
+        Every process calls `score` as often as any other, which a sharded model needs.
+
         Args:
             tokens: the rows.
             wanted: (row of the prompt, row of the completion).
@@ -463,6 +474,9 @@ class LogpCache:
                 rows = tokens.batch([pair for _, pair in shard[i : i + batch]], pad)
                 values += score(rows).double().tolist()
             self._write([key for key, _ in shard], values)
+        most = -(-len(missing) // world.size)  # rows of the process that has most
+        for _ in range(-(-most // batch) + (-len(mine) // batch)):
+            score(tokens.batch([missing[0][1]], pad))
         self.computed += len(missing)
         world.wait()
         self.read()

@@ -19,7 +19,6 @@ import numpy as np
 from align import launch
 from align.run import describe_machine, peak_memory_mb
 from align.tracking import Progress, RunLog
-from trainers.language_engine import deepspeed_arguments
 from trainers.language_measures import LanguageEvaluation, one_class_share, update_metrics
 from trainers.language_objective import RowLosses
 from trainers.result import RunResult
@@ -98,7 +97,8 @@ class Session:
         self.record = {
             "trainer": run.config.trainer, "name": run.config.name, "seed": run.config.seed,
             "started": first or _now(), "finished": None, "status": "running", "steps_planned": run.steps,
-            "engine": engine_name(run), "processes": run.world.size, "reference": run.reference,
+            "engine": run.engine, "processes": run.world.size, "launcher": launch.started_by(),
+            "reference": run.reference,
             "model": {"path": run.config.model.path, "train": run.config.model.train, **model}, **run.about,
             **describe_machine(),
         }  # fmt: skip
@@ -146,7 +146,7 @@ class Session:
         run = self.run
         return {
             "step": self.step, "objective": run.objective.state(), "counters": self.counters,
-            "config": run.config.model_dump(mode="json"),
+            "config": run.config.model_dump(mode="json"), "engine": run.engine, "processes": run.world.size,
         }  # fmt: skip
 
     def after(self) -> RunResult:
@@ -169,18 +169,11 @@ class Session:
             self.log.write_run(self.record)
 
 
-def engine_name(run: LanguageRun) -> str:
-    """Return what carries the updates out, as run.json names it."""
-    if run.deepspeed:
-        return f"deepspeed_zero{deepspeed_arguments(run.deepspeed)['zero_optimization']['stage']}"
-    return "single" if run.world.size == 1 else "data_parallel"
-
-
 def run_model(evaluation: LanguageEvaluation | None) -> dict[str, int]:
     """Return the number of weights and of those that train."""
     weights = list(evaluation.models.plain.parameters()) if evaluation is not None else []
-    trained = sum(p.numel() for p in weights if p.requires_grad)
-    return {"parameters": sum(p.numel() for p in weights), "trained_parameters": trained}
+    sizes = [(int(getattr(p, "ds_numel", p.numel())), p.requires_grad) for p in weights]  # whole ones, under ZeRO 3
+    return {"parameters": sum(n for n, _ in sizes), "trained_parameters": sum(n for n, trains in sizes if trains)}
 
 
 def _now() -> str:

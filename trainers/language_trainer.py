@@ -4,8 +4,8 @@ It owns the loop: accumulation, distribution, mixed precision, schedules. Everyt
 write outside a staging folder is off.
 
 A loss that is not finite is refused before its backward pass, and a gradient before the optimizer. Under DeepSpeed the
-optimizer steps inside the backward pass of the last microbatch: there a gradient that is not finite is seen after it,
-and stops the run before the step is logged or saved.
+optimizer steps inside the backward pass of the last microbatch: DeepSpeed itself discards a step whose gradient is not
+finite, and the run stops before that step is logged or saved. A version that steps all the same is told by its norm.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from align import checkpoint, guards
 from align.errors import GuardError
-from trainers.language_engine import deepspeed_arguments
-from trainers.language_model import LogpCache, Reference, quiet
+from trainers.language_engine import zero_stage
+from trainers.language_model import LogpCache, Reference, quiet, require_same_logps
 from trainers.language_objective import Models, RowLosses, add_totals, microbatch
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def training_arguments(run: LanguageRun, staging: Path) -> TrainingArguments:
         max_grad_norm=(optimizer.max_grad_norm or 0.0) if run.deepspeed else 0.0, seed=config.seed % 2**32,
         bf16=config.model.dtype == "bf16", use_cpu=cpu, ddp_backend="gloo" if cpu and run.world.size > 1 else None,
         ddp_find_unused_parameters=config.model.train_vision,
-        deepspeed=deepspeed_arguments(run.deepspeed) if run.deepspeed else None, logging_nan_inf_filter=False,
+        deepspeed=run.deepspeed, logging_nan_inf_filter=False,
         save_strategy="no", logging_strategy="no", eval_strategy="no", report_to=[], disable_tqdm=True,
         remove_unused_columns=False,
         **_checkpointing(config.model.gradient_checkpointing),
@@ -173,6 +173,8 @@ class AlignTrainer(transformers.Trainer):
         """Have the Trainer write into a staging folder, and publish it whole."""
         staging = Path(self.args.output_dir)
         self.run.world.led(lambda: shutil.rmtree(staging, ignore_errors=True))
+        if zero_stage(self.run.deepspeed) == 3:
+            self.model_wrapped.empty_partition_cache()  # weights that an evaluation was still fetching
         with quiet():
             super()._save_checkpoint(model, trial)
         self.run.world.wait()
@@ -196,6 +198,25 @@ class _Commit(TrainerCallback):
         self.run, self.session, self.trainer = run, session, trainer
         self.norm, self.lr = float("nan"), float("nan")
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure the model before training: under ZeRO 3 its weights can be had in the engine alone."""
+        if zero_stage(self.run.deepspeed) == 3:
+            require_same_logps(self.trainer.model)
+        self.session.before()
+
+    def _require_step(self, engine: Any, step: int) -> None:
+        """Refuse a step of DeepSpeed's whose gradient was not finite."""
+        norm = torch.as_tensor(float(engine.get_global_grad_norm() or 0.0))
+        if not engine.was_step_applied():
+            norm = torch.full_like(norm, torch.inf)  # whatever norm it kept
+        elif not bool(norm.isfinite()):
+            raise GuardError(
+                "The gradient norm is not finite", where=f"step {step}", why="DeepSpeed stepped all the same",
+                do="The step is not kept: the last checkpoint is as it was. Lower optimizer.lr, or use fp32",
+            )  # fmt: skip
+        guards.require_gradient(norm, torch.zeros(()), f"step {step}", expected=step == 1)
+        self.norm = float(norm)
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Refuse a gradient that is not finite, then clip it."""
         self.lr = float(self.trainer.lr_scheduler.get_last_lr()[0])
@@ -213,9 +234,7 @@ class _Commit(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Write the step down, and stop or save when it is time."""
         if self.trainer.is_deepspeed_enabled:
-            norm = torch.as_tensor(float(self.trainer.model_wrapped.get_global_grad_norm() or 0.0))
-            guards.require_finite(norm, "The gradient norm", f"step {state.global_step}")
-            self.norm = float(norm)
+            self._require_step(self.trainer.model_wrapped, state.global_step)
         stop = self.session.commit(state.global_step, {"lr": self.lr, "grad_norm": self.norm})
         every = self.run.config.checkpoint.every
         last = state.global_step >= self.run.steps

@@ -47,6 +47,11 @@ def metrics(out):
     return [{k: v for k, v in row.items() if "seconds" not in k and "memory" not in k} for row in rows]
 
 
+def measured(out):
+    summary = json.loads((out / "summary.json").read_text())
+    return {k: v for k, v in summary.items() if "seconds" not in k}
+
+
 def weights(out, step=6, name="model"):
     return load_file(out / "checkpoints" / f"step_{step:06d}" / f"{name}.safetensors")
 
@@ -111,9 +116,9 @@ def test_a_stopped_run_goes_on_mid_epoch_bit_for_bit(model, tmp_path, trainer, o
 
 def test_a_finished_run_stays_finished_and_another_configuration_is_refused(model, tmp_path):
     run(model, tmp_path / "run", "kto", "steps=2").train()
-    before = metrics(tmp_path / "run")
+    before, summary = metrics(tmp_path / "run"), measured(tmp_path / "run")
     assert run(model, tmp_path / "run", "kto", "steps=2").train().status == "complete"
-    assert metrics(tmp_path / "run") == before
+    assert metrics(tmp_path / "run") == before and measured(tmp_path / "run") == summary
     with pytest.raises(ConfigError, match="objective.beta: 0.1 there, 0.2 now"):
         run(model, tmp_path / "run", "kto", "steps=2", "objective.beta=0.2")
 
