@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from align.errors import DataError
+from align.images import decode_image
 from align.prompts import PromptSet, load_prompts
 from align.registry import suggest
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
@@ -158,24 +154,8 @@ def _key(source: Source, content: bytes) -> str:
 
 
 def _decoded(raw: bytes) -> tuple[np.ndarray | None, str]:
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(io.BytesIO(raw)) as opened:
-            upright = ImageOps.exif_transpose(opened)
-            upright.load()
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        return None, "the image cannot be read: " + re.sub(r" ?<_io\.BytesIO[^>]*>", "", str(error))[:120]
-    return _rgb(upright)
-
-
-def _rgb(image: Image) -> tuple[np.ndarray | None, str]:
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        return None, f"the image has more than 8 bits a channel (mode {image.mode}); convert it to RGB"
-    alpha = "A" in image.getbands() or "transparency" in image.info
-    if alpha and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
-        return None, "the image is transparent in parts, which have no colour; put it on a background"
-    return np.asarray(image.convert("RGB")).copy(), ""
+    image, problem = decode_image(raw)
+    return None if image is None else np.asarray(image).copy(), problem
 
 
 def shapes(loaded: Sequence[Loaded]) -> dict[tuple[int, ...], list[int]]:
