@@ -6,6 +6,7 @@ import hashlib
 import io
 import re
 import struct
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,11 @@ from align.errors import DataError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+MOST_PIXELS = 64_000_000
+ASPECT_TOLERANCE = 0.1
+_UPRIGHT = 0x0112  # EXIF's orientation: 5 to 8 lie on their side
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error)
 
 
 @dataclass(frozen=True)
@@ -46,10 +52,10 @@ class ImageFile:
                 "An image has changed since it was read", where=f"{self.place}, {self.path}",
                 do="Start a run of its own with the new image",
             )  # fmt: skip
-        found, problem = decode(raw)
+        found, problem = decode_image(raw)
         if found is None:
             raise DataError("An image is refused", where=self.place, why=problem, do="Replace the image")
-        return found
+        return np.asarray(found).copy()
 
 
 def image_file(source: Path | bytes, place: str) -> ImageFile:
@@ -64,10 +70,68 @@ def image_file(source: Path | bytes, place: str) -> ImageFile:
     """
     path = source if isinstance(source, Path) else None
     raw = source if isinstance(source, bytes) else _read(source, place)
-    problem = header_problem(raw)
+    problem, _ = _header(io.BytesIO(raw))
     if problem:
         raise DataError("An image is refused", where=place, why=problem, do="Replace the image")
     return ImageFile(hashlib.sha256(raw).hexdigest(), path, None if path is not None else raw, place)
+
+
+def decode_image(raw: bytes) -> tuple[Image | None, str]:
+    """Return the bytes of an image file as an upright RGB image, or None and what is wrong with it.
+
+    Gray becomes three equal channels, and CMYK what Pillow makes of it. More than 8 bits a channel and transparency
+    are refused, since how they become RGB is a choice; so are more than `MOST_PIXELS`, before they are decoded.
+    """
+    from PIL import ImageOps
+
+    problem, _ = _header(io.BytesIO(raw))
+    if problem:
+        return None, problem
+    try:
+        with _opened(io.BytesIO(raw)) as opened:
+            upright = ImageOps.exif_transpose(opened)
+            upright.load()
+    except _BROKEN as error:
+        return None, _unreadable(error)
+    alpha = "A" in upright.getbands() or "transparency" in upright.info
+    if alpha and upright.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+        return None, "the image is transparent in parts, which have no colour; put it on a background"
+    return upright.convert("RGB"), ""
+
+
+def require_first_frame(path: Path, height: int, width: int) -> None:
+    """Refuse an image that a video of these proportions cannot start from, by its header alone.
+
+    Args:
+        height, width: of the video, in any unit.
+
+    Raises:
+        DataError: no readable image, too many pixels or bits, or a ratio of width to height that differs from the
+            video's by more than `ASPECT_TOLERANCE`.
+    """
+    problem, (columns, rows) = _header(path)
+    if problem:
+        raise DataError("A first frame cannot be used", where=str(path), why=problem, do="Replace it, or its row")
+    found, wanted = columns / rows, width / height
+    if not 1 / (1 + ASPECT_TOLERANCE) <= found / wanted <= 1 + ASPECT_TOLERANCE:
+        raise DataError(
+            "A first frame would be squeezed", where=str(path),
+            why=f"width over height is {found:.2f} in its {columns}x{rows} pixels and {wanted:.2f} in the video",
+            do="Crop it, or give sampler.width and sampler.height its proportions",
+        )  # fmt: skip
+
+
+def read_first_frame(path: Path, height: int, width: int) -> Image:
+    """Return the image that a video of these proportions starts from, in its own size.
+
+    Raises:
+        DataError: see `require_first_frame`; or it cannot be decoded, or is transparent.
+    """
+    require_first_frame(path, height, width)
+    image, problem = decode_image(path.read_bytes())
+    if image is None:
+        raise DataError("A first frame cannot be used", where=str(path), why=problem, do="Replace it, or its row")
+    return image
 
 
 def _read(path: Path, place: str) -> bytes:
@@ -81,44 +145,31 @@ def _read(path: Path, place: str) -> bytes:
         ) from error  # fmt: skip
 
 
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error)
+def _opened(source: Path | io.BytesIO) -> Image:
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MOST_PIXELS is stricter
+        return Image.open(source)
 
 
-def header_problem(raw: bytes) -> str:
-    """Return what the header of an image file says is wrong with it, empty when nothing is."""
+def _header(source: Path | io.BytesIO) -> tuple[str, tuple[int, int]]:
+    """Return what the header says is wrong with an image, empty when nothing is, and its upright width and height."""
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(raw)):
-            return ""
+        with _opened(source) as opened:
+            columns, rows = opened.size
+            lies = opened.getexif().get(_UPRIGHT) in (5, 6, 7, 8)
+            mode = opened.mode
     except (*_BROKEN, Image.DecompressionBombError) as error:
-        return _unreadable(error)
-
-
-def decode(raw: bytes) -> tuple[np.ndarray | None, str]:
-    """Return the pixels `[H, W, 3]` uint8 of an image file, turned upright, or what is wrong with it.
-
-    More than 8 bits a channel and transparent parts are refused: neither has one meaning in RGB.
-    """
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(io.BytesIO(raw)) as opened:
-            upright = ImageOps.exif_transpose(opened)
-            upright.load()
-    except (*_BROKEN, Image.DecompressionBombError) as error:
-        return None, _unreadable(error)
-    return _rgb(upright)
+        return _unreadable(error), (0, 0)
+    if columns * rows > MOST_PIXELS:
+        return f"the image has {columns}x{rows} pixels, more than {MOST_PIXELS // 10**6} million", (0, 0)
+    if mode in ("I", "F") or mode.startswith("I;"):
+        return f"the image has more than 8 bits a channel (mode {mode}); convert it to RGB", (0, 0)
+    return "", (rows, columns) if lies else (columns, rows)
 
 
 def _unreadable(error: Exception) -> str:
     return "the image cannot be read: " + re.sub(r" ?<_io\.BytesIO[^>]*>", "", str(error))[:120]
-
-
-def _rgb(image: Image) -> tuple[np.ndarray | None, str]:
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        return None, f"the image has more than 8 bits a channel (mode {image.mode}); convert it to RGB"
-    alpha = "A" in image.getbands() or "transparency" in image.info
-    if alpha and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
-        return None, "the image is transparent in parts, which have no colour; put it on a background"
-    return np.asarray(image.convert("RGB")).copy(), ""

@@ -67,7 +67,7 @@ PUBLISHED = {
         "HunyuanVideoPipeline", 12_821_012_544, 4_411_392, (720, 1280), frames=129
     ),
     "Skywork/SkyReels-V1-Hunyuan-I2V": Published(
-        "HunyuanSkyreelsImageToVideoPipeline", 12_821_012_544, 4_411_392, (544, 960), frames=97
+        "HunyuanSkyreelsImageToVideoPipeline", 12_821_209_152, 4_411_392, (544, 960), frames=97
     ),
 }  # fmt: skip
 """Published pipelines by their hub name. Counted on the architectures as diffusers builds them."""

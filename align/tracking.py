@@ -270,6 +270,7 @@ def save_grid(
     columns: int,
     scale: int | None = None,
     labels: Sequence[str] | None = None,
+    longest: int = 256,
 ) -> None:
     """Write a contact sheet of `images` `[B, C, H, W]` in [0, 1], filled row by row.
 
@@ -280,7 +281,7 @@ def save_grid(
         path: the PNG file, replaced as a whole.
         columns: images in a row.
         scale: whole-number enlargement without smoothing; None brings small images to 64 pixels or
-            more and reduces large ones to 256.
+            more and reduces large ones to `longest`.
         labels: one text a row, set at its left.
 
     Raises:
@@ -291,7 +292,7 @@ def save_grid(
 
     if len(getattr(images, "shape", ())) != 4 or not len(images) or columns < 1:
         raise DataError("A grid needs images [B, C, H, W] and a column or more", where=str(path))
-    tiles = [_resize(_to_pil(image), scale) for image in images]
+    tiles = [_resize(_to_pil(image), scale, longest) for image in images]
     rows, gap, (width, height) = math.ceil(len(tiles) / columns), 2, tiles[0].size
     if labels is not None and len(labels) != rows:
         raise DataError("A grid needs one label a row", where=str(path), why=f"{len(labels)} labels, {rows} rows")
@@ -318,16 +319,16 @@ def _to_pil(image: torch.Tensor | np.ndarray) -> Image:
     return Image.fromarray(np.broadcast_to(pixels, (3, *pixels.shape[1:])).transpose(1, 2, 0).copy())
 
 
-def _resize(image: Image, scale: int | None) -> Image:
+def _resize(image: Image, scale: int | None, most: int) -> Image:
     from PIL import Image as pil
 
     longest = max(image.size)
     factor = scale or max(1, math.ceil(64 / longest))
     if factor > 1:
         return image.resize((image.width * factor, image.height * factor), pil.Resampling.NEAREST)
-    if scale is None and longest > 256:
+    if scale is None and longest > most:
         image = image.copy()
-        image.thumbnail((256, 256), pil.Resampling.LANCZOS)
+        image.thumbnail((most, most), pil.Resampling.LANCZOS)
     return image
 
 

@@ -37,6 +37,11 @@ class Video:
         if not isinstance(self.fps, (int, float)) or not 0 < self.fps < float("inf"):
             raise DataError("A video needs its frame rate", why=f"got {self.fps!r}", do="Give Video(frames, fps=24.0)")
 
+    def spread(self, count: int) -> torch.Tensor:
+        """Return up to `count` frames `[N, C, H, W]`, evenly spread from the first to the last; of one, the first."""
+        last, kept = len(self.frames) - 1, min(count, len(self.frames))
+        return self.frames[[round(i * last / max(1, kept - 1)) for i in range(kept)]]
+
 
 @dataclass(frozen=True)
 class ImagePrompt:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from align.types import Samples, Video
 
-STRIP_FRAMES = 4
+STRIP_FRAMES, STRIP_WIDTH = 4, 640
 
 
 def save_video(path: str | Path, video: Video) -> None:
@@ -55,12 +55,7 @@ def still_images(samples: Samples, frames: int = STRIP_FRAMES) -> torch.Tensor:
 
     if samples.videos is None:
         return samples.images
-    strips = []
-    for video in samples.videos:
-        count = min(frames, len(video.frames))
-        picked = [round(i * (len(video.frames) - 1) / max(1, count - 1)) for i in range(count)]
-        strips.append(torch.cat(list(video.frames[picked]), dim=-1))
-    return torch.stack(strips)
+    return torch.stack([torch.cat(list(video.spread(frames)), dim=-1) for video in samples.videos])
 
 
 def _levels(frames: torch.Tensor) -> np.ndarray:

@@ -338,6 +338,17 @@ BUILT_IN: tuple[tuple[RewardCard, str], ...] = (
         ),
         "rewards.thumbs:Threshold",
     ),
+    (
+        RewardCard(
+            "frames",
+            "mean of a reward of images (argument `reward`, with `args`) over `count` frames of a video, 4 by default, "
+            "evenly spread from first to last; missing where one of them is",
+            "that of the other reward",
+            media="video",
+            needs=("torch",),
+        ),
+        "rewards.frames:Frames",
+    ),
 )
 """Card and home of every reward that ships."""
 

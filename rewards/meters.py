@@ -37,8 +37,7 @@ def measure_pixels(samples: Samples, frames: int = 8) -> dict[str, np.ndarray]:
     """Return every meter of B samples, float64 `[B]`: of images, or the mean over up to `frames` frames of a video."""
     if samples.videos is None:
         return measure_images(samples.images)
-    picked = [v.frames[np.linspace(0, len(v.frames) - 1, min(frames, len(v.frames))).round()] for v in samples.videos]
-    parts = [measure_images(part) for part in picked]
+    parts = [measure_images(video.spread(frames)) for video in samples.videos]
     return {name: np.array([part[name].mean() for part in parts]) for name in NAMES}
 
 

@@ -141,7 +141,7 @@ def _media(reward: Reward | Named) -> str:
         inner, media = reward.args.get("reward"), _media(reward.name)
         return _media(inner) if media == "any" and isinstance(inner, str) else media
     inner = getattr(reward, "inner", None)
-    return _media(inner) if inner is not None else reward.card.media
+    return _media(inner) if inner is not None and reward.card.media == "any" else reward.card.media
 
 
 def _kind(rewards: Sequence[Reward | Named], images: str | Path | None) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from align.errors import DataError
-from align.images import decode
+from align.images import decode_image
 from align.prompts import PromptSet, load_prompts
 from align.registry import suggest
 
@@ -145,12 +145,17 @@ def load(source: Source, known: Callable[[str], bool] = lambda key: False) -> Lo
     except OSError as error:
         return Loaded(problem=f"the image cannot be read: {error.strerror or error}")
     key = _key(source, raw)
-    return Loaded(key) if known(key) else Loaded(key, *decode(raw))
+    return Loaded(key) if known(key) else Loaded(key, *_decoded(raw))
 
 
 def _key(source: Source, content: bytes) -> str:
     text = json.dumps([source.prompt, source.metadata], sort_keys=True, default=str)
     return hashlib.sha256(hashlib.sha256(content).digest() + text.encode()).hexdigest()[:24]
+
+
+def _decoded(raw: bytes) -> tuple[np.ndarray | None, str]:
+    image, problem = decode_image(raw)
+    return None if image is None else np.asarray(image).copy(), problem
 
 
 def shapes(loaded: Sequence[Loaded]) -> dict[tuple[int, ...], list[int]]:

@@ -26,7 +26,7 @@ from align.errors import ConfigError
 from align.groupstats import Estimate, bootstrap_mean
 from align.launch import World
 from align.prompts import PromptSet, load_prompts, training_and_heldout
-from align.types import Prompt, Samples
+from align.types import Prompt, Samples, text_of
 from rewards.meters import measure_pixels
 from rewards.panel import Panel
 from trainers.sources import find_source
@@ -242,7 +242,10 @@ def load_policy(config: VisualConfig) -> Policy:
 def _prompts_for(source: Source, prompts: Any) -> list[Prompt]:
     if prompts is not None:
         single = isinstance(prompts, str) and not Path(prompts).suffix
-        return list(load_prompts([prompts] if single else prompts).asked)
+        column = "image" if source.policy.family.takes_image else None
+        if source.config is not None:
+            column = source.config.prompts.image_column
+        return list(load_prompts([prompts]).asked if single else load_prompts(prompts, image_column=column).asked)
     if source.config is None:
         raise ConfigError("Which prompts", where=source.name, do="Give a prompts file: a model folder brings none")
     return list(resolve_prompts(source.config)[1].asked)
@@ -326,7 +329,7 @@ def sample_images(
     Images are PNG files, videos MP4 files, of which the grid shows frames.
     """
     from align.tracking import save_grid, save_image
-    from align.videos import save_video, still_images
+    from align.videos import STRIP_WIDTH, save_video, still_images
 
     opened = open_source(source, guidance_scale=guidance_scale)
     names = _prompts_for(opened, prompts)
@@ -343,7 +346,9 @@ def sample_images(
             else:
                 save_video(folder / name, made.videos[i])
             file.write(json.dumps({kind: name, "prompt": prompt, "member": i % count, **sampler}) + "\n")
-    save_grid(folder / "grid.png", still_images(made), columns=count, labels=[str(name) for name in names])
+    longest = 256 if made.videos is None else STRIP_WIDTH
+    labels = [text_of(name) for name in names]
+    save_grid(folder / "grid.png", still_images(made), columns=count, labels=labels, longest=longest)
     return folder
 
 

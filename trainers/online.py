@@ -28,11 +28,12 @@ from align.diffusion.rollout import Rollout, sample
 from align.engine import DeepSpeedEngine, require_deepspeed
 from align.errors import ConfigError
 from align.groupstats import bootstrap_mean, masked_mean, masked_std
+from align.images import require_first_frame
 from align.launch import join_world
 from align.prompts import short_repr
 from align.run import Run, claim_directory, require_directory
 from align.seeding import permutation
-from align.types import Advantages, Samples, Scores, StepStats, max_or_nan, merge_stats, stack_scores
+from align.types import Advantages, ImagePrompt, Samples, Scores, StepStats, max_or_nan, merge_stats, stack_scores
 from rewards.compose import Composed
 from rewards.panel import Panel
 from rewards.remote import remote_rewards, wait_until_healthy
@@ -86,6 +87,7 @@ class OnlineRun:
         self.heldout = Panel.build(self.config.heldout_rewards)
         self.policy = load_policy(self.config)
         self._require_first_frames()
+        self._require_media()
         sampler = self.config.sampler
         self.schedule = self.policy.family.schedule(sampler.solver_steps, sampler.shift, self.policy.latent_shape)
         self.table_at(1)
@@ -303,6 +305,22 @@ class OnlineRun:
                 why=f"{self.policy.family.name} {'starts every video from one' if takes else 'starts from text alone'}",
                 do="Name the column that holds image paths" if takes else "Set prompts.image_column to null",
             )  # fmt: skip
+        height, width = self.policy.latent_shape[-2:]
+        images = {p.image for p in (*self.prompts.asked, *self.heldout_prompts.asked) if isinstance(p, ImagePrompt)}
+        for image in sorted(images):
+            require_first_frame(image, height, width)
+
+    def _require_media(self) -> None:
+        """Refuse rewards that do not score what the model makes, before it makes any."""
+        made = "image" if self.policy.family.fps is None else "video"
+        for reward in (*self.rewards.rewards, *self.heldout.rewards):
+            if reward.card.media not in ("any", made):
+                videos = made == "video" and reward.card.media == "image"
+                raise ConfigError(
+                    f"The reward {reward.card.name!r} scores {reward.card.media}s",
+                    where=f"rewards, {self.config.model.path}", why=f"{self.policy.family.name} makes {made}s",
+                    do="Score frames: name: frames, args: {reward: " + reward.card.name + "}" if videos else "",
+                )  # fmt: skip
 
     def _require_finite(self, rollout: Rollout, step: int) -> None:
         """Stop all processes before a rollout that is not finite on one of them is scored or trained on."""

@@ -14,12 +14,12 @@ from align import guards
 from align.diffusion.policy import Policy
 from align.run import Run, peak_memory_mb
 from align.tracking import read_jsonl, save_grid
-from align.types import Prompt
-from align.videos import save_video, still_images
+from align.types import Prompt, text_of
+from align.videos import STRIP_WIDTH, save_video, still_images
 from rewards.panel import Panel
 from trainers.evaluation import Measurement, generate, measure, members_for, read_rows, write_rows
 
-GRID_PROMPTS, GRID_MEMBERS = 8, 6
+GRID_PROMPTS, GRID_MEMBERS = 8, 6  # of a video, one member
 
 
 class Receipt:
@@ -147,15 +147,16 @@ class Receipt:
     def _grid(self, step: int) -> None:
         if not self.run.world.leads:
             return
-        prompts = self.prompts[:GRID_PROMPTS]
+        prompts, columns = self.prompts[:GRID_PROMPTS], GRID_MEMBERS if self.policy.family.fps is None else 1
         with self.run.delivered():
-            made = generate(self.policy, prompts, GRID_MEMBERS, **self._sampler)
+            made = generate(self.policy, prompts, columns, **self._sampler)
         folder = self.run.directory / "samples"
         folder.mkdir(exist_ok=True)
-        labels = [str(prompt) for prompt in prompts]
-        save_grid(folder / f"step_{step:06d}.png", still_images(made), columns=GRID_MEMBERS, labels=labels)
-        for i, video in enumerate((made.videos or [])[::GRID_MEMBERS]):
+        labels = [text_of(prompt) for prompt in prompts]
+        longest = 256 if made.videos is None else STRIP_WIDTH
+        save_grid(folder / f"step_{step:06d}.png", still_images(made), columns=columns, labels=labels, longest=longest)
+        for i, video in enumerate(made.videos or ()):
             save_video(folder / f"step_{step:06d}_{i:02d}.mp4", video)
         names = folder / "prompts.json"
         if not names.is_file():
-            names.write_text(json.dumps({"prompts": labels, "columns": GRID_MEMBERS}), encoding="utf-8")
+            names.write_text(json.dumps({"prompts": labels, "columns": columns}), encoding="utf-8")

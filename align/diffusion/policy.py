@@ -164,7 +164,7 @@ def present(family: Family, components: Iterable[str]) -> Iterator[None]:
 
 
 class Encodings:
-    """Encoded prompts, the least recently used dropped beyond `limit` bytes.
+    """Encoded prompts, in `limit` bytes: those of `add` while they fill no more than half, the others while used.
 
     A prompt whose conditioning is shorter than another's is filled up with zeros where they are stacked; a family
     whose conditioning has no fixed length gives its mask along with it.
@@ -172,34 +172,50 @@ class Encodings:
 
     def __init__(self, family: Family, size: Size, limit: int = 2 << 30) -> None:
         self.family, self.size, self.limit = family, size, limit
-        self._rows, self._bytes = OrderedDict[Prompt, Conditioning](), 0
+        self._held, self._passing = dict[Prompt, Conditioning](), OrderedDict[Prompt, Conditioning]()
+        self._batch = 64
 
-    def add(self, prompts: Iterable[Prompt], batch: int = 64) -> None:
-        """Encode the prompts that are not held."""
-        wanted = list(dict.fromkeys(prompts))
-        new = [p for p in wanted if p not in self._rows]
+    def add(self, prompts: Iterable[Prompt]) -> None:
+        """Encode prompts, in order, to be held for good, until half of the limit is full.
+
+        From then on, prompts are encoded one by one, so that a prompt's numbers never depend on what went before.
+        """
+        new = [p for p in dict.fromkeys(prompts) if p not in self._held]
+        if not new:
+            return
+        with present(self.family, self.family.encoders):
+            for start in range(0, len(new), self._batch):
+                if self._batch == 1 or _bytes(self._held.values()) >= self.limit // 2:
+                    self._batch = 1
+                    break
+                self._held |= self._encoded(new[start : start + self._batch])
+
+    def _encoded(self, prompts: Sequence[Prompt]) -> dict[Prompt, Conditioning]:
+        encoded = self.family.encode(list(prompts), self.size)
+        return {p: {name: _kept(value[i]) for name, value in encoded.items()} for i, p in enumerate(prompts)}
+
+    def _require(self, prompts: Sequence[Prompt]) -> None:
+        """Have prompts among those held, or those passing through; drop the least recently used of these."""
+        wanted = [p for p in dict.fromkeys(prompts) if p not in self._held]
+        new = [p for p in wanted if p not in self._passing]
         if new:
             with present(self.family, self.family.encoders):
-                self._encode(new, batch)
+                for start in range(0, len(new), self._batch):
+                    self._passing |= self._encoded(new[start : start + self._batch])
         for prompt in wanted:
-            self._rows.move_to_end(prompt)
-        while self._bytes > self.limit and len(self._rows) > len(wanted):
-            _, dropped = self._rows.popitem(last=False)
-            self._bytes -= sum(v.nbytes for v in dropped.values())
-
-    def _encode(self, prompts: Sequence[Prompt], batch: int) -> None:
-        for start in range(0, len(prompts), batch):
-            chunk = list(prompts[start : start + batch])
-            encoded = self.family.encode(chunk, self.size)
-            for i, prompt in enumerate(chunk):
-                self._rows[prompt] = {name: _kept(value[i]) for name, value in encoded.items()}
-                self._bytes += sum(v.nbytes for v in self._rows[prompt].values())
+            self._passing.move_to_end(prompt)
+        while new and len(self._passing) > len(wanted) and _bytes(self._passing.values()) > self.limit // 2:
+            self._passing.popitem(last=False)
 
     def stack(self, prompts: Sequence[Prompt]) -> Conditioning:
         """Return the conditioning of B prompts, encoding what is not held."""
-        self.add(prompts)
-        rows = [self._rows[p] for p in prompts]
+        self._require(prompts)
+        rows = [self._held.get(p) or self._passing[p] for p in prompts]
         return {name: _stacked([row[name] for row in rows]) for name in rows[0]}
+
+
+def _bytes(rows: Iterable[Conditioning]) -> int:
+    return sum(value.nbytes for row in rows for value in row.values())
 
 
 def _kept(row: Tensor) -> Tensor:
@@ -226,7 +242,7 @@ class Policy:
         dtype: "fp32", or "bf16" for autocast compute over float32 latents and trained weights.
 
     Raises:
-        ModelError: an embedded guidance scale for a denoiser that is told none.
+        ModelError: an embedded guidance scale for a denoiser that is told none; frames a second of images.
     """
 
     def __init__(
@@ -239,6 +255,8 @@ class Policy:
                 "This denoiser is told no guidance scale", where=type(family.denoiser).__name__,
                 do="Set sampler.embedded_guidance to null; sampler.guidance_scale is classifier-free guidance",
             )  # fmt: skip
+        if size.fps is not None and family.fps is None:
+            raise ModelError("This model makes images", why=f"sampler.fps is {size.fps:g}", do="Set it to null")
         self.embedded_guidance = family.embedded_guidance if embedded_guidance is None else embedded_guidance
         self.size = size
         self.latent_shape = family.latent_shape(size)

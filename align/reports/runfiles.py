@@ -38,6 +38,7 @@ class RunFiles:
     config: list[Row] = field(default_factory=list)
     sheets: list[Sheet] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
+    videos: list[list[str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -65,6 +66,7 @@ def read_run(run_dir: str | Path) -> RunFiles:
     files.sheets = _sheets(files)
     prompts = _json(files, "samples/prompts.json").get("prompts") if files.sheets else []
     files.prompts = [str(prompt) for prompt in prompts] if isinstance(prompts, list) else []
+    files.videos = _videos(files)
     return files
 
 
@@ -129,6 +131,13 @@ def _sheets(files: RunFiles) -> list[Sheet]:
     loaded = [(step, load_sheet(found[step], step)) for step in steps]
     files.notes += [f"samples/{found[step].name} is not a readable image." for step, sheet in loaded if sheet is None]
     return [sheet for _, sheet in loaded if sheet is not None]
+
+
+def _videos(files: RunFiles) -> list[list[str]]:
+    """Return for each prompt its video at the first and the last contact sheet, as paths in the run folder."""
+    ends = [sheet.step for sheet in (files.sheets[:1] + files.sheets[1:][-1:])]
+    rows = [[f"samples/step_{step:06d}_{i:02d}.mp4" for step in ends] for i in range(len(files.prompts))]
+    return rows if rows and all((files.directory / path).is_file() for row in rows for path in row) else []
 
 
 def column(rows: list[Row], key: str) -> list[float | None]:

@@ -495,10 +495,17 @@ def test_precomputed_log_probs_of_images_train_as_live_ones(models, pictures, tm
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_under_zero_3_all_rows_have_images_or_none(models, mixed, tmp_path):
     made = config(models["qwen2"], "unused", "bco", "batch_size=4", "data.heldout_fraction=0")
-    with pytest.raises(ConfigError, match="either all rows have images or none.*zero2"):
-        trainer_for(made, out=tmp_path / "run", rows=(mixed, None), deepspeed="zero3")
+
+    def work():
+        with pytest.raises(ConfigError, match="either all rows have images or none.*zero2"):
+            trainer_for(made, out=tmp_path / "run", rows=(mixed, None), deepspeed="zero3")
+        return "refused"
+
+    ended = processes.world(1, work, tmp_path / "world")
+    assert ended[0].value == "refused", ended[0].output[-3000:]
 
 
 @pytest.mark.slow

@@ -67,7 +67,10 @@ class Family(Protocol):
         """Names of the components that `encode` runs, for them to be elsewhere meanwhile."""
 
     def encode(self, prompts: list[Prompt], size: Size) -> Conditioning:
-        """Encode B prompts with the pipeline's own encoders: their text, and their first frame at `size`."""
+        """Encode B prompts with the pipeline's own encoders: their text, and their first frame at `size`.
+
+        A value is a list of B tensors where the prompts' own differ in length.
+        """
 
     def latent_shape(self, size: Size) -> tuple[int, ...]:
         """Return the shape of one latent, `[C, H, W]` or `[C, F, H, W]`."""
@@ -93,10 +96,14 @@ FAMILIES: Registry[type[Family]] = Registry(
     group="align.families",
     entries={
         "FluxPipeline": "align.diffusion.families.flux:Flux",
+        "HunyuanSkyreelsImageToVideoPipeline": "align.diffusion.families.skyreels:SkyReels",
+        "HunyuanVideoPipeline": "align.diffusion.families.hunyuan_video:HunyuanVideo",
         "QwenImagePipeline": "align.diffusion.families.qwen_image:QwenImage",
         "StableDiffusion3Pipeline": "align.diffusion.families.sd3:SD3",
         "StableDiffusionPipeline": "align.diffusion.families.stable_diffusion:StableDiffusion",
         "StableDiffusionXLPipeline": "align.diffusion.families.sdxl:StableDiffusionXL",
+        "WanImageToVideoPipeline": "align.diffusion.families.wan:WanImageToVideo",
+        "WanPipeline": "align.diffusion.families.wan:Wan",
     },
 )
 """Diffusers pipeline class name, as in `model_index.json`, to the family that runs it."""
