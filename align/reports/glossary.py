@@ -87,6 +87,12 @@ GLOSSARY: dict[str, str] = {
         "Distance to the model before training that kl_weight holds down: of the model's output, or of the "
         "sampling step, a latent entry."
     ),
+    "window_start": "First solver step of the window that this step trained.",
+    "optimality": "Mean of what NFT makes of advantages: 0 is bad, 1 good, .5 neither.",
+    "moved": "Mean square by which the estimate of the clean sample has moved from the old policy's.",
+    "matching_error": "Mean square error of the model's output at the noised samples.",
+    "group_weight": "Mean weight of a group in dgpo: .5 where nothing has moved since before training.",
+    "old_policy_decay": "How much of itself the old policy kept after this step.",
     "updates": "Optimizer updates of this step; fewer than configured when all their samples had an advantage of 0.",
     "feq": "Cost of this step's training in denoiser forwards without guidance (F_eq).",
     "feq_total": "Cost of the run so far in F_eq.",
