@@ -174,7 +174,7 @@ def _launch(options: argparse.Namespace, arguments: list[str], out: Path, config
     from align.run import read_record
 
     settings = options.deepspeed or ("zero2" if options.launch == "deepspeed" else None)
-    if config.trainer == "dance_grpo":  # all of this is refused before anything starts
+    if not _is_language(config):  # all of this is refused before anything starts
         if options.launch == "accelerate":
             raise ConfigError("accelerate launches language models", where="--launch", do="Use --launch torchrun")
         if settings is not None:
@@ -295,7 +295,8 @@ def _check(options: argparse.Namespace) -> int:
         config = load_config(options.file, options.overrides)
     findings = check_config(config, reward_names=_reward_names(), files=True)
     missing = {finding.code for finding in findings} & {"data", "model", "model_not_here"}
-    if config.trainer != "dance_grpo" and config.data.path != "toy" and not missing and find_spec("transformers"):
+    here = _is_language(config) and config.data.path != "toy" and not missing
+    if here and find_spec("transformers"):
         from trainers.data_check import length_findings
 
         findings += length_findings(config)
@@ -504,6 +505,12 @@ def _reward_names() -> list[str]:
     from rewards import list_rewards
 
     return [card.name for card in list_rewards()]
+
+
+def _is_language(config: RunConfig) -> bool:
+    from align.language_config import LanguageConfig
+
+    return isinstance(config, LanguageConfig)
 
 
 def _run_config(folder: Path, overrides: Sequence[str] = ()) -> DanceGRPOConfig:
