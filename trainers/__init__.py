@@ -11,10 +11,14 @@ if TYPE_CHECKING:
     from trainers.evaluation import evaluate, sample_images
     from trainers.forward import Forward
     from trainers.kto import KTO
+    from trainers.offline import Offline
     from trainers.result import RunResult
     from trainers.sft import SFT
 
-__all__ = ["BCO", "DPO", "KTO", "SFT", "DanceGRPO", "Forward", "RunResult", "evaluate", "sample_images", "trainer_for"]
+__all__ = [
+    "BCO", "DPO", "KTO", "SFT", "DanceGRPO", "Forward", "Offline", "RunResult", "evaluate", "sample_images",
+    "trainer_for",
+]  # fmt: skip
 
 _HOMES = {
     "BCO": "trainers.bco",
@@ -22,12 +26,16 @@ _HOMES = {
     "DanceGRPO": "trainers.dance_grpo",
     "Forward": "trainers.forward",
     "KTO": "trainers.kto",
+    "Offline": "trainers.offline",
     "RunResult": "trainers.result",
     "SFT": "trainers.sft",
     "evaluate": "trainers.evaluation",
     "sample_images": "trainers.evaluation",
 }
-_TRAINERS = {"dance_grpo": "DanceGRPO", "forward": "Forward", "kto": "KTO", "bco": "BCO", "dpo": "DPO", "sft": "SFT"}
+_TRAINERS = {
+    "dance_grpo": "DanceGRPO", "forward": "Forward", "offline": "Offline", "kto": "KTO", "bco": "BCO", "dpo": "DPO",
+    "sft": "SFT",
+}  # fmt: skip
 
 
 def trainer_for(config: Any, **options: Any) -> Any:
