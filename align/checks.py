@@ -139,10 +139,14 @@ def check_config(
         from align.language_checks import check_language_config
 
         return check_language_config(config, files=files)
+    if config.trainer == "offline":
+        from align.offline_checks import check_offline_config
+
+        return check_offline_config(config, reward_names=reward_names, files=files)
     own = _forward(config) if config.trainer == "forward" else _reverse(config)
     found = [*own, *_sampling(config), *_training(config), *_rewards(config), *_evaluation(config)]
     if reward_names is not None:
-        found += _reward_names(config, reward_names)
+        found += unknown_rewards(config, ("rewards", "heldout_rewards"), reward_names)
     if files:
         found += _files(config)
     order = ("error", "warning", "note")
@@ -419,10 +423,11 @@ def _evaluation(config: VisualConfig) -> list[Finding]:
     return found
 
 
-def _reward_names(config: VisualConfig, known: Collection[str]) -> list[Finding]:
+def unknown_rewards(config: Any, parts: Collection[str], known: Collection[str]) -> list[Finding]:
+    """Return an error for every reward in the lists `parts` of `config` whose name is not `known`."""
     listed = [
         (f"{part}.{i}.name", r.name)
-        for part in ("rewards", "heldout_rewards")
+        for part in parts
         for i, r in enumerate(getattr(config, part))
         if ":" not in r.name and r.args.get("placement") != "remote"  # a class by its place; a server's own names
     ]
@@ -450,15 +455,19 @@ def _files(config: VisualConfig) -> list[Finding]:
                 "warning", "duplicate_prompts", f"{loaded.duplicates} of {len(loaded)} prompts repeat an earlier one",
                 "Remove them, unless their images or metadata differ", key,
             ))  # fmt: skip
-    model = config.model.path
+    return [*found, *model_folder(config.model.path)]
+
+
+def model_folder(model: str) -> list[Finding]:
+    """Say of `model.path` what it is not: a pipeline folder, a built-in name, or a model on the hub that is here."""
     if is_hub_name(model):
-        found += _hub_model(model)
-    elif not is_builtin(model) and not (Path(model) / "model_index.json").is_file():
-        found.append(Finding(
-            "error", "model", f"{model!r} is no diffusers pipeline folder: it has no model_index.json",
-            "Give a folder written by save_pretrained, or 'digits' for the embedded model", "model.path",
-        ))  # fmt: skip
-    return found
+        return _hub_model(model)
+    if is_builtin(model) or (Path(model) / "model_index.json").is_file():
+        return []
+    return [Finding(
+        "error", "model", f"{model!r} is no diffusers pipeline folder: it has no model_index.json",
+        "Give a folder written by save_pretrained, or 'digits' for the embedded model", "model.path",
+    )]  # fmt: skip
 
 
 def _hub_model(name: str) -> list[Finding]:
@@ -482,6 +491,10 @@ def describe_config(config: Any, findings: list[Finding]) -> dict[str, Any]:
         from align.language_checks import describe_language_config
 
         return describe_language_config(config, findings)
+    if config.trainer == "offline":
+        from align.offline_checks import describe_offline_config
+
+        return describe_offline_config(config, findings)
     dim = latent_dim(config)
     return {
         "kind": "config",

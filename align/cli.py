@@ -271,10 +271,14 @@ def _score(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> int:
     from align.checks import check_config, describe_config, describe_prompts
     from align.config import load_config
+    from align.offline_checks import describe_image_feedback, is_image_feedback_file
     from align.preferences import describe_preferences, is_preference_file
     from align.prompts import FORMATS
 
     source = Path(options.file)
+    if is_image_feedback_file(source):
+        found = describe_image_feedback(source)
+        return _give(options, found, _image_feedback_text(found))
     _refuse_other_forms(source)
     if is_preference_file(source):
         found = describe_preferences(source)
@@ -584,7 +588,27 @@ def _preferences_text(found: dict[str, Any]) -> str:
     return _table([*rows, *(("warning", text) for text in found["warnings"])])
 
 
+def _image_feedback_text(found: dict[str, Any]) -> str:
+    rows = [("rows", f"{found['rows']} in {found['source']}"), ("prompts", str(found["prompts"]))]
+    rows.append(("thumbs", f"{found['up']} up, {found['down']} down; {found['pairs']} pairs"))
+    rows.append(("trains", f"trainer offline, objective.loss {_word(found['losses']) or 'none of them'}"))
+    return _table(rows)
+
+
+def _offline_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    ledger = found["ledger"]
+    rows = "pairs" if found["loss"] == "dpo" else "thumbs"
+    cost = "{train_forwards} x {k} + {free_forwards} of the reference".format(**ledger)
+    return [
+        ("run", f"{found['name']}: {found['loss']}, {found['steps']} updates of {found['batch_size']} {rows}"),
+        ("cost", f"{ledger['feq_per_sample']} F_eq an image = {cost}"),
+        ("trains", f"{ledger['trained_steps']} noise level{'s' * (ledger['trained_steps'] > 1)} of every row"),
+    ]  # fmt: skip
+
+
 def _visual_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    if found["trainer"] == "offline":
+        return _offline_rows(found)
     ledger = found["ledger"]
     cost = "{feq_per_sample:g} F_eq a sample = {rollout_forwards} + {train_forwards:g} x {k:g}".format(**ledger)
     reverse = "clip_range" in found

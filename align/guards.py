@@ -77,6 +77,23 @@ def require_first_ratio(scaled: float, worst: float, tolerance: float, where: st
         )
 
 
+def require_reference(worst: float, tolerance: float, where: str) -> None:
+    """Check that model and reference agree before any update, as the first loss takes for granted.
+
+    Args:
+        worst: largest `|error - reference error|` of a row.
+
+    Raises:
+        GuardError: beyond the tolerance.
+    """
+    if worst > tolerance:
+        raise GuardError(
+            "The model and its reference differ before any update", where=where,
+            why=f"their errors are {worst:.2e} apart, and at most {tolerance:.0e} is rounding",
+            do="Look for dropout, adapters that do not start at 0, or a reference that is another model",
+        )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Drift:
     """A drift verdict: `hacked` when the trained reward rose while the held-out one fell."""

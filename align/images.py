@@ -161,11 +161,13 @@ def _header(source: Path | io.BytesIO) -> tuple[str, tuple[int, int]]:
         with _opened(source) as opened:
             columns, rows = opened.size
             lies = opened.getexif().get(_UPRIGHT) in (5, 6, 7, 8)
-            mode = opened.mode
+            mode, frames = opened.mode, getattr(opened, "n_frames", 1) if opened.format in ("GIF", "WEBP", "PNG") else 1
     except (*_BROKEN, Image.DecompressionBombError) as error:
         return _unreadable(error), (0, 0)
     if columns * rows > MOST_PIXELS:
         return f"the image has {columns}x{rows} pixels, more than {MOST_PIXELS // 10**6} million", (0, 0)
+    if frames > 1:
+        return f"the image has {frames} frames, and one is wanted", (0, 0)
     if mode in ("I", "F") or mode.startswith("I;"):
         return f"the image has more than 8 bits a channel (mode {mode}); convert it to RGB", (0, 0)
     return "", (rows, columns) if lies else (columns, rows)

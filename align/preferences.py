@@ -35,6 +35,7 @@ from align.seeding import seed as derive_seed
 Text = str | tuple[Mapping[str, Any], ...]
 _LABELS = {1: True, 0: False, -1: False}  # True and False among them
 _WORDS = {"up": True, "down": False, "true": True, "false": False, "1": True, "0": False, "-1": False, "+1": True}
+THUMBS = "true or false, 1 or 0, 1 or -1, up or down"
 _FIELDS = (
     "prompt", "completion", "chosen", "rejected", "messages", "text", "label", "score", "score_chosen",
     "score_rejected", "tools", "chat_template_kwargs", "weight", "udm_weight", "image", "images",
@@ -268,6 +269,13 @@ def _completions(read: _Reader, where: str, pair: int) -> list[Completion]:
     )  # fmt: skip
 
 
+def read_thumb(value: Any) -> bool | None:
+    """Return whether a label is a thumb up; None where it is none of `THUMBS`."""
+    if isinstance(value, str):
+        return _WORDS.get(value.strip().lower())
+    return _LABELS.get(value) if isinstance(value, (bool, int, float)) else None
+
+
 class _Reader:
     """The fields of one row."""
 
@@ -334,13 +342,10 @@ class _Reader:
 
     def label(self) -> bool | None:
         value = self.row.get("label")
-        if value is None:
-            return None
-        if isinstance(value, str) and value.strip().lower() in _WORDS:
-            return _WORDS[value.strip().lower()]
-        if isinstance(value, (bool, int, float)) and value in _LABELS:
-            return _LABELS[value]
-        raise self.wrong("label", "true or false, 1 or 0, 1 or -1, up or down")
+        found = None if value is None else read_thumb(value)
+        if value is not None and found is None:
+            raise self.wrong("label", THUMBS)
+        return found
 
     def number(self, field: str, default: Any = None, *, least: float | None = None) -> Any:
         value = self.row.get(field)

@@ -187,14 +187,23 @@ def training_and_heldout(
     if config.heldout_path is None:
         return split_heldout(prompts, config.heldout_fraction, seed) if config.heldout_fraction else (prompts, prompts)
     heldout = load(config.heldout_path)
+    require_apart(prompts, heldout, config.heldout_path)
+    return prompts, heldout
+
+
+def require_apart(prompts: Iterable[str], heldout: Sequence[str] | PromptSet, where: str) -> None:
+    """Refuse held-out prompts that are trained on.
+
+    Raises:
+        DataError: with one of them.
+    """
     shared = {_same(text) for text in prompts} & {_same(text) for text in heldout}
     if shared:
         example = next(text for text in heldout if _same(text) in shared)
         raise DataError(
             f"{len(shared)} held-out prompt{'s are' if len(shared) > 1 else ' is'} also trained on",
-            where=config.heldout_path, why=f"for one, {short_repr(example)}", do="Remove it from one of the two files",
+            where=where, why=f"for one, {short_repr(example)}", do="Remove it from one of the two files",
         )  # fmt: skip
-    return prompts, heldout
 
 
 def _same(text: str) -> str:

@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from trainers.forward import Forward
     from trainers.kto import KTO
     from trainers.language_verbs import evaluate_language, sample_completions
+    from trainers.offline import Offline
     from trainers.result import RunResult
     from trainers.sft import SFT
     from trainers.sources import find_source
 
 __all__ = [
-    "BCO", "DPO", "KTO", "SFT", "DanceGRPO", "Forward", "RunResult", "evaluate", "evaluate_language", "find_source",
-    "sample_completions", "sample_images", "trainer_for",
+    "BCO", "DPO", "KTO", "SFT", "DanceGRPO", "Forward", "Offline", "RunResult", "evaluate", "evaluate_language",
+    "find_source", "sample_completions", "sample_images", "trainer_for",
 ]  # fmt: skip
 
 _HOMES = {
@@ -27,6 +28,7 @@ _HOMES = {
     "DanceGRPO": "trainers.dance_grpo",
     "Forward": "trainers.forward",
     "KTO": "trainers.kto",
+    "Offline": "trainers.offline",
     "RunResult": "trainers.result",
     "SFT": "trainers.sft",
     "evaluate": "trainers.evaluation",
@@ -35,7 +37,10 @@ _HOMES = {
     "sample_completions": "trainers.language_verbs",
     "sample_images": "trainers.evaluation",
 }
-_TRAINERS = {"dance_grpo": "DanceGRPO", "forward": "Forward", "kto": "KTO", "bco": "BCO", "dpo": "DPO", "sft": "SFT"}
+_TRAINERS = {
+    "dance_grpo": "DanceGRPO", "forward": "Forward", "offline": "Offline", "kto": "KTO", "bco": "BCO", "dpo": "DPO",
+    "sft": "SFT",
+}  # fmt: skip
 
 
 def trainer_for(config: Any, **options: Any) -> Any:

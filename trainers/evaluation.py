@@ -24,7 +24,9 @@ from align.diffusion.policy import Policy, resolve_model
 from align.diffusion.rollout import as_samples, decode, initial_noise, solve
 from align.errors import ConfigError
 from align.groupstats import Estimate, bootstrap_mean
+from align.image_feedback import distinct_prompts
 from align.launch import World
+from align.offline_config import OfflineConfig
 from align.prompts import PromptSet, load_prompts, training_and_heldout
 from align.types import Prompt, Samples, text_of
 from rewards.meters import measure_pixels
@@ -177,7 +179,7 @@ def members_for(samples: int, prompts: int) -> int:
     return max(2, math.ceil(samples / prompts))
 
 
-def resolve_prompts(config: VisualConfig) -> tuple[PromptSet, PromptSet]:
+def resolve_prompts(config: VisualConfig | OfflineConfig) -> tuple[PromptSet, PromptSet]:
     """Return the training and the held-out prompts; the held-out split is the same for every run seed."""
 
     def digits() -> list[str]:
@@ -185,6 +187,11 @@ def resolve_prompts(config: VisualConfig) -> tuple[PromptSet, PromptSet]:
 
         return digit_prompts()
 
+    if isinstance(config, OfflineConfig):
+        from trainers.offline_rows import resolve_rows
+
+        sides = [load_prompts(distinct_prompts(rows.rows)) for rows in resolve_rows(config)]
+        return sides[0], sides[1]
     return training_and_heldout(config.prompts, builtin={"digits": digits})
 
 
@@ -193,7 +200,7 @@ class Source:
     """A model to sample or evaluate: its policy, the configuration it was trained with, and its name."""
 
     policy: Policy
-    config: VisualConfig | None
+    config: VisualConfig | OfflineConfig | None
     name: str
 
 
@@ -226,17 +233,12 @@ def open_source(source: str | Path, *, guidance_scale: float | None = None) -> S
     return Source(policy.with_guidance(scale), config, f"{found.run} at step {saved.step}")
 
 
-def load_policy(config: VisualConfig) -> Policy:
-    """Load the model of a configuration, ready to train."""
-    return Policy.load(
-        resolve_model(config.model.path),
-        config.model,
-        seed=config.seed,
-        guidance=config.sampler.guidance,
-        guidance_scale=config.sampler.guidance_scale,
-        embedded_guidance=config.sampler.embedded_guidance,
-        size=Size(**{name: getattr(config.sampler, name) for name in ("height", "width", "frames", "fps")}),
-    )
+def load_policy(config: VisualConfig | OfflineConfig) -> Policy:
+    """Load the model of a configuration, ready to train; what its sampler does not say is the policy's default."""
+    said = config.sampler.model_dump()
+    options = {name: said[name] for name in ("guidance", "guidance_scale", "embedded_guidance") if name in said}
+    size = Size(**{name: said[name] for name in ("height", "width", "frames", "fps") if name in said})
+    return Policy.load(resolve_model(config.model.path), config.model, seed=config.seed, size=size, **options)
 
 
 def _prompts_for(source: Source, prompts: Any) -> list[Prompt]:
@@ -287,7 +289,7 @@ def evaluate(
     names = _prompts_for(opened, prompts)
     chosen = [RewardConfig(name=r) if isinstance(r, str) else r for r in rewards or ()]
     if rewards is None and opened.config is not None:
-        chosen = list(opened.config.heldout_rewards or opened.config.rewards)
+        chosen = list(opened.config.heldout_rewards or getattr(opened.config, "rewards", ()))
     if not chosen:
         raise ConfigError("Which reward", where=opened.name, do="Name one with rewards=; `align rewards` lists them")
     sampler = _sampler(opened, seed, solver_steps)

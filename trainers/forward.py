@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from align.averaging import Average
-from align.diffusion.kernels import StepTable, estimates, step_table
+from align.diffusion.kernels import StepTable, step_table
+from align.diffusion.noising import draw_level, noised, training_levels
 from align.diffusion.rollout import Rollout
-from align.diffusion.schedules import Schedule
 from align.errors import ConfigError
 from align.forward_config import ForwardConfig
 from align.run import Run
-from align.seeding import normal, uniform
+from align.seeding import normal
 from align.types import Advantages, Prompt, StepStats
 from rewards.compose import Composed
 from trainers.forward_objectives import (
@@ -46,19 +46,14 @@ from trainers.forward_objectives import (
 from trainers.objectives import Terms, velocity_distance
 from trainers.online import OnlineRun
 
-FINE_LEVELS = 250
-
 
 @dataclass(frozen=True)
 class Noised:
     """N (sample, draw) rows: clean latents, noised to a level.
 
     Args:
-        row, draw, level: `[N]`: the sample's place, which of its draws, and the schedule's level.
-        x0, noise, x: `[N, ...]`.
-        timestep, sigma: `[N]`.
-        x0_x, x0_v: x0_hat is `x0_x x + x0_v output`, `[N]`.
-        target: what the model would say if it knew `x0`, `[N, ...]`.
+        row, draw: `[N]`, the sample's place, and which of its draws.
+        x0, x, timestep, sigma, x0_x, x0_v, target: see `NoisedLatents`.
     """
 
     prompts: list[Prompt]
@@ -84,15 +79,9 @@ class Forward(OnlineRun):
     def __init__(self, config: Any, **options: Any) -> None:
         super().__init__(config, **options)
         sampler, objective = self.config.sampler, self.config.objective
-        fine = objective.levels == "fine"
-        self.levels: Schedule = (
-            self.policy.family.schedule(FINE_LEVELS, sampler.shift, self.policy.latent_shape) if fine else self.schedule
+        self.levels = training_levels(
+            self.policy, objective.levels, sampler.solver_steps, sampler.shift, objective.draws
         )
-        if objective.draws > len(self.levels):
-            raise ConfigError(
-                "More draws than levels", where="objective.draws", why=f"{objective.draws} of {len(self.levels)}",
-                do="Lower it, raise sampler.solver_steps, or set objective.levels: fine",
-            )  # fmt: skip
         self._old: Average | None = None
         self._weights: dict[tuple[int, int], float] = {}
 
@@ -157,33 +146,16 @@ class Forward(OnlineRun):
             yield self._noised(rollout, part, advantages, len(part) / (of * draws))
 
     def _noised(self, rollout: Rollout, pairs: Sequence[tuple[int, int]], advantages: Tensor, share: float) -> Noised:
-        device, schedule = rollout.x.device, self.levels
-        draws, shared = self.config.objective.draws, self.config.objective.loss == "dgpo"
+        device, draws, shared = rollout.x.device, self.config.objective.draws, self.config.objective.loss == "dgpo"
         keys = [(*rollout.key, r // rollout.group_size if shared else r, j) for j, r in pairs]
-        level = torch.tensor([
-            min(len(schedule) - 1, int((j + uniform(*key, "level")) * len(schedule) / draws))
-            for (j, _), key in zip(pairs, keys, strict=True)
-        ])  # fmt: skip
+        level = [draw_level(self.levels, j, draws, *key) for (j, _), key in zip(pairs, keys, strict=True)]
         rows = torch.tensor([r for _, r in pairs])
         x0 = rollout.x[(rows - rollout.rows.start).to(device), -1]
         noise = torch.stack([normal(x0.shape[1:], *key, "noised") for key in keys]).to(device)
-        alpha, sigma = (values[level].to(device, x0.dtype) for values in (schedule.alpha, schedule.sigma))
-        weights = [estimates(schedule.prediction, float(schedule.alpha[s]), float(schedule.sigma[s]))[0] for s in level]
-        x0_x, x0_v = (torch.tensor(column, device=device, dtype=x0.dtype) for column in zip(*weights, strict=True))
-
-        def column(values: Tensor) -> Tensor:
-            return values.reshape(-1, *[1] * (x0.ndim - 1))
-
-        target = {
-            "velocity": lambda: noise - x0,
-            "epsilon": lambda: noise,
-            "v_prediction": lambda: column(alpha) * noise - column(sigma) * x0,
-        }[schedule.prediction]()
         return Noised(
             prompts=[rollout.prompts[int(r) - rollout.rows.start] for r in rows], row=rows,
-            draw=torch.tensor([j for j, _ in pairs]), x0=x0, x=column(alpha) * x0 + column(sigma) * noise,
-            timestep=schedule.timestep[level].to(device), sigma=sigma, x0_x=column(x0_x), x0_v=column(x0_v),
-            target=target, advantage=advantages[rows].to(device, x0.dtype), share=share,
+            draw=torch.tensor([j for j, _ in pairs]), advantage=advantages[rows].to(device, x0.dtype), share=share,
+            **vars(noised(x0, noise, level, self.levels)),
         )  # fmt: skip
 
     # Losses

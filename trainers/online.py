@@ -24,16 +24,27 @@ from align.checks import feq_ledger, require_valid
 from align.config import VisualConfig, load_config
 from align.diffusion.kernels import StepTable
 from align.diffusion.memory import rows_that_fit
+from align.diffusion.policy import Policy
 from align.diffusion.rollout import Rollout, sample
 from align.engine import DeepSpeedEngine, require_deepspeed
 from align.errors import ConfigError
 from align.groupstats import bootstrap_mean, masked_mean, masked_std
 from align.images import require_first_frame
-from align.launch import join_world
+from align.launch import World, join_world
 from align.prompts import short_repr
 from align.run import Run, claim_directory, require_directory
 from align.seeding import permutation
-from align.types import Advantages, ImagePrompt, Samples, Scores, StepStats, max_or_nan, merge_stats, stack_scores
+from align.types import (
+    Advantages,
+    ImagePrompt,
+    Prompt,
+    Samples,
+    Scores,
+    StepStats,
+    max_or_nan,
+    merge_stats,
+    stack_scores,
+)
 from rewards.compose import Composed
 from rewards.panel import Panel
 from rewards.remote import remote_rewards, wait_until_healthy
@@ -216,23 +227,14 @@ class OnlineRun:
                 metrics = self._metrics(scores, composed, advantages, rollout.table, run)
                 metrics |= self.after_step(run, stats, step)
                 run.commit(step, {**metrics, **receipt.during(step), **clock.laps}, stats)
-            return self._finish(run, receipt)
+            return finish(run, receipt)
 
     def open_run(self) -> Run:
         """Return the run in this trainer's folder, resumed where there is a checkpoint."""
-        parameters, engine = self.policy.trainable(), None
-        if self.deepspeed is not None:
-            engine = DeepSpeedEngine(
-                self.policy.family.denoiser, parameters, self.config.optimizer, self.world, self.deepspeed
-            )
-        run = Run(
-            self.config, self.directory, parameters, self._record(),
-            world=self.world, engine=engine, changed=self._changed, kept=self.kept(),
+        return open_run(
+            self.config, self.directory, self.policy, self._record(), float(self.schedule.timestep[0]),
+            self.prompts.asked[0], world=self.world, deepspeed=self.deepspeed, changed=self._changed, kept=self.kept(),
         )  # fmt: skip
-        if "batch_tile" not in run.counters:  # a resumed run keeps its own, so that it goes on bit for bit
-            fit = rows_that_fit(self.policy, float(self.schedule.timestep[0]), self.prompts.asked[0])
-            run.counters["batch_tile"] = float(min(self.world.gather(fit)))
-        return run
 
     def _batches(self, run: Run) -> tuple[int, int]:
         """Return how many samples are rolled out at once, and how many (sample, step) pairs replayed.
@@ -383,28 +385,63 @@ class OnlineRun:
             )
 
     def _record(self) -> dict[str, Any]:
-        trainable = sum(p.numel() for p in self.policy.trainable().values())
-        everything = sum(p.numel() for p in self.policy.family.denoiser.parameters())
         return {
-            "model": {
-                "path": self.config.model.path,
-                "family": self.policy.family.name,
-                "train": self.config.model.train,
-                "parameters": everything,
-                "trained_parameters": trainable,
-            },
+            "model": describe_model(self.policy, self.config),
             "rewards": self.rewards.describe(),
             "heldout_rewards": self.heldout.describe(),
             "ledger": self.ledger(),
         }
 
-    def _finish(self, run: Run, receipt: Receipt) -> RunResult:
-        if run.stopping and run.step < self.config.steps:
-            run.finish("stopped")
-            return RunResult(self.directory, "stopped", {})
-        summary = receipt.after()
-        run.finish("complete")
-        return RunResult(self.directory, "complete", summary)
+
+def open_run(
+    config: Any,
+    directory: Path,
+    policy: Policy,
+    record: Mapping[str, Any],
+    timestep: float,
+    prompt: Prompt,
+    *,
+    world: World,
+    deepspeed: str | None,
+    **options: Any,
+) -> Run:
+    """Return the run in a folder, resumed where there is a checkpoint, with its engine.
+
+    `counters["batch_tile"]` says how many rows fit at once; a resumed run keeps its own, so that it goes on bit for
+    bit.
+
+    Args:
+        timestep, prompt: of a row that is tried.
+        options: of `Run`.
+    """
+    parameters, engine = policy.trainable(), None
+    if deepspeed is not None:
+        engine = DeepSpeedEngine(policy.family.denoiser, parameters, config.optimizer, world, deepspeed)
+    run = Run(config, directory, parameters, record, world=world, engine=engine, **options)
+    if "batch_tile" not in run.counters:
+        run.counters["batch_tile"] = float(min(world.gather(rows_that_fit(policy, timestep, prompt))))
+    return run
+
+
+def describe_model(policy: Policy, config: Any) -> dict[str, Any]:
+    """Return what `run.json` says of the model."""
+    return {
+        "path": config.model.path,
+        "family": policy.family.name,
+        "train": config.model.train,
+        "parameters": sum(p.numel() for p in policy.family.denoiser.parameters()),
+        "trained_parameters": sum(p.numel() for p in policy.trainable().values()),
+    }
+
+
+def finish(run: Run, receipt: Receipt) -> RunResult:
+    """End a run that was stopped, or measure and end one that is complete."""
+    if run.stopping and run.step < run.config.steps:
+        run.finish("stopped")
+        return RunResult(run.directory, "stopped", {})
+    summary = receipt.after()
+    run.finish("complete")
+    return RunResult(run.directory, "complete", summary)
 
 
 def count(stats: StepStats, terms: Terms) -> None:

@@ -354,7 +354,7 @@ def plan_epoch(
             do="Lower batch_size and microbatch, or add rows",
         )  # fmt: skip
     count = batches * batch_size // microbatch
-    rows = _stratify(classes, length, count, microbatch, seed, draw)
+    rows = stratify(classes, length, count, microbatch, seed, draw)
     partners = _partners(rows, tokens.prompt, seed, draw)
     if fixed and epoch:
         order = permutation(count, seed, epoch, "fixed microbatches")
@@ -388,10 +388,18 @@ def _oversampled(classes: list[np.ndarray], seed: int, epoch: int) -> list[np.nd
     return result
 
 
-def _stratify(
+def stratify(
     classes: list[np.ndarray], length: np.ndarray, count: int, size: int, seed: int, epoch: int
 ) -> np.ndarray:
-    """Deal rows to `count` microbatches of `size`: an even share of each class, rows of like length together."""
+    """Deal rows to `count` microbatches of `size`: an even share of each class, rows of like length together.
+
+    Args:
+        classes: row numbers of one class or two; together at least `count size`.
+        length: of every row.
+
+    Returns:
+        int `[count, size]`, a function of the arguments alone.
+    """
     total = sum(map(len, classes))
     quotas = [len(classes[0]) * count * size // total]  # what is left out comes from both classes alike
     if len(classes) > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from align import guards
 from align.diffusion.policy import Policy
+from align.groupstats import Estimate
 from align.run import Run, peak_memory_mb
 from align.tracking import read_jsonl, save_grid
 from align.types import Prompt, text_of
@@ -30,13 +31,23 @@ class Receipt:
         policy: the model in training.
         prompts: held-out prompts.
         panels: "reward" (trained on) and "heldout" (never trained on).
+        implicit: measures how often the model tells held-out rows apart, a chance of .5 before training; it stands in
+            for a held-out reward where there is no panel.
     """
 
-    def __init__(self, run: Run, policy: Policy, prompts: Sequence[Prompt], panels: Mapping[str, Panel]) -> None:
+    def __init__(
+        self,
+        run: Run,
+        policy: Policy,
+        prompts: Sequence[Prompt],
+        panels: Mapping[str, Panel],
+        implicit: Callable[[], Estimate] | None = None,
+    ) -> None:
         self.run, self.config, self.prompts = run, run.config, list(prompts)
         self.policy = policy.with_guidance(self.config.evaluation.guidance_scale)
         self.panels = {name: panel for name, panel in panels.items() if panel}
-        self.heldout = "heldout" if "heldout" in self.panels else "reward"
+        self.heldout = next((name for name in ("heldout", "reward") if name in self.panels), "")
+        self._implicit, self._learnt = implicit, Estimate(0.5, 0.5, 0.5, 0)
         self._sampler: dict[str, Any] = {
             "seed": self.config.seed,
             "solver_steps": self.config.evaluation.solver_steps,
@@ -65,7 +76,8 @@ class Receipt:
         evaluation, last = self.config.evaluation, step == self.config.steps
         if evaluation.every and step % evaluation.every == 0 and not last:
             now = self._evaluate(step, evaluation.samples)
-            found = {"diversity": now.diversity, "heldout": now.estimate(self.heldout).mean}
+            heldout = now.estimate(self.heldout) if self.heldout else self._learnt
+            found = {"diversity": now.diversity, "heldout": heldout.mean}
             self._watch(step, now)
         if self.config.tracking.samples_every and (step % self.config.tracking.samples_every == 0 or last):
             self._grid(step)
@@ -86,11 +98,7 @@ class Receipt:
         summary = {
             "name": self.config.name,
             "steps": self.config.steps,
-            "reward_before": base.estimate("reward").as_dict(),
-            "reward_after": final.estimate("reward").as_dict(),
-            "heldout_before": base.estimate(self.heldout).as_dict(),
-            "heldout_after": final.estimate(self.heldout).as_dict(),
-            "heldout_gain": final.gain(base, self.heldout).as_dict(),
+            **self._changes(base, final),
             **{f"{key}_before": first[key] for key in ("heldout_accuracy", "diversity") if key in first},
             **{f"{key}_after": value for key, value in self._facts(final).items() if key in first},
             "first_ratio_error_max": max((row["first_ratio_error"] for row in rows), default=None),
@@ -103,6 +111,25 @@ class Receipt:
         path.write_text(json.dumps(summary, indent=1), encoding="utf-8")
         return summary
 
+    def _changes(self, base: Measurement, final: Measurement) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name in dict.fromkeys((*self.panels, "heldout")):
+            source = name if name in self.panels else self.heldout
+            if source:
+                found[f"{name}_before"] = base.estimate(source).as_dict()
+                found[f"{name}_after"] = final.estimate(source).as_dict()
+                if name == "heldout":
+                    found["heldout_gain"] = final.gain(base, source).as_dict()
+        if self._implicit is not None:
+            chance = {"mean": 0.5, "ci_low": 0.5, "ci_high": 0.5, "n": self._learnt.n}
+            ends = ("mean", "ci_low", "ci_high")
+            gain = {**{end: getattr(self._learnt, end) - 0.5 for end in ends}, "n": self._learnt.n}
+            for name in ("implicit", *(() if self.heldout else ("heldout",))):
+                found |= {f"{name}_before": chance, f"{name}_after": self._learnt.as_dict(), f"{name}_gain": gain}
+            if not self.heldout:
+                found["heldout_measure"] = "Held-out accuracy of the implicit reward"
+        return found
+
     def _facts(self, measured: Measurement) -> dict[str, float]:
         accuracy = measured.extras.get(f"{self.heldout}/accuracy")
         found = {"diversity": measured.diversity}
@@ -112,12 +139,15 @@ class Receipt:
         members = members_for(samples, len(self.prompts))
         with self.run.delivered():
             measured = measure(self.policy, self.prompts, members, self.panels, world=self.run.world, **self._sampler)
+            if self._implicit is not None and step:
+                self._learnt = self._implicit()
+        scored = {"heldout": self.heldout, "reward": "reward"}
         row = {
             "step": step,
             "sampler": f"ode, {self._sampler['solver_steps']} steps",
             "n": len(measured.prompts),
-            "heldout": measured.estimate(self.heldout).as_dict(),
-            "reward": measured.estimate("reward").as_dict(),
+            **{key: measured.estimate(name).as_dict() for key, name in scored.items() if name in self.panels},
+            **({} if self._implicit is None else {"implicit": self._learnt.as_dict()}),
             "components": {name: measured.estimate(name).as_dict() for name in measured.values if "/" in name},
             **self._facts(measured),
             "meters": {
@@ -131,10 +161,11 @@ class Receipt:
         return measured
 
     def _watch(self, step: int, now: Measurement) -> None:
-        gain = now.gain(self._base, "reward")
-        verdict = guards.drift(gain.mean, now.gain(self._base, self.heldout))
-        if verdict.hacked:
-            self.run.log.warn(step, "alarm", "drift", verdict.message)
+        if "reward" in self.panels:
+            gain = now.gain(self._base, "reward")
+            verdict = guards.drift(gain.mean, now.gain(self._base, self.heldout))
+            if verdict.hacked:
+                self.run.log.warn(step, "alarm", "drift", verdict.message)
         trained = [name for name in now.values if name.startswith("reward/")]
         watched = [(name, "saturation", guards.saturated) for name in trained]
         watched += [(name, "meter", guards.displaced) for name in now.extras if name.startswith("meter/")]

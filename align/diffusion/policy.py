@@ -342,6 +342,11 @@ class Policy:
         with present(self.family, ("vae",)):
             return self.family.decode(latents)
 
+    def to_latents(self, pixels: Tensor) -> Tensor:
+        """Return the latents of pixels in [0, 1], `[B, ...]`."""
+        with present(self.family, ("vae",)):
+            return self.family.to_latents(pixels.to(self.device))
+
     def velocity(self, x: Tensor, timestep: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Return the guided model output `[B, ...]`, float32, at latents x and timesteps `[B]`.
 

@@ -15,6 +15,15 @@ CHARTS: dict[str, str] = {
         "What is believed: a reward that is never trained on, on prompts never trained on, with 95 % "
         "intervals. When the reward in training rises and this falls, the reward is being gamed."
     ),
+    "Held-out rows told apart": (
+        "Of rows that were never trained on, how often the implicit reward tells the liked image from the other: the "
+        "share of pairs, or the chance for a thumb up against a thumb down, with 95 % intervals that take a prompt's "
+        "rows together. The line is each update's own rows, before they are learnt from."
+    ),
+    "Errors gained on the reference": (
+        "How much smaller the error on the rows' images became than the reference's. A little below 0 is usual; far "
+        "below, all images became unlikely, the liked ones among them. z is KTO's reference point, cut off at 0."
+    ),
     "Trained rewards, one by one": "Mean of each component over the step's samples, before weights.",
     "Held-out rewards, one by one": "Mean of each held-out component at every evaluation, with 95 % intervals.",
     "Held-out accuracy": (
@@ -90,9 +99,18 @@ GLOSSARY: dict[str, str] = {
     "window_start": "First solver step of the window that this step trained.",
     "optimality": "Mean of what NFT makes of advantages: 0 is bad, 1 good, .5 neither.",
     "moved": "Mean square by which the estimate of the clean sample has moved from the old policy's.",
-    "matching_error": "Mean square error of the model's output at the noised samples.",
     "group_weight": "Mean weight of a group in dgpo: .5 where nothing has moved since before training.",
     "old_policy_decay": "How much of itself the old policy kept after this step.",
+    "correct": (
+        "Of given images: share of the update's rows on their side, before they are learnt from; of pairs, those whose "
+        "chosen image gained more. Ties count half."
+    ),
+    "margin": "Of given images: mean argument of the loss's sigmoid; beyond 10 or so a row teaches nothing more.",
+    "matching_error": "Mean square error of what the model says at noised images, a latent entry.",
+    "error_gain": "How much smaller that error became than the reference's: below 0 all images became less likely.",
+    "z": "KTO's reference point of the update: the mean of error_gain, cut off at 0.",
+    "share_up": "Share of thumbs up among the update's rows.",
+    "epoch": "Passes over the training rows so far.",
     "updates": "Optimizer updates of this step; fewer than configured when all their samples had an advantage of 0.",
     "feq": "Cost of this step's training in denoiser forwards without guidance (F_eq).",
     "feq_total": "Cost of the run so far in F_eq.",
@@ -230,6 +248,16 @@ BY_TRAINER: dict[tuple[str, str], str] = {
     ("dpo", "loss"): (
         "DPO: mean over pairs of −log sigmoid(reward of the chosen − of the rejected); log 2 = 0.693 before training."
     ),
+    ("offline", "loss"): (
+        "Diffusion-KTO: mean of w (1 − U(± beta × (error_gain − z))); Diffusion-DPO: −log sigmoid of half beta times "
+        "the difference of the two images' error_gain, log 2 = 0.693 before training."
+    ),
+    ("offline", "step"): "Training step: one optimizer update.",
+    ("offline", "samples"): "Images learnt from in this step.",
+    ("offline", "first_ratio_error"): (
+        "In step 1, beta times the largest difference of the errors of model and reference before any update, which "
+        "must be rounding; 0 in later steps."
+    ),
     ("sft", "loss"): "Mean negative log-prob of a completion token, in nats; prompts are not learnt.",
     (
         "kto",
@@ -269,4 +297,4 @@ def explain(key: str, trainer: str = "") -> str:
         return "Standard deviation of this component within a prompt's samples, averaged over prompts."
     if key.startswith("reward/") and key.endswith("/fail_frac"):
         return "Share of the step's samples for which this component is missing."
-    return GLOSSARY.get(key, "")
+    return BY_TRAINER.get((trainer, key)) or GLOSSARY.get(key, "")

@@ -141,7 +141,8 @@ def _charts(files: RunFiles) -> list[Row]:
     rows, evaluations = files.metrics, files.evaluations
     trained = [key for key in dict.fromkeys(k for row in rows for k in row) if re.fullmatch(r"reward/.+/mean", key)]
     reward_band = ("reward_ci_low", "reward_ci_high")
-    ratio = curve(rows, "first_ratio_error", "max |ratio − 1|")
+    replayed = rows if trainer_of(files) != "offline" else []
+    ratio = curve(replayed, "first_ratio_error", "max |ratio − 1|")
     clipped = [curve(rows, "clip_share_low", "low"), curve(rows, "clip_share_high", "high")]
     accuracy = points(evaluations, [("heldout_accuracy",), ("accuracy",)], "held-out accuracy", 6)
     spread = points(evaluations or rows, [("diversity",)], "within-prompt pixel deviation", 3)
@@ -157,6 +158,11 @@ def _charts(files: RunFiles) -> list[Row]:
             ]
         ),
         "Held-out reward": line_chart([points(evaluations, [("heldout",)], "held-out reward", 2)]),
+        "Held-out rows told apart": line_chart(
+            [curve(rows, "correct", "rows in training"), points(evaluations, [("implicit",)], "held-out rows", 1)],
+            percent=True, reference=(50.0, "chance"),
+        ),
+        "Errors gained on the reference": line_chart([curve(rows, "error_gain", "all rows"), curve(rows, "z", "z")]),
         "Trained rewards, one by one": line_chart([curve(rows, key, key[7:-5]) for key in trained]),
         "Held-out rewards, one by one": line_chart(heldout),
         "Held-out accuracy": line_chart([accuracy], percent=True),

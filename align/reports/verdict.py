@@ -26,6 +26,7 @@ class Outcome:
     diversity: tuple[float | None, float | None]
     paired: bool
     step: int | None
+    measure: str = "Held-out reward"
 
     @property
     def change(self) -> float | None:
@@ -59,6 +60,7 @@ def outcome(summary: Row, evaluations: list[Row]) -> Outcome:
             (finite(summary.get("diversity_before")), finite(summary.get("diversity_after"))),
             paired=isinstance(gain, dict),
             step=step,
+            measure=str(summary.get("heldout_measure") or "Held-out reward"),
         )
     first, last = (evaluations[0], evaluations[-1]) if len(evaluations) > 1 else ({}, {})
     before, after = _estimate(first.get("heldout")), _estimate(last.get("heldout"))
@@ -169,7 +171,7 @@ def _sentence(found: Outcome) -> str:
     low, high = found.gain.get("ci_low"), found.gain.get("ci_high")
     verb = "rose" if change > 0 else "fell" if change < 0 else "stayed"
     before, after = number(found.before.get("mean")), number(found.after.get("mean"))
-    text = f"Held-out reward {verb} from {before} to {after} ({signed(change)}"
+    text = f"{found.measure} {verb} from {before} to {after} ({signed(change)}"
     if finite(low) is not None and finite(high) is not None:
         text += f", 95\u00a0% CI {signed(low)} to {signed(high)}"
     if found.paired and found.gain.get("n"):

@@ -90,6 +90,13 @@ class Family(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """Return pixels in [0, 1], `[B, C, H, W]` or `[B, F, C, H, W]`."""
 
+    def to_latents(self, pixels: Tensor) -> Tensor:
+        """Return the latents that `decode` makes of pixels in [0, 1], `[B, C, H, W]` in and `[B, ...]` out.
+
+        The mean of the autoencoder's posterior, scaled as the denoiser has it; learning from given images needs it. A
+        model of videos takes an image for a video of one frame.
+        """
+
 
 FAMILIES: Registry[type[Family]] = Registry(
     "model family",
@@ -163,3 +170,9 @@ def to_pixels(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     latents = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
     images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
     return (images.float() / 2 + 0.5).clamp(0, 1)
+
+
+def from_pixels(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """Encode pixels in [0, 1] with an image VAE: `(mean of the posterior - shift) scale`, what `to_pixels` undoes."""
+    mean = vae.encode((2 * pixels - 1).to(vae.dtype)).latent_dist.mode()
+    return (mean.float() - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor

@@ -13,6 +13,7 @@ from align.diffusion.families import (
     Size,
     TextToImage,
     device_of,
+    from_pixels,
     image_latent_shape,
     resolution_mu,
     to_pixels,
@@ -95,6 +96,11 @@ class Flux(TextToImage):
     def decode(self, latents: Tensor) -> Tensor:
         """Return images in [0, 1], `[B, C, H, W]`."""
         return to_pixels(self.pipeline.vae, latents)
+
+    @torch.no_grad()
+    def to_latents(self, pixels: Tensor) -> Tensor:
+        """Return the latents of images in [0, 1], `[B, C, H, W]`."""
+        return from_pixels(self.pipeline.vae, pixels)
 
 
 def packed_schedule(scheduler: object, steps: int, shift: float | None, latent_shape: tuple[int, ...]) -> Schedule:

@@ -87,3 +87,10 @@ class HunyuanVideo(TextToVideo):
         """Return videos in [0, 1], `[B, F, C, H, W]`."""
         vae = self.pipeline.vae
         return to_frames(vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0])
+
+    @torch.no_grad()
+    def to_latents(self, pixels: Tensor) -> Tensor:
+        """Return the latents of images in [0, 1], `[B, C, H, W]`, as videos of one frame."""
+        vae = self.pipeline.vae
+        found = vae.encode((2 * pixels - 1)[:, :, None].to(vae.dtype)).latent_dist.mode()
+        return found.float() * vae.config.scaling_factor

@@ -98,9 +98,18 @@ class QwenImage(TextToImage):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Return images in [0, 1], `[B, C, H, W]`: the one frame of a video VAE."""
-        vae = self.pipeline.vae
-        mean, std = (torch.tensor(vae.config[n]).view(1, -1, 1, 1, 1) for n in ("latents_mean", "latents_std"))
-        frame = latents[:, :, None]
-        frame = frame * std.to(frame) + mean.to(frame)
-        images = vae.decode(frame.to(vae.dtype), return_dict=False)[0][:, :, 0]
+        vae, (mean, std) = self.pipeline.vae, self._scale(latents)
+        images = vae.decode((latents[:, :, None] * std + mean).to(vae.dtype), return_dict=False)[0][:, :, 0]
         return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def to_latents(self, pixels: Tensor) -> Tensor:
+        """Return the latents of images in [0, 1], `[B, C, H, W]`."""
+        vae, (mean, std) = self.pipeline.vae, self._scale(pixels)
+        found = vae.encode((2 * pixels - 1)[:, :, None].to(vae.dtype)).latent_dist.mode().float()
+        return ((found - mean) / std)[:, :, 0]
+
+    def _scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.pipeline.vae.config
+        mean, std = (like.new_tensor(config[n]).view(1, -1, 1, 1, 1) for n in ("latents_mean", "latents_std"))
+        return mean, std

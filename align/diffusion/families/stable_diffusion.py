@@ -16,6 +16,7 @@ from align.diffusion.families import (
     Size,
     TextToImage,
     device_of,
+    from_pixels,
     image_latent_shape,
     to_pixels,
 )
@@ -87,3 +88,8 @@ class StableDiffusion(TextToImage):
     def decode(self, latents: Tensor) -> Tensor:
         """Return images in [0, 1], `[B, C, H, W]`."""
         return to_pixels(self.pipeline.vae, latents)
+
+    @torch.no_grad()
+    def to_latents(self, pixels: Tensor) -> Tensor:
+        """Return the latents of images in [0, 1], `[B, C, H, W]`."""
+        return from_pixels(self.pipeline.vae, pixels)

@@ -98,9 +98,19 @@ class Wan(TextToVideo):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Return videos in [0, 1], `[B, F, C, H, W]`."""
-        vae = self.pipeline.vae
-        mean, std = (latents.new_tensor(vae.config[n]).view(-1, 1, 1, 1) for n in ("latents_mean", "latents_std"))
+        vae, (mean, std) = self.pipeline.vae, self._scale(latents)
         return to_frames(vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0])
+
+    @torch.no_grad()
+    def to_latents(self, pixels: Tensor) -> Tensor:
+        """Return the latents of images in [0, 1], `[B, C, H, W]`, as videos of one frame."""
+        vae, (mean, std) = self.pipeline.vae, self._scale(pixels)
+        return (vae.encode((2 * pixels - 1)[:, :, None].to(vae.dtype)).latent_dist.mode().float() - mean) / std
+
+    def _scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.pipeline.vae.config
+        mean, std = (like.new_tensor(config[n]).view(-1, 1, 1, 1) for n in ("latents_mean", "latents_std"))
+        return mean, std
 
 
 class WanImageToVideo(Wan):
