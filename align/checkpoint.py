@@ -195,13 +195,13 @@ def verify(path: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def load(path: str | Path) -> Checkpoint:
-    """Verify and read one checkpoint."""
+def load(path: str | Path, only: str | None = None) -> Checkpoint:
+    """Verify and read one checkpoint; with `only`, no other group of tensors than that."""
     from safetensors.torch import load_file
 
     path = Path(path)
     manifest = verify(path)
-    groups = {p.stem: load_file(p) for p in sorted(path.glob("*.safetensors"))}
+    groups = {p.stem: load_file(p) for p in sorted(path.glob("*.safetensors")) if only in (None, p.stem)}
     return Checkpoint(manifest["step"], groups, json.loads((path / "state.json").read_text(encoding="utf-8")))
 
 
@@ -210,6 +210,30 @@ def latest(root: str | Path) -> Path | None:
     _bring_back(Path(root))
     found = checkpoints(root)
     return found[max(found)] if found else None
+
+
+def delivered_group(path: str | Path) -> str:
+    """Return the group of a checkpoint that is delivered: the running average where there is one, else the weights."""
+    return "average" if (Path(path) / "average.safetensors").is_file() else "model"
+
+
+def find_run(source: str | Path) -> tuple[Path, Path] | None:
+    """Return the run folder and the checkpoint that `source` names, itself either; None where it is no run's.
+
+    Raises:
+        CheckpointError: a run without a checkpoint.
+    """
+    path = Path(source)
+    if path.parent.name == "checkpoints" and (path.parent.parent / "config.yaml").is_file():
+        return path.parent.parent, path
+    if not (path / "run.json").is_file():
+        return None
+    found = latest(path / "checkpoints")
+    if found is None:
+        raise CheckpointError(
+            "The run has no checkpoint yet", where=str(path), do="Let it reach checkpoint.every steps"
+        )
+    return path, found
 
 
 def load_latest(root: str | Path) -> Checkpoint | None:

@@ -801,7 +801,8 @@ _VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int], Callable[[_Arg
     "sample": (
         "make images, or answers to prompts, with a model or a run", models.sample, models.sample_arguments,
         ('align sample runs/digits --prompt "a bold handwritten three" --count 8',
-         "align sample digits --prompts prompts.txt --out before",
+         "align sample digits --prompts prompts.txt --steps 50 --guidance 4 --out before",
+         "align sample runs/digits --sampler dance_sde --eta 0.3 --seed 7",
          "align sample runs/kto --base --count 4 --out candidates.jsonl",
          'align sample my-model --prompt "What is a fox?" --chat --temperature 0'),
     ),
@@ -810,6 +811,11 @@ _VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int], Callable[[_Arg
         ("align evaluate runs/digits --samples 1000 --json result.json",
          "align evaluate digits --prompts prompts.txt --reward digits/legibility",
          "align evaluate runs/kto --data more_thumbs.jsonl --config rewards.yaml"),
+    ),
+    "export": (
+        "write trained weights as diffusers, PEFT or ComfyUI load them", models.export, models.export_arguments,
+        ("align export runs/flux --to diffusers-lora --out my-lora",
+         "align export runs/flux/checkpoints/step_000100 --to full --dtype bf16 --out my-flux"),
     ),
     "score": (
         "score images or texts of files with rewards; resumes by itself", _score, _score_arguments,

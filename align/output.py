@@ -63,9 +63,9 @@ def add_dry_run(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_out(parser: argparse.ArgumentParser, what: str) -> None:
+def add_out(parser: argparse.ArgumentParser, what: str, *, required: bool = False) -> None:
     """Add `--out PATH`."""
-    parser.add_argument("--out", type=Path, metavar="PATH", help=f"where to write {what}")
+    parser.add_argument("--out", type=Path, metavar="PATH", required=required, help=f"where to write {what}")
 
 
 def add_seed(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from trainers.bco import BCO
     from trainers.dance_grpo import DanceGRPO
     from trainers.dpo import DPO
-    from trainers.evaluation import evaluate, sample_images
+    from trainers.evaluation import Sampling, evaluate, sample_images
     from trainers.forward import Forward
     from trainers.kto import KTO
     from trainers.language_verbs import evaluate_language, sample_completions
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from trainers.sources import find_source
 
 __all__ = [
-    "BCO", "DPO", "KTO", "SFT", "DanceGRPO", "Forward", "Offline", "RunResult", "evaluate", "evaluate_language",
+    "BCO", "DPO", "KTO", "SFT", "DanceGRPO", "Forward", "Offline", "RunResult", "Sampling", "evaluate",
+    "evaluate_language",
     "find_source", "sample_completions", "sample_images", "trainer_for",
 ]  # fmt: skip
 
@@ -31,6 +32,7 @@ _HOMES = {
     "Offline": "trainers.offline",
     "RunResult": "trainers.result",
     "SFT": "trainers.sft",
+    "Sampling": "trainers.evaluation",
     "evaluate": "trainers.evaluation",
     "evaluate_language": "trainers.language_verbs",
     "find_source": "trainers.sources",

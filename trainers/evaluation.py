@@ -6,6 +6,7 @@ change between them is estimated from differences, with whole prompts resampled 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -19,24 +20,21 @@ import torch
 
 from align.config import ModelConfig, RewardConfig, VisualConfig
 from align.diffusion.families import Size
-from align.diffusion.kernels import StepTable, step_table
+from align.diffusion.kernels import KERNELS, step_table
 from align.diffusion.policy import Policy, resolve_model
 from align.diffusion.rollout import as_samples, decode, initial_noise, solve
-from align.errors import ConfigError
+from align.errors import ConfigError, KernelError
 from align.groupstats import Estimate, bootstrap_mean
 from align.image_feedback import distinct_prompts
 from align.launch import World
 from align.offline_config import OfflineConfig
 from align.prompts import PromptSet, load_prompts, training_and_heldout
+from align.registry import suggest
+from align.seeding import normal
 from align.types import Prompt, Samples, text_of
 from rewards.meters import measure_pixels
 from rewards.panel import Panel
 from trainers.sources import find_source
-
-
-def ode_table(policy: Policy, solver_steps: int, shift: float | None) -> StepTable:
-    """Tabulate the deterministic sampler of `solver_steps` steps."""
-    return step_table("ode", 0.0, policy.family.schedule(solver_steps, shift, policy.latent_shape))
 
 
 def generate(
@@ -47,26 +45,40 @@ def generate(
     seed: int,
     solver_steps: int,
     shift: float | None = None,
+    sampler: str = "ode",
+    eta: float = 0.0,
     batch: int | None = None,
 ) -> Samples:
-    """Sample `members` images or videos a prompt with the ODE, each from its own noise; member fastest.
+    """Sample `members` images or videos a prompt, each from its own noise; member fastest.
 
     Args:
+        sampler, eta: the kernel, one of `align.diffusion.kernels.KERNELS`. All noise is a function of the seed, the
+            prompt and the member.
         batch: sampled at once; as many as 256 images of 64 x 64 latents are worth when None.
     """
     shape = policy.latent_shape
     batch = batch or max(1, min(256, (256 << 12) // math.prod(shape[1:])))
-    table = ode_table(policy, solver_steps, shift)
+    table = step_table(sampler, eta, policy.family.schedule(solver_steps, shift, shape))
     flat = [p for p in prompts for _ in range(members)]
     pixels = []
     for start in range(0, len(flat), batch):
         rows = range(start, min(start + batch, len(flat)))
-        noise = torch.cat(
-            [initial_noise(shape, [0], 1, "none", seed, "evaluation", str(flat[r]), r % members) for r in rows]
-        )
-        x0 = solve(policy, noise, [flat[r] for r in rows], table).x0
-        pixels.append(decode(policy, x0))
+        keys = [(seed, "evaluation", str(flat[r]), r % members) for r in rows]
+
+        def fresh(step: int, keys: list[tuple[int | str, ...]] = keys) -> torch.Tensor:
+            return torch.stack([normal(shape, *key, step, "sde") for key in keys])
+
+        noise = torch.cat([initial_noise(shape, [0], 1, "none", *key) for key in keys])
+        pixels.append(decode(policy, solve(policy, noise, [flat[r] for r in rows], table, fresh=fresh).x0))
     return as_samples(policy, torch.cat(pixels), flat)
+
+
+def size_of(samples: Samples) -> dict[str, float]:
+    """Return what was made: height, width, and of videos frames and frames a second."""
+    if samples.videos is None:
+        return dict(zip(("height", "width"), samples.images.shape[-2:], strict=True))
+    frames, _, height, width = samples.videos[0].frames.shape
+    return {"height": height, "width": width, "frames": frames, "fps": samples.videos[0].fps}
 
 
 def _variances(samples: Samples, prompts: Sequence[Prompt]) -> list[float]:
@@ -84,7 +96,7 @@ def _variances(samples: Samples, prompts: Sequence[Prompt]) -> list[float]:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Scores of N evaluation samples, by name `[N]`, with the samples' prompts and members."""
+    """Scores of N evaluation samples, by name `[N]`, with the samples' prompts and members, and their size."""
 
     prompts: list[str]
     members: list[int]
@@ -92,6 +104,7 @@ class Measurement:
     diversity: float
     seconds: float
     extras: dict[str, np.ndarray] = field(default_factory=dict)
+    size: dict[str, float] = field(default_factory=dict)
 
     def column(self, name: str) -> np.ndarray:
         """Return a value or an extra by its name, `[N]`; empty when there is none."""
@@ -147,6 +160,7 @@ def measure(
         diversity=math.sqrt(sum(variances) / len(variances)) if variances else float("nan"),
         seconds=time.perf_counter() - began,
         extras=stacked("extras"),
+        size=parts[0]["size"],
     )
 
 
@@ -171,7 +185,7 @@ def _measure_share(
         )
     extras.update({f"meter/{name}": value for name, value in measure_pixels(samples).items()})
     flat = [p for p in prompts for _ in range(members)]
-    return {"values": values, "extras": extras, "variances": _variances(samples, flat)}
+    return {"values": values, "extras": extras, "variances": _variances(samples, flat), "size": size_of(samples)}
 
 
 def members_for(samples: int, prompts: int) -> int:
@@ -196,6 +210,75 @@ def resolve_prompts(config: VisualConfig | OfflineConfig) -> tuple[PromptSet, Pr
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How samples are made. What is None is the run's own, of its `evaluation` first; outside of a run the pipeline's.
+
+    Args:
+        sampler: "ode", or another of `align.diffusion.kernels.KERNELS`.
+        eta: the noise it adds; may be None where the sampler is the run's kernel.
+        solver_steps: 20 outside of a run.
+        guidance_scale: of classifier-free guidance; 1 is none.
+        embedded_guidance: the scale that a guidance-distilled denoiser is told.
+        height, width, frames, fps: what to make.
+        seed: 0 outside of a run.
+        shift: time shift of a flow's levels.
+        batch: samples made at once; derived when None.
+
+    Raises:
+        KernelError: an unknown sampler.
+        ConfigError: a number that is out of range.
+    """
+
+    sampler: str = "ode"
+    eta: float | None = None
+    solver_steps: int | None = None
+    guidance_scale: float | None = None
+    embedded_guidance: float | None = None
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    fps: float | None = None
+    seed: int | None = None
+    shift: float | None = None
+    batch: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.sampler not in KERNELS:
+            raise KernelError(f"Unknown sampler {self.sampler!r}", where="sampler", do=suggest(self.sampler, KERNELS))
+        for name, value in dataclasses.asdict(self).items():
+            low = 0 if name in ("eta", "guidance_scale", "embedded_guidance", "seed") else None
+            if isinstance(value, (int, float)) and not (value > 0 or value == low):
+                raise ConfigError(
+                    "A number is out of range", where=name, why=f"it is {value:g}",
+                    do="Give 0 or more" if low == 0 else "Give more than 0",
+                )  # fmt: skip
+        if self.sampler == "ode" and self.eta:
+            raise ConfigError("The ode sampler adds no noise", where="eta", do="Choose another sampler")
+
+    def within(self, config: VisualConfig | None) -> dict[str, Any]:
+        """Return what `generate` is told beside the batch.
+
+        Raises:
+            ConfigError: a stochastic sampler without its eta, where the run trained with another.
+        """
+        eta = 0.0 if self.sampler == "ode" else self.eta
+        if eta is None:
+            if config is None or config.sampler.kernel != self.sampler:
+                raise ConfigError(
+                    "How much noise does the sampler add", where="eta",
+                    why=f"{self.sampler} is not what this model was trained with", do="Give a number, such as 0.3",
+                )  # fmt: skip
+            eta = config.sampler.eta
+        return {
+            "seed": self.seed if self.seed is not None else (config.seed if config else 0),
+            "sampler": self.sampler,
+            "eta": eta,
+            "solver_steps": self.solver_steps or (config.evaluation.solver_steps if config else 20),
+            "shift": self.shift if self.shift is not None else (config.sampler.shift if config else None),
+        }
+
+
+@dataclass(frozen=True)
 class Source:
     """A model to sample or evaluate: its policy, the configuration it was trained with, and its name."""
 
@@ -204,13 +287,13 @@ class Source:
     name: str
 
 
-def open_source(source: str | Path, *, guidance_scale: float | None = None) -> Source:
+def open_source(source: str | Path, sampling: Sampling = Sampling()) -> Source:
     """Open a run folder (its last checkpoint), a checkpoint folder, a pipeline folder, or a built-in name.
 
     Raises:
         CheckpointError: a run without a checkpoint.
         ConfigError: a language model.
-        ModelError: not a model.
+        ModelError: not a model, or one that cannot make what `sampling` says.
     """
     from align import checkpoint
 
@@ -220,16 +303,24 @@ def open_source(source: str | Path, *, guidance_scale: float | None = None) -> S
             "A language model makes no images", where=str(source),
             do="Call sample_completions or evaluate_language of trainers",
         )  # fmt: skip
+    told = {name: getattr(sampling, name) for name in ("height", "width", "frames", "fps", "embedded_guidance")}
+    scale = sampling.guidance_scale
     if found.checkpoint is None:
-        policy = Policy.load(resolve_model(str(source)), ModelConfig(path=str(source), train="full"), seed=0)
-        return Source(policy.with_guidance(guidance_scale or 1.0), None, str(source))
-    config, saved = found.config, checkpoint.load(found.checkpoint)
+        embedded = told.pop("embedded_guidance")
+        policy = Policy.load(
+            resolve_model(str(source)), ModelConfig(path=str(source), train="full"), seed=0, size=Size(**told),
+            embedded_guidance=embedded,
+        )  # fmt: skip
+        return Source(policy.with_guidance(1.0 if scale is None else scale), None, str(source))
+    group = checkpoint.delivered_group(found.checkpoint)
+    saved = checkpoint.load(found.checkpoint, only=group)
+    asked = {name: value for name, value in told.items() if value is not None}
+    config = found.config.model_copy(update={"sampler": found.config.sampler.model_copy(update=asked)})
     policy = load_policy(config)
-    delivered = saved.tensors.get("average") or saved.tensors["model"]
     with torch.no_grad():
         for name, parameter in policy.trainable().items():
-            parameter.copy_(delivered[name])
-    scale = guidance_scale if guidance_scale is not None else config.evaluation.guidance_scale
+            parameter.copy_(saved.tensors[group][name])
+    scale = config.evaluation.guidance_scale if scale is None else scale
     return Source(policy.with_guidance(scale), config, f"{found.run} at step {saved.step}")
 
 
@@ -253,13 +344,8 @@ def _prompts_for(source: Source, prompts: Any) -> list[Prompt]:
     return list(resolve_prompts(source.config)[1].asked)
 
 
-def _sampler(source: Source, seed: int | None, solver_steps: int | None) -> dict[str, Any]:
-    config = source.config
-    return {
-        "seed": seed if seed is not None else (config.seed if config else 0),
-        "solver_steps": solver_steps or (config.evaluation.solver_steps if config else 20),
-        "shift": config.sampler.shift if config else None,
-    }
+def _told(policy: Policy) -> dict[str, float | None]:
+    return {"guidance_scale": policy.guidance_scale, "embedded_guidance": policy.embedded_guidance}
 
 
 def evaluate(
@@ -267,13 +353,11 @@ def evaluate(
     prompts: Any = None,
     *,
     samples: int = 256,
-    seed: int | None = None,
-    guidance_scale: float | None = None,
-    solver_steps: int | None = None,
     rewards: Sequence[str | RewardConfig] | None = None,
     out: str | Path | None = None,
+    **sampling: Any,
 ) -> dict[str, Any]:
-    """Measure a run, checkpoint or model folder on prompts it was not trained on, with the ODE sampler.
+    """Measure a run, checkpoint or model folder on prompts it was not trained on.
 
     Args:
         source: see `open_source`.
@@ -281,30 +365,31 @@ def evaluate(
         samples: images in all, spread evenly over the prompts.
         rewards: names; a run's held-out rewards when None.
         out: a JSON-lines file to write every sample's scores to.
+        sampling: fields of `Sampling`: `sampler`, `eta`, `solver_steps`, `guidance_scale`, `seed`, `height`, ...
 
     Returns:
         the mean of every reward with its interval, diversity, and what was sampled how.
     """
-    opened = open_source(source, guidance_scale=guidance_scale)
+    asked = Sampling(**sampling)
+    opened = open_source(source, asked)
+    how = asked.within(opened.config)
     names = _prompts_for(opened, prompts)
     chosen = [RewardConfig(name=r) if isinstance(r, str) else r for r in rewards or ()]
     if rewards is None and opened.config is not None:
         chosen = list(opened.config.heldout_rewards or getattr(opened.config, "rewards", ()))
     if not chosen:
         raise ConfigError("Which reward", where=opened.name, do="Name one with rewards=; `align rewards` lists them")
-    sampler = _sampler(opened, seed, solver_steps)
-    measured = measure(
-        opened.policy, names, members_for(samples, len(names)), {"reward": Panel.build(chosen)}, **sampler
-    )
+    members, panels = members_for(samples, len(names)), {"reward": Panel.build(chosen)}
+    measured = measure(opened.policy, names, members, panels, batch=asked.batch, **how)
     if out is not None:
         write_rows(Path(out), measured)
     return {
         "source": opened.name,
         "prompts": len(names),
         "samples": len(measured.prompts),
-        "guidance_scale": opened.policy.guidance_scale,
-        **{k: sampler[k] for k in ("seed", "solver_steps", "shift")},
-        "sampler": "ode",
+        **how,
+        **_told(opened.policy),
+        **measured.size,
         "rewards": {name: measured.estimate(name).as_dict() for name in measured.values},
         **{
             name.removeprefix("reward/"): float(np.nanmean(v))
@@ -317,26 +402,21 @@ def evaluate(
 
 
 def sample_images(
-    source: str | Path,
-    prompts: Any = None,
-    *,
-    count: int = 4,
-    seed: int | None = None,
-    guidance_scale: float | None = None,
-    solver_steps: int | None = None,
-    out: str | Path = "samples",
+    source: str | Path, prompts: Any = None, *, count: int = 4, out: str | Path = "samples", **sampling: Any
 ) -> Path:
-    """Write `count` images or videos a prompt, `grid.png`, and `samples.jsonl` that says which is which.
+    """Write `count` images or videos a prompt, `grid.png`, and `samples.jsonl` that says which is which, and how made.
 
-    Images are PNG files, videos MP4 files, of which the grid shows frames.
+    Images are PNG files, videos MP4 files, of which the grid shows frames. `sampling` are fields of `Sampling`.
     """
     from align.tracking import save_grid, save_image
     from align.videos import STRIP_WIDTH, save_video, still_images
 
-    opened = open_source(source, guidance_scale=guidance_scale)
+    asked = Sampling(**sampling)
+    opened = open_source(source, asked)
+    how = asked.within(opened.config)
     names = _prompts_for(opened, prompts)
-    sampler = _sampler(opened, seed, solver_steps)
-    made = generate(opened.policy, names, count, **sampler)
+    made = generate(opened.policy, names, count, batch=asked.batch, **how)
+    how |= {**_told(opened.policy), **size_of(made)}
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
@@ -347,7 +427,7 @@ def sample_images(
                 save_image(folder / name, made.images[i])
             else:
                 save_video(folder / name, made.videos[i])
-            file.write(json.dumps({kind: name, "prompt": prompt, "member": i % count, **sampler}) + "\n")
+            file.write(json.dumps({kind: name, "prompt": prompt, "member": i % count, **how}) + "\n")
     longest = 256 if made.videos is None else STRIP_WIDTH
     labels = [text_of(name) for name in names]
     save_grid(folder / "grid.png", still_images(made), columns=count, labels=labels, longest=longest)

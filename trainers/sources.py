@@ -8,7 +8,6 @@ from typing import Any
 
 from align import checkpoint
 from align.config import load_config
-from align.errors import CheckpointError
 from align.language_config import LanguageConfig
 from align.recipes import list_recipes
 
@@ -46,16 +45,11 @@ def find_source(source: str | Path) -> Source:
         CheckpointError: a run without a checkpoint.
     """
     path, name = Path(source), str(source)
-    inside = path.parent.name == "checkpoints" and (path.parent.parent / "config.yaml").is_file()
-    run = path if (path / "run.json").is_file() else path.parent.parent if inside else None
-    if run is not None:
+    found = checkpoint.find_run(source)
+    if found is not None:
+        run, step = found
         config = load_config(run / "config.yaml")
-        found = path if path != run else checkpoint.latest(run / "checkpoints")
-        if found is None:
-            raise CheckpointError(
-                "The run has no checkpoint yet", where=str(run), do="Let it reach checkpoint.every steps"
-            )
-        return Source(name, isinstance(config, LanguageConfig), config, run, found)
+        return Source(name, isinstance(config, LanguageConfig), config, run, step)
     if path.suffix in (".yaml", ".yml") or name in dict(list_recipes()):
         config = load_config(name)
         if isinstance(config, LanguageConfig):

@@ -1,15 +1,24 @@
-"""`align sample` and `align evaluate`: of images or of text, by what the source is."""
+"""`align sample` and `align evaluate`, of images or of text, by what the source is; and `align export`."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
+import re
 import sys
+from collections.abc import Iterator
 from typing import Any
 
-from align.errors import ConfigError
+from align.errors import AlignError, ConfigError
 from align.output import add_dry_run, add_json, add_out, add_seed, dry, give, number, positive, share, table, word
 
-IMAGE_FLAGS = ("solver_steps", "guidance_scale")
+IMAGE_FLAGS = {
+    "sampler": "sampler", "eta": "eta", "solver_steps": "steps", "guidance_scale": "guidance",
+    "embedded_guidance": "embedded-guidance", "height": "height", "width": "width", "frames": "frames", "fps": "fps",
+    "shift": "shift", "batch": "batch",
+}  # fmt: skip
+"""Arguments of the Python functions, which are keys of `sampler` but for a few, to their flags."""
 TEXT_FLAGS = ("temperature", "top_p", "max_new_tokens", "chat", "base", "data", "trained_with")
 SHOWN = 12
 """Answers that the terminal shows; the file has them all."""
@@ -24,14 +33,18 @@ def sample(options: argparse.Namespace) -> int:
     prompts = options.prompt or options.prompts
     if _is_language(options):
         return _sample_text(options, prompts)
-    call = {"count": options.count or 4, "seed": options.seed, "solver_steps": options.solver_steps}
-    call |= {"guidance_scale": options.guidance_scale, "out": str(options.out or "samples")}
+    with _naming_flags():
+        call = {"count": options.count or 4, **_sampling(options), "out": str(options.out or "samples")}
     if options.dry_run:
         return dry(options, "sample", {"source": options.source, "prompts": _prompts_plan(prompts), **call})
     from trainers import sample_images
 
-    folder = sample_images(options.source, prompts, **call)
-    return give(options, {"directory": str(folder)}, f"wrote {folder / 'grid.png'}")
+    with _naming_flags():
+        folder = sample_images(options.source, prompts, **call)
+    with (folder / "samples.jsonl").open(encoding="utf-8") as file:
+        row = json.loads(file.readline())
+    how = {key: value for key, value in row.items() if key not in ("image", "video", "prompt", "member")}
+    return give(options, {"directory": str(folder), **how}, f"{_rows_text(how)}\nwrote {folder / 'grid.png'}")
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -39,13 +52,14 @@ def evaluate(options: argparse.Namespace) -> int:
     from align.config import load_rewards
 
     rewards = [*(options.reward or ()), *(load_rewards(options.config) if options.config else ())]
-    call: dict[str, Any] = {"samples": options.samples, "seed": options.seed, "rewards": rewards or None}
+    call: dict[str, Any] = {"samples": options.samples, "rewards": rewards or None}
     language = _is_language(options)
     if language:
-        call |= {name: getattr(options, name) for name in ("data", *_DRAWN)} | {"config": options.trained_with}
+        call |= {name: getattr(options, name) for name in ("seed", "data", *_DRAWN)}
+        call["config"] = options.trained_with
     else:
-        call |= {"samples": options.samples or 256, "solver_steps": options.solver_steps}
-        call |= {"guidance_scale": options.guidance_scale}
+        with _naming_flags():
+            call |= {"samples": options.samples or 256, **_sampling(options)}
     call["out"] = options.out
     if options.dry_run:
         plan = _prompts_plan(options.prompts, options.chat)
@@ -53,13 +67,57 @@ def evaluate(options: argparse.Namespace) -> int:
     if not language:
         from trainers import evaluate as evaluate_images
 
-        found = evaluate_images(options.source, options.prompts, **call)
+        with _naming_flags():
+            found = evaluate_images(options.source, options.prompts, **call)
         return give(options, found, _rows_text(found))
     from trainers import evaluate_language
 
     with _Bar() as bar:
         found = evaluate_language(options.source, options.prompts, **_given(call), progress=bar.show)
     return give(options, found, _rows_text(found))
+
+
+def export(options: argparse.Namespace) -> int:
+    """Write trained weights as another tool loads them."""
+    from align.diffusion.export import export as write
+    from align.diffusion.export import plan_export
+
+    call = {"to": options.to, "out": str(options.out), "dtype": options.dtype}
+    if options.dry_run:
+        found = plan_export(options.source, **call)
+        what = {"base": found.config.model.path, "step": found.step, "train": found.config.model.train}
+        return dry(options, "export", {"source": options.source, **what, **call})
+    card = write(options.source, **call)
+    note = f"\n{card['note']}." if "note" in card else ""
+    return give(options, card, f"wrote {options.out}\nload it with: {card['load']}{note}")
+
+
+def _sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """How images are to be made, as far as flags say it; refuse what cannot be."""
+    from trainers import Sampling, find_source
+
+    told = _given({"seed": options.seed, **{name: getattr(options, name) for name in IMAGE_FLAGS}})
+    Sampling(**told).within(find_source(options.source).config)
+    return told
+
+
+@contextlib.contextmanager
+def _naming_flags() -> Iterator[None]:
+    """Have errors name the flag, where they would name the argument or the key of a config that it stands for."""
+    try:
+        yield
+    except AlignError as error:
+        parts = (error.where, error.why, error.do)
+        where, why, do = (_flags(part) for part in parts)
+        if error.where in IMAGE_FLAGS:
+            where = f"--{IMAGE_FLAGS[error.where]}"
+        do = re.sub(r"Set (it|--[\w-]+)(?: to|:) null", r"Leave \1 out", do)
+        raise type(error)(error.what, where=where, why=why, do=do) from error
+
+
+def _flags(text: str) -> str:
+    flags = {**IMAGE_FLAGS, "kernel": "sampler"}
+    return re.sub(r"sampler\.(\w+)", lambda found: f"--{flags.get(found[1], found[1])}", text)
 
 
 _DRAWN = ("temperature", "top_p", "max_new_tokens", "chat")
@@ -88,9 +146,11 @@ def _is_language(options: argparse.Namespace) -> bool:
     from trainers import find_source
 
     language = find_source(options.source).language
-    wrong = next((f for f in (IMAGE_FLAGS if language else TEXT_FLAGS) if getattr(options, f, None)), None)
+    flags = IMAGE_FLAGS if language else {name: name.replace("_", "-") for name in TEXT_FLAGS}
+    given = {name: getattr(options, name, None) for name in flags}
+    wrong = next((flags[name] for name, value in given.items() if value is not None and value is not False), None)
     if wrong:
-        flag, kind = f"--{wrong.replace('_', '-')}", "a language model" if language else "no language model"
+        flag, kind = f"--{wrong}", "a language model" if language else "no language model"
         raise ConfigError(f"{options.source} is {kind}", where=flag, do="Leave the flag out")
     return language
 
@@ -193,11 +253,29 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts", metavar="FILE", help="a txt, JSONL, CSV or Parquet file (default: the run's held-out prompts)"
     )
-    images = parser.add_argument_group("images")
-    images.add_argument(
-        "--solver-steps", type=positive, metavar="N", help="ODE solver steps (default: the run's, else 20)"
+    images = parser.add_argument_group(
+        "images and videos (default: what the run evaluates with, or the pipeline's own)"
     )
-    images.add_argument("--guidance-scale", type=float, metavar="W", help="classifier-free guidance scale; 1 is none")
+    images.add_argument(
+        "--sampler", metavar="NAME",
+        help="ode (default), or a kernel: dance_sde, flow_sde, cps, precise, dance_precise; of diffusion models ddim",
+    )  # fmt: skip
+    images.add_argument("--eta", type=number, metavar="X", help="the noise it adds (default: the run's, of its kernel)")
+    images.add_argument(
+        "--steps", dest="solver_steps", type=positive, metavar="N", help="solver steps (default outside of a run: 20)"
+    )
+    images.add_argument(
+        "--guidance", dest="guidance_scale", type=number, metavar="W", help="classifier-free guidance scale; 1 is none"
+    )
+    images.add_argument(
+        "--embedded-guidance", type=number, metavar="W", help="the scale that a guidance-distilled model is told"
+    )
+    images.add_argument("--height", type=positive, metavar="N", help="in pixels")
+    images.add_argument("--width", type=positive, metavar="N", help="in pixels")
+    images.add_argument("--frames", type=positive, metavar="N", help="of a video")
+    images.add_argument("--fps", type=number, metavar="X", help="frames a second of a video")
+    images.add_argument("--shift", type=number, metavar="X", help="time shift of a flow's levels")
+    images.add_argument("--batch", type=positive, metavar="N", help="made at once (default: what fits)")
     add_seed(parser)
 
 
@@ -252,5 +330,20 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "--trained-with", metavar="CONFIG", help="the config of a model that lies outside of its run folder"
     )
     add_out(parser, "one JSON line a sample")
+    add_dry_run(parser)
+    add_json(parser)
+
+
+def export_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `align export`."""
+    parser.add_argument("source", metavar="SOURCE", help="a run folder (its last checkpoint), or a checkpoint folder")
+    parser.add_argument(
+        "--to", required=True, metavar="LAYOUT",
+        help="diffusers-lora, peft, full (a pipeline folder, adapters merged), or comfyui (not opened in ComfyUI)",
+    )  # fmt: skip
+    add_out(parser, "the weights and their card: a new folder", required=True)
+    parser.add_argument(
+        "--dtype", default="fp32", metavar="NAME", help="of the weights: fp32 (default), or bf16 for half the size"
+    )
     add_dry_run(parser)
     add_json(parser)

@@ -25,6 +25,7 @@ from align.weights import download_pipeline
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from peft import LoraConfig as PeftLoraConfig
 
 ADAPTER = "policy"
 
@@ -46,17 +47,15 @@ def store_frozen(family: Family) -> None:
                     parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def load_family(path: str | Path, family: str | None = None) -> Family:
-    """Load a diffusers pipeline folder in float32, frozen, in eval mode, on the CPU.
+def read_index(folder: Path, family: str | None = None) -> tuple[str, dict[str, Any]]:
+    """Return the class of a pipeline folder, a key of `FAMILIES`, and what its `model_index.json` lists.
 
     Args:
-        path: the folder, holding `model_index.json`.
         family: a pipeline class name that overrides the one in `model_index.json`.
 
     Raises:
-        ModelError: not a pipeline folder, a pipeline of no known family, or a component that cannot be loaded.
+        ModelError: not a pipeline folder, or a pipeline of no known family.
     """
-    folder = Path(path)
     index = folder / "model_index.json"
     if not index.is_file():
         raise ModelError(
@@ -72,6 +71,21 @@ def load_family(path: str | Path, family: str | None = None) -> Family:
         raise ModelError("A pipeline's model_index.json cannot be read", where=str(index), why=str(error)) from error
     if name not in FAMILIES:
         raise ModelError(f"No model family runs {name!r}", where=str(index), do=suggest(name, FAMILIES))
+    return name, listed
+
+
+def load_family(path: str | Path, family: str | None = None) -> Family:
+    """Load a diffusers pipeline folder in float32, frozen, in eval mode, on the CPU.
+
+    Args:
+        path: the folder, holding `model_index.json`.
+        family: a pipeline class name that overrides the one in `model_index.json`.
+
+    Raises:
+        ModelError: not a pipeline folder, a pipeline of no known family, or a component that cannot be loaded.
+    """
+    folder = Path(path)
+    name, listed = read_index(folder, family)
     import diffusers
 
     # A component saved as absent (SD3 without T5) has to be passed as absent to be loaded so.
@@ -121,14 +135,21 @@ def _ends(name: str, ending: str) -> bool:
     return fnmatchcase(f".{name}", f"*.{ending}")
 
 
+def adapter_config(lora: LoraConfig, layers: Sequence[str]) -> PeftLoraConfig:
+    """Return PEFT's own configuration of adapters on `layers`."""
+    from peft import LoraConfig as PeftLoraConfig
+
+    return PeftLoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=list(layers), init_lora_weights=True
+    )
+
+
 def add_lora(family: Family, lora: LoraConfig, run_seed: int) -> None:
     """Add a LoRA adapter to the denoiser: `W + (alpha / rank) B A`, with B = 0, so it starts as the base model.
 
     Raises:
         ModelError: a target that matches no module.
     """
-    from peft import LoraConfig as PeftLoraConfig
-
     names = [name for name, module in family.denoiser.named_modules() if isinstance(module, nn.Linear)]
     endings = lora.targets or family.lora_targets
     targets = [n for n in names if any(_ends(n, e) for e in endings) and n not in family.idle_layers]
@@ -139,12 +160,9 @@ def add_lora(family: Family, lora: LoraConfig, run_seed: int) -> None:
             where=", ".join(missing) or type(family.denoiser).__name__,
             do=f"Layers end like: {', '.join(sorted({n.rsplit('.', 1)[-1] for n in names})[:12])}",
         )
-    config = PeftLoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=targets, init_lora_weights=True
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(run_seed, "lora"))
-        family.denoiser.add_adapter(config, adapter_name=ADAPTER)
+        family.denoiser.add_adapter(adapter_config(lora, targets), adapter_name=ADAPTER)
     family.denoiser.set_adapter(ADAPTER)
 
 

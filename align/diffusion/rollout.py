@@ -110,6 +110,7 @@ def solve(
     reduction: str | None = None,
     solver: str = "euler",
     keep_mean: bool = False,
+    fresh: Callable[[int], Tensor] | None = None,
 ) -> Path:
     """Run all solver steps from noise `x` `[B, ...]`.
 
@@ -118,14 +119,16 @@ def solve(
         reduction: of the log-density of stochastic steps; None keeps nothing of the way.
         solver: of the deterministic steps, "euler" or "dpm2m" (see `second_order`).
         keep_mean: keep the mean of every step as well.
+        fresh: draws the noise of a stochastic step, like x; by `step_noise` when None.
     """
+    fresh = fresh or (lambda step: step_noise(x.shape[1:], places, group_size, step, *key))
     stochastic = set(table.stochastic_steps)
     state, places = x.to(policy.device), range(first, first + len(prompts))
     path, logps, means, before = [state], [], [], None
     for s in range(len(table)):
         timestep = table.timestep[s].to(state.device, torch.float32).expand(len(prompts))
         random = s in stochastic
-        noise = step_noise(x.shape[1:], places, group_size, s, *key).to(state.device) if random else None
+        noise = fresh(s).to(state.device) if random else None
         velocity = policy.velocity(state, timestep, prompts)
         moved = transition(state, velocity, table, s, noise=noise, reduction=reduction if random else None)
         plain = random or solver == "euler"

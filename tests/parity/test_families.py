@@ -126,7 +126,7 @@ def theirs(name, family, noise, scale):
 
 
 def ours(name, policy, noise):
-    return decode(policy, solve(policy, noise, PROMPTS, table_for(name, policy, ode=True))[0])
+    return decode(policy, solve(policy, noise, PROMPTS, table_for(name, policy, ode=True)).x0)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -113,7 +113,7 @@ def test_ode_rollout_equals_the_pipeline(folders, name, scale):
     folder = folders(name)
     policy = load(folder).with_guidance(scale)
     prompts, noise = asked(folder, name), initial_noise(policy.latent_shape, range(2), 1, "none", 5)
-    x0, _, _ = solve(policy, noise, prompts, table_for(policy, "ode", 0.0))
+    x0 = solve(policy, noise, prompts, table_for(policy, "ode", 0.0)).x0
     latents = pipeline_output(policy, prompts[0], noise[:1], scale, "latent")
     torch.testing.assert_close(x0[:1], latents, atol=1e-5, rtol=1e-5)
     assert (latents - noise[:1]).std() > 0.1

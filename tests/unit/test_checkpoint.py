@@ -108,3 +108,23 @@ def test_optimizer_state_round_trips_bit_for_bit(tmp_path):
     fresh.load_state_dict(found.tensors["model"])
     train(fresh, engine_over(fresh), 4)
     assert not torch.equal(fresh.weight, model.weight)
+
+
+def test_what_is_delivered_is_found_and_read_alone(tmp_path):
+    run, weights = tmp_path / "run", {"w": torch.ones(2)}
+    assert checkpoint.find_run(run) is None
+    run.mkdir()
+    (run / "run.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no checkpoint yet"):
+        checkpoint.find_run(run)
+    first = checkpoint.save(run / "checkpoints", 1, {"model": weights, "optimizer": weights}, {})
+    last = checkpoint.save(run / "checkpoints", 2, {"model": weights, "average": {"w": torch.zeros(2)}}, {})
+    assert checkpoint.find_run(run) == (run, last) and checkpoint.find_run(first) is None
+    (run / "config.yaml").write_text("")
+    assert checkpoint.find_run(first) == (run, first)
+    assert (checkpoint.delivered_group(first), checkpoint.delivered_group(last)) == ("model", "average")
+    assert set(checkpoint.load(first, only="model").tensors) == {"model"}
+    assert not checkpoint.load(last, only="average").tensors["average"]["w"].any()
+    (first / "optimizer.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="wrong size"):
+        checkpoint.load(first, only="model")

@@ -178,8 +178,8 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path):
 
 def test_flags_of_images_are_refused_for_text_and_the_other_way_round(capsys, tmp_path):
     for arguments, said in (
-        (["sample", "tiny", "--solver-steps", "3"], "tiny is a language model (--solver-steps)"),
-        (["evaluate", "kto/smoke", "--guidance-scale", "2"], "kto/smoke is a language model (--guidance-scale)"),
+        (["sample", "tiny", "--steps", "3"], "tiny is a language model (--steps)"),
+        (["evaluate", "kto/smoke", "--guidance", "2"], "kto/smoke is a language model (--guidance)"),
         (["sample", "digits", "--temperature", "0.5"], "digits is no language model (--temperature)"),
         (["evaluate", "digits", "--trained-with", "kto/smoke"], "digits is no language model (--trained-with)"),
         (["sample", "tiny", "--top-p", "0"], "'0' is not above 0 and at most 1"),

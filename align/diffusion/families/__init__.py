@@ -151,6 +151,7 @@ def image_latent_shape(channels: int, size: Size, *, default: int, factor: int, 
         nearest = "x".join(str(max(1, round(side / multiple)) * multiple) for side in (height, width))
         raise ModelError(
             f"This model cannot make {height}x{width} images",
+            where="sampler.height, sampler.width",
             why=f"height and width must be multiples of {multiple}",
             do=f"Try {nearest}",
         )

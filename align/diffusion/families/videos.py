@@ -36,12 +36,12 @@ class TextToVideo(TextToImage):
         if height % multiple or width % multiple:
             nearest = "x".join(str(max(1, round(side / multiple)) * multiple) for side in (height, width))
             raise ModelError(
-                f"This model cannot make videos of {height}x{width} pixels",
+                f"This model cannot make videos of {height}x{width} pixels", where="sampler.height, sampler.width",
                 why=f"height and width must be multiples of {multiple}", do=f"Try {nearest}",
             )  # fmt: skip
         if (frames - 1) % temporal:
             raise ModelError(
-                f"This model cannot make videos of {frames} frames",
+                f"This model cannot make videos of {frames} frames", where="sampler.frames",
                 why=f"their number must be 1 more than a multiple of {temporal}",
                 do=f"Set sampler.frames to {round((frames - 1) / temporal) * temporal + 1}",
             )  # fmt: skip
