@@ -326,6 +326,8 @@ def _refuse_other_forms(source: Path) -> None:
         pass  # what is wrong with the file is said by whoever reads it
     fields = getattr(first, "fields", {})
     known = len(fields) < 2 or {"prompt", "chosen", "completion", "messages", "text"} & set(fields)
+    if {"label", "score"} & set(fields) and not {"completion", "chosen", "messages", "text", "image"} & set(fields):
+        known = False  # feedback on answers whose column goes by another name
     convert = f"`align feedback convert {source.name} thumbs.jsonl --to unpaired`"
     if not known and not layout:
         raise DataError(

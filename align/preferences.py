@@ -291,7 +291,9 @@ class _Reader:
     def text(self, field: str, *, empty: bool = False) -> Text:
         value = self.row.get(field)
         if isinstance(value, str) and value.lstrip().startswith("[{"):
-            value = _json(value, value)
+            turns = _json(value, None)  # a chat in a column of text; other JSON is an answer, such as a tool call
+            if isinstance(turns, list) and all(isinstance(turn, dict) and "role" in turn for turn in turns):
+                value = turns
         if value is None and empty and field == "prompt":
             return ""
         if isinstance(value, str):

@@ -1,7 +1,8 @@
 """BCO (arXiv 2404.04656): language models from single thumbs, as a classifier on the implicit reward.
 
 Where this differs from the paper
-1. The decay of the reward shift is not given there; here it is .99 a step, and `objective.delta_decay`.
+1. The decay of the reward shift is not given there; here it is .99 a step (`objective.delta_decay`), and less in the
+   first hundreds of steps, as the first rewards are 0.
 2. A step sees the shift the step before it left, so that it is the same in all its microbatches and processes. It is 0
    until both classes have been seen.
 3. `delta: cumulative_pooled` is the shift of TRL 1.13, of its last release with BCO; `zero` is plain cross-entropy.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from align.checks import Finding
@@ -47,6 +48,12 @@ _SO_ANYWAY = {
     "disable_dropout": True, "remove_unused_columns": False, "do_train": True, "completion_only_loss": True,
     "truncation_mode": "keep_start", "average_tokens_across_devices": True, "push_to_hub": False,
 }  # fmt: skip
+_ELSEWHERE = {
+    "output_dir": "the run folder is --out", "deepspeed": "settings are --deepspeed FILE, beside --launch",
+    "logging_steps": "every step is in metrics.jsonl", "report_to": "nothing leaves the machine; tracking.tensorboard",
+    "logging_strategy": "every step is in metrics.jsonl", "run_name": "the run is named by `name`",
+}  # fmt: skip
+"""What is said in another place than the config."""
 _UDM = {"prompt_sample_size": "--sample", "min_density_ratio": "--low", "max_density_ratio": "--high"}
 
 
@@ -224,9 +231,14 @@ def _rules(
             f"Prompts are matched before training: align feedback match-prompts DATA --out FILE {flags}", "data.path"
         )
     if trainer == "bco":
-        unlike(
-            "delta and the loss are the paper's; TRL's are delta: cumulative_pooled and balance: pooled", "objective"
-        )
+        ours |= {"objective.delta": "cumulative_pooled", "objective.balance": "pooled"}
+        unlike("The shift and the loss are TRL's; leave out delta and balance for the paper's", "objective")
+    if "dataset_name" in arguments and not Path(str(arguments["dataset_name"])).exists():
+        unlike(f"data.path is read from this machine: save the data set {arguments['dataset_name']} to a file first",
+               "data.path")  # fmt: skip
+    for name in _ELSEWHERE.keys() & set(arguments):
+        findings.append(Finding("note", "elsewhere", f"{name}: {_ELSEWHERE[name]}"))
+        used.add(name)
     mixes = "; every update mixes both classes" if trainer in ("kto", "bco") else ""
     unlike(f"A tenth of the prompts is held out, and epochs are shuffled{mixes}", "data")
     return ours, used, findings

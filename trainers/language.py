@@ -183,7 +183,7 @@ class LanguageRun:
         """Return the model before training, sharded under ZeRO 3 and else a replica, where it is one of its own."""
         mode, half = mode or self.reference, self.config.model.dtype == "bf16"
         if mode != "copy" or zero_stage(self.deepspeed) < 3:
-            found = Reference(mode, model)
+            found = Reference(mode, model, half=half and self.deepspeed is None)
             if found.copy is not None and self.deepspeed is not None and half:
                 found.copy.to(torch.bfloat16)  # as DeepSpeed makes the policy
             return found
@@ -193,7 +193,9 @@ class LanguageRun:
 
     def _precompute(self, model: nn.Module) -> LogpCache:
         """Compute the reference's log-probs of everything the run will ask for, once."""
-        cache = LogpCache(self.config.reference.cache, self.config.model.path, self.config.model.dtype)
+        config = self.config
+        precision = "fp32" if config.model.dtype == "fp32" else f"bf16 {config.model.train}"  # stored so, or cast
+        cache = LogpCache(config.reference.cache, config.model.path, precision)
         wanted = [(i, i) for i in range(len(self.tokens))]
         if self.objective.mismatched:
             plan = self.plan(0)
@@ -247,8 +249,7 @@ def read_heldout(
     """Return the tokens of the held-out rows, and the prompts among them, without images, that the model answers."""
     if rows is None:
         return None, []
-    plain = PreferenceSet(tuple(row for row in rows.rows if not row.images), rows.source)
-    chosen = choose_prompts(plain, config.evaluation.prompts, config.seed)
+    chosen = choose_prompts(rows, config.evaluation.prompts, config.seed)
     tokenizer = processor.tokenizer if has_images(processor) else processor
     return (
         tokenise_rows(config, objective, processor, rows, training=False),

@@ -82,10 +82,10 @@ def read_prompts(rows: Sequence[Completion], tokenizer: Any, longest: int | None
 
 
 def choose_prompts(rows: PreferenceSet | None, count: int, seed: int) -> list[Completion]:
-    """Return a row each of `count` distinct prompts, a function of the rows and the seed; of all, if they are fewer."""
+    """Return a row each of `count` distinct prompts without images, a function of the rows and the seed, or of all."""
     first: dict[str, Completion] = {}
     for row in rows.rows if rows is not None and count else ():
-        if row.prompt:
+        if row.prompt and not row.images:
             first.setdefault(prompt_key(row), row)
     distinct = list(first.values())
     return [distinct[i] for i in sorted(permutation(len(distinct), "generations", seed)[:count])]

@@ -16,6 +16,7 @@ from accelerate.utils import send_to_device
 from align.groupstats import bootstrap_mean
 from align.language_config import LanguageConfig
 from align.launch import World
+from align.seeding import permutation
 from align.tracking import RunLog
 from trainers.language_generation import Answer, Decoding, Prompt, answer, as_given
 from trainers.preference_data import Tokens, collate
@@ -118,6 +119,14 @@ def pair_differences(value: np.ndarray, pair: np.ndarray, desirable: np.ndarray)
     return np.array([chosen[p] - rejected[p] for p in both]), np.array(both)
 
 
+def measured_rows(tokens: Tokens, most: int) -> list[int]:
+    """Return at most `most` rows, in order, drawn from all of them whatever their order; a pair's rows go together."""
+    units = np.where(tokens.pair >= 0, tokens.pair, -1 - np.arange(len(tokens)))
+    _, unit = np.unique(units, return_inverse=True)
+    place = np.argsort(permutation(int(unit.max()) + 1, "evaluation rows"))[unit]
+    return sorted(np.argsort(place, kind="stable")[:most].tolist())
+
+
 class Measured(Protocol):
     """What an evaluation asks of a run: its settings, its held-out rows and prompts as tokens, its processes."""
 
@@ -148,7 +157,7 @@ class LanguageEvaluation:
 
     def __init__(self, run: Measured, models: Models, cache: LogpCache | None, log: RunLog) -> None:
         self.run, self.models, self.cache, self.log = run, models, cache, log
-        self.rows = list(range(min(run.config.evaluation.rows, len(run.heldout)))) if run.heldout is not None else []
+        self.rows = measured_rows(run.heldout, run.config.evaluation.rows) if run.heldout is not None else []
         settings = run.config.evaluation
         self.decoding = Decoding(settings.max_new_tokens, settings.temperature, seed=run.config.seed)
         self._reference: np.ndarray | None = None

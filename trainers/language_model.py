@@ -360,10 +360,11 @@ class Reference:
         mode: "lora_off" switches the adapters off, "copy" keeps a frozen copy, "precomputed" has none: see `LogpCache`.
         model: the model in training, not yet wrapped.
         copy: the copy of mode "copy", where it is made already and stands on its device; made of `model` when None.
+        half: matrix products in bfloat16, as the Trainer has the policy's: it wraps the policy alone.
     """
 
-    def __init__(self, mode: str, model: nn.Module, copy: nn.Module | None = None) -> None:
-        self.mode, self._model = mode, model
+    def __init__(self, mode: str, model: nn.Module, copy: nn.Module | None = None, *, half: bool = False) -> None:
+        self.mode, self._model, self.half = mode, model, half
         self.copy, self._placed = copy, copy is not None
         if mode == "copy" and copy is None:
             self.copy = frozen_copy(model)
@@ -386,9 +387,11 @@ class Reference:
 
     def logps(self, batch: Batch) -> TokenLogps:
         """Return the reference's log-probs."""
-        with torch.no_grad(), self.model() as model:
+        device = batch["input_ids"].device
+        half = torch.autocast(device.type, torch.bfloat16) if self.half else contextlib.nullcontext()
+        with torch.no_grad(), half, self.model() as model:
             if self.copy is not None and not self._placed:
-                self.copy.to(batch["input_ids"].device)
+                self.copy.to(device)
             return completion_logps(model, batch)
 
 
@@ -464,8 +467,8 @@ class LogpCache:
         """
         self.read()
         keys = {tokens.digest(*pair): pair for pair in wanted}
-        missing = [(key, pair) for key, pair in sorted(keys.items()) if key not in self.known]
-        world.wait()  # nobody writes while another still reads
+        unknown = [(key, pair) for key, pair in sorted(keys.items()) if key not in self.known]
+        missing = world.gather(unknown)[0]  # one list: another run may have written between two processes' reads
         mine = [missing[i] for i in world.share(len(missing))]
         for start in range(0, len(mine), self.SHARD):
             shard = sorted(mine[start : start + self.SHARD], key=lambda item: self._length(tokens, item[1]))
@@ -502,14 +505,19 @@ class LogpCache:
 
 
 def model_digest(model: str, dtype: str) -> str:
-    """Return 24 hex digits that name a model by its files' content, and the precision it runs at."""
+    """Return 24 hex digits that name a model by its files' content, and the precision it runs at.
+
+    A model of the hub is named by the files of the revision that is here, or by its name before it is.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
     folder = Path(resolve_language_model(model))
+    if not folder.is_dir():
+        cached = try_to_load_from_cache(model, "config.json")
+        folder = Path(cached).parent if isinstance(cached, str) else folder
     digest = hashlib.sha256(json.dumps([dtype, "" if folder.is_dir() else model]).encode())
-    files = (
-        [f for f in folder.iterdir() if f.name == "config.json" or f.suffix == ".safetensors"]
-        if folder.is_dir()
-        else []
-    )
+    weights = (".safetensors", ".bin")
+    files = [f for f in folder.iterdir() if f.name == "config.json" or f.suffix in weights] if folder.is_dir() else []
     for file in sorted(files):
         with file.open("rb") as handle:
             digest.update(file.name.encode() + hashlib.file_digest(handle, "sha256").digest())

@@ -218,8 +218,9 @@ def asked_of(
     rows = choose_prompts(read_data(config)[1], config.evaluation.prompts if most is None else most, config.seed)
     if not rows:
         raise ConfigError(
-            "There is no held-out prompt to answer", where=found.name, do="Give a prompts file, or hold rows out"
-        )
+            "There is no held-out prompt of text to answer", where=found.name,
+            do="Give a prompts file, hold rows out, or set evaluation.prompts above 0",
+        )  # fmt: skip
     return rows
 
 

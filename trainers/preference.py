@@ -179,11 +179,20 @@ def class_sums(reward: Tensor, desirable: Tensor) -> Tensor:
     return torch.stack([(value * mask).sum(), mask.sum(), (value * (1 - mask)).sum(), (1 - mask).sum()])
 
 
+def warmed(decay: float, updates: int) -> float:
+    """Return `min(decay, (1 + n) / (10 + n))`, the decay of a running mean after n updates.
+
+    Before training the policy is the reference, so the first rewards are 0: at the full decay from the start they
+    would hold the mean near 0 for 1 / (1 - decay) updates.
+    """
+    return min(decay, (1 + updates) / (10 + updates))
+
+
 @dataclass(frozen=True)
 class BalancedDelta:
     """BCO's reward shift: one running mean of the reward per class, and their midpoint.
 
-        mean_c <- decay mean_c + (1 - decay) (sum_c / count_c);   delta = (mean_D + mean_U) / 2
+        mean_c <- d mean_c + (1 - d) (sum_c / count_c),  d = warmed(decay, updates);   delta = (mean_D + mean_U) / 2
 
     A step sees the delta of the step before it. The first rewards of a class start its mean; a class that is
     absent keeps it; until both classes were seen delta is 0.
@@ -204,11 +213,12 @@ class BalancedDelta:
     def update(self, sums: Tensor) -> BalancedDelta:
         """Return the state after an optimizer step whose `class_sums`, over all processes, are `sums`."""
         sum_D, count_D, sum_U, count_U = sums.tolist()
+        decay = warmed(self.decay, self.updates)
 
         def moved(mean: float | None, total: float, count: float) -> float | None:
             if not count:
                 return mean
-            return total / count if mean is None else self.decay * mean + (1 - self.decay) * total / count
+            return total / count if mean is None else decay * mean + (1 - decay) * total / count
 
         return BalancedDelta(
             self.decay, moved(self.mean_D, sum_D, count_D), moved(self.mean_U, sum_U, count_U), self.updates + 1
@@ -241,11 +251,12 @@ class PooledDelta:
 class RunningPoint:
     """A running mean of KTO's unclamped reference point, in nats, clamped where it is used.
 
-    It lets a microbatch hold a single row. The first mean starts it.
+    It lets a microbatch hold a single row. The first mean starts it, and its decay is `warmed`.
     """
 
     decay: float = 0.99
     mean: float | None = None
+    updates: int = 0
 
     @property
     def value(self) -> float:
@@ -256,8 +267,9 @@ class RunningPoint:
         """Return the state after an optimizer step whose `mismatch_sums`, over all processes, are `sums`."""
         if not float(sums[1]):
             return self
-        now = float(mismatch_mean(sums))
-        return RunningPoint(self.decay, now if self.mean is None else self.decay * self.mean + (1 - self.decay) * now)
+        now, decay = float(mismatch_mean(sums)), warmed(self.decay, self.updates)
+        mean = now if self.mean is None else decay * self.mean + (1 - decay) * now
+        return RunningPoint(self.decay, mean, self.updates + 1)
 
 
 def state_to_json(state: BalancedDelta | PooledDelta | RunningPoint) -> dict[str, Any]:

@@ -139,15 +139,24 @@ def test_delta_is_the_midpoint_of_the_classes_and_not_the_mean_of_rows():
 
 
 def test_the_running_delta_by_hand():
-    before = BalancedDelta(0.99, 0.4, -0.2)
+    before = BalancedDelta(0.99, 0.4, -0.2, updates=1000)
     assert before.update(tensor(1.0, 1, -0.7, 1)).value == pytest.approx(0.1005)
     assert before.update(tensor(2.0, 2, 0, 0)).value == pytest.approx(0.103)  # the absent class keeps its mean
     assert BalancedDelta().update(tensor(3.0, 2, 0, 0)).value == 0  # one class alone has no midpoint
     assert BalancedDelta().update(tensor(3.0, 2, 0, 0)).update(tensor(0, 0, -1.0, 2)).value == pytest.approx(0.5)
 
 
+def test_a_running_mean_soon_forgets_that_the_first_rewards_are_0():
+    """Updates 2 and 3 have decay 2/11 and 3/12: from 0 and a constant 1, 1 - 2/11 and 1 - (2/11) (3/12)."""
+    state, means = BalancedDelta().update(tensor(0.0, 2, 0.0, 2)), []
+    for _ in range(2):
+        state = state.update(tensor(2.0, 2, -2.0, 2))
+        means.append(state.mean_D)
+    assert means == pytest.approx([1 - 2 / 11, 1 - 2 / 11 * 3 / 12]) and state.value == 0
+
+
 def test_the_running_reference_point_averages_before_it_clamps():
-    state = RunningPoint(0.5)
+    state = RunningPoint(0.5, updates=100)
     assert state.value == 0
     state = state.update(tensor(-4.0, 2))
     assert state.value == 0 and state.mean == -2

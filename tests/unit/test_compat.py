@@ -72,7 +72,14 @@ def test_bco_points_to_matching_and_to_what_trl_does():
     found = from_trl({"min_density_ratio": 0.5, "prompt_sample_size": 512})
     assert found.config.trainer == "bco" and found.config.optimizer.lr == 5e-7
     assert "match-prompts DATA --out FILE --sample 512 --low 0.5" in said(found)
-    assert "delta: cumulative_pooled and balance: pooled" in said(found)
+    assert (found.config.objective.delta, found.config.objective.balance) == ("cumulative_pooled", "pooled")
+    assert "leave out delta and balance for the paper's" in said(found)
+
+
+def test_what_is_said_elsewhere_is_pointed_to():
+    found = said(from_trl({**GIVEN, "deepspeed": "zero3.json", "output_dir": "out", "dataset_name": "org/thumbs"}))
+    assert "--deepspeed FILE" in found and "the run folder is --out" in found
+    assert "save the data set org/thumbs to a file first" in found
 
 
 def test_the_command_prints_a_config_that_loads(tmp_path, capsys):

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -30,7 +31,7 @@ def config(model, trainer, *overrides):
         {
             "trainer": trainer, "name": "toy", "model": {"path": str(model), "train": "full"},
             "data": {"path": "toy", "heldout_fraction": 0.2, "max_length": 64}, "batch_size": 16, "microbatch": 8,
-            "steps": 6, "optimizer": {"lr": 1e-3}, "evaluation": {"every": 2, "rows": 40, "prompts": 0},
+            "steps": 6, "optimizer": {"lr": 1e-3}, "evaluation": {"every": 2, "rows": 120, "prompts": 0},
             "checkpoint": {"every": 3},
         },
         overrides,
@@ -272,3 +273,23 @@ def test_humanline_clamps_the_tokens_of_rows_and_mismatched_pairs(model, tmp_pat
     plain, line = metrics(tmp_path / "plain"), metrics(tmp_path / "line")
     assert abs(plain[-1]["log_ratio/up"]) > 0.5
     assert all(abs(row["log_ratio/up"]) < 0.1 and abs(row["z0_mean"]) < 0.1 for row in line)
+
+
+def test_a_copy_multiplies_in_the_policys_precision(tmp_path):
+    from trainers import BCO
+
+    run = BCO(load_config("bco/smoke", ["model.dtype=bf16", "steps=1", "evaluation.prompts=0"]), out=tmp_path / "run")
+    run.train()
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["log_ratio/up"] == first["log_ratio/down"] == 0
+
+
+def test_the_measured_rows_hold_both_classes_of_sorted_data():
+    from trainers.language_measures import measured_rows
+
+    tokens = type("Rows", (), {"pair": np.full(400, -1), "__len__": lambda self: 400})()
+    rows = measured_rows(tokens, 40)
+    assert len(rows) == 40 and rows == sorted(set(rows)) and 8 < sum(r < 200 for r in rows) < 32
+    tokens.pair = np.arange(400) // 2
+    rows = measured_rows(tokens, 40)
+    assert {r // 2 for r in rows} == {r // 2 for r in rows if r % 2} and len(rows) == 40

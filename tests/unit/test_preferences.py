@@ -220,3 +220,9 @@ def test_files_sorted_by_label_are_told_from_mixed_ones(tmp_path):
 def test_a_file_that_is_not_there_is_called_so(tmp_path):
     with pytest.raises(DataError, match="no such data file .*absent.jsonl"):
         load_preferences(tmp_path / "absent.jsonl")
+
+
+def test_json_that_is_no_chat_is_an_answer():
+    call = '[{"name": "get_weather", "arguments": {"town": "Oslo"}}]'
+    (row,) = load_preferences([{"prompt": "weather?", "completion": call, "label": True}]).rows
+    assert row.completion == call
