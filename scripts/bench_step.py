@@ -21,7 +21,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -50,7 +51,7 @@ def seconds(work: Callable[[], object]) -> float:
 class Bench:
     """One trainer, and the same iteration done in the other ways on the same weights and batch."""
 
-    def __init__(self, recipe: str, folder: str) -> None:
+    def __init__(self, recipe: str | Mapping[str, Any], folder: str) -> None:
         self.config = load_config(recipe)
         self.trainer = DanceGRPO(self.config, out=folder)
         self.policy, self.table = self.trainer.policy, self.trainer.table_at(1)

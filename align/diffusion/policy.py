@@ -28,20 +28,23 @@ if TYPE_CHECKING:
     from peft import LoraConfig as PeftLoraConfig
 
 ADAPTER = "policy"
+QUERY_KEY_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 
 
 def store_frozen(family: Family) -> None:
     """Keep what does not train in bfloat16, for half the memory: encoders whole, and matrices of the denoiser.
 
-    Autocast would round the denoiser's matrices alike in every forward. Trained weights, norms, embeddings and the
-    VAE stay float32.
+    Autocast would round the denoiser's matrices alike in every forward. So are the norms of queries and keys, which
+    read what autocast made bfloat16: torch's fused RMSNorm wants one type, and diffusers' own makes float32 of two.
+    Trained weights, other norms, embeddings and the VAE stay float32.
     """
     for name in set(family.encoders) - {"vae"}:
         encoder = getattr(family.pipeline, name, None)
         if encoder is not None:
             encoder.to(torch.bfloat16)
-    for module in family.denoiser.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
+    for name, module in family.denoiser.named_modules():
+        of_attention = type(module).__name__ == "RMSNorm" and name.rpartition(".")[2] in QUERY_KEY_NORMS
+        if of_attention or isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
             for parameter in module.parameters(recurse=False):
                 if not parameter.requires_grad:
                     parameter.data = parameter.data.to(torch.bfloat16)
@@ -148,8 +151,13 @@ def add_lora(family: Family, lora: LoraConfig, run_seed: int) -> None:
     """Add a LoRA adapter to the denoiser: `W + (alpha / rank) B A`, with B = 0, so it starts as the base model.
 
     Raises:
-        ModelError: a target that matches no module.
+        ModelError: a target that matches no module, or a denoiser that diffusers has no adapters for.
     """
+    if not hasattr(family.denoiser, "add_adapter"):
+        raise ModelError(
+            "This denoiser takes no adapters", where=type(family.denoiser).__name__, why="diffusers gives it none",
+            do="Set model.train: full",
+        )  # fmt: skip
     names = [name for name, module in family.denoiser.named_modules() if isinstance(module, nn.Linear)]
     endings = lora.targets or family.lora_targets
     targets = [n for n in names if any(_ends(n, e) for e in endings) and n not in family.idle_layers]

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from align import guards
 from align.config import LoraConfig, ModelConfig
 from align.diffusion.families import Size
 from align.diffusion.kernels import step_table
-from align.diffusion.policy import Policy, load_family
+from align.diffusion.policy import Policy, add_lora, load_family
 from align.diffusion.rollout import decode, initial_noise, replay, sample, solve, tiles
 from align.errors import ModelError
 from align.reports.training import write_report
@@ -205,6 +206,24 @@ def test_t7_in_bf16_the_first_ratio_is_within_its_bound(folders, name):
         guards.require_first_ratio(*found, guards.FIRST_RATIO_TOLERANCE["bf16"], name)
 
 
+@pytest.mark.parametrize(("name", "count"), [("sd35", 12), ("flux", 8), ("qwen", 8)])
+def test_in_bf16_queries_and_keys_stay_so_through_their_norms(folders, name, count):
+    """Torch's fused RMSNorm needs input and weight of one type; a norm that reads float32 keeps its own in float32."""
+    policy = load(folders, name, dtype="bf16")
+    seen = []
+    for place, module in policy.family.denoiser.named_modules():
+        if type(module).__name__ == "RMSNorm":
+            module.register_forward_hook(
+                lambda module, inputs, output, place=place: seen.append(
+                    (place.rsplit(".", 1)[-1], {inputs[0].dtype, module.weight.dtype, output.dtype})
+                )
+            )
+    policy.velocity(torch.zeros(1, *policy.latent_shape), torch.tensor([500.0]), PROMPTS[:1])
+    of_attention = [types for place, types in seen if place.startswith("norm_")]
+    assert of_attention == [{torch.bfloat16}] * count
+    assert [types for place, types in seen if place == "txt_norm"] == [{torch.float32}] * (name == "qwen")
+
+
 def gradients(policy, rollout, size=100):
     for tile in all_tiles(rollout, size):
         (-(tile.advantage * replay(policy, tile, rollout.table).logp).mean() * tile.share).backward()
@@ -368,6 +387,17 @@ def test_a_folder_of_another_family_and_a_missing_component_are_named(folders, t
     shutil.rmtree(broken / "text_encoder_2")
     with pytest.raises(ModelError, match="text_encoder_2"):
         load_family(broken)
+
+
+def test_a_denoiser_without_adapters_is_named():
+    from diffusers import PixArtTransformer2DModel
+
+    family = SimpleNamespace(denoiser=PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, num_layers=1, cross_attention_dim=16, sample_size=8,
+        caption_channels=8,
+    ))  # fmt: skip
+    with pytest.raises(ModelError, match=r"PixArtTransformer2DModel(.|\n)*model.train: full"):
+        add_lora(family, LoraConfig(), 0)
 
 
 def test_sdxl_of_the_edm_formulation_is_refused(folders):

@@ -155,7 +155,6 @@ def test_first_ratio(folders, name):
 
 
 @LARGEST_FIRST
-@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # of torch's rms_norm
 def test_first_ratio_in_bf16(folders, name):
     """Half-precision matrices, encoders and products; latents and trained weights stay float32."""
     folder = folders(name)
