@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from align.commands import models
+from align.commands import models, sparsity
 from align.errors import AlignError, ConfigError, DataError
 from align.output import add_dry_run as _add_dry_run
 from align.output import add_json as _add_json
@@ -846,6 +846,12 @@ _VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int], Callable[[_Arg
     "feedback": (
         "collect what people say of outputs, audit it, convert it", _feedback, _feedback_arguments,
         ("align feedback serve task.yaml", "align feedback stats feedback.db"),
+    ),
+    "sparsity": (
+        "measure which weights an update moved, beside what rounding alone would show", sparsity.needs_action,
+        sparsity.arguments,
+        ("align sparsity compare base tuned --json sparsity.json", "align sparsity overlap run-a run-b --base base",
+         "align sparsity report base tuned --out sparsity.html"),
     ),
     "doctor": (
         "check this installation, and repair it", _doctor, _doctor_arguments, ("align doctor", "align doctor --fix"),

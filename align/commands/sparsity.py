@@ -1,0 +1,140 @@
+"""`align sparsity`: what an update moved, how runs overlap, sparse deltas, and the page about it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from align.errors import ConfigError
+from align.output import add_dry_run, add_json, add_out, dry, give, positive, table
+
+
+def needs_action(options: argparse.Namespace) -> int:
+    """Refuse `align sparsity` alone."""
+    raise ConfigError("`align sparsity` needs an action", do="See `align sparsity --help`")
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from align.sparsity.compare import as_text, compare
+
+    call: dict[str, Any] = {"base": options.base, "tuned": options.tuned, "level": options.level}
+    call |= {"threads": options.threads, "mask": options.mask}
+    if options.dry_run:
+        return _plan(options, "compare", call)
+    if options.mask is not None:
+        from align.sparsity.masks import write_mask
+
+        if options.level != "full":
+            raise ConfigError("A mask needs the whole comparison", where="--mask", do="Leave out --level bits")
+        result = write_mask(options.base, options.tuned, options.mask).as_dict()
+    else:
+        result = compare(options.base, options.tuned, level=options.level, threads=options.threads).as_dict()
+    return give(options, result, as_text(result))
+
+
+def _overlap(options: argparse.Namespace) -> int:
+    from align.sparsity.masks import as_text, overlap
+
+    if options.dry_run:
+        return dry(options, "overlap", {"base": options.base, "runs": options.runs})
+    found = overlap(options.base, options.runs)
+    return give(options, found, as_text(found))
+
+
+def _delta(options: argparse.Namespace) -> int:
+    from align.sparsity.delta import write_delta
+
+    out = options.out or Path("delta.safetensors")
+    if options.dry_run:
+        return _plan(options, "write a delta of", {"base": options.base, "tuned": options.tuned, "out": str(out)})
+    found = write_delta(options.base, options.tuned, out)
+    return give(
+        options,
+        found,
+        f"wrote {out}: {found['bytes'] / 1e6:,.1f} MB, {found['ratio']:.1f} times smaller than the weights",
+    )
+
+
+def _apply(options: argparse.Namespace) -> int:
+    from align.sparsity.delta import apply_delta
+
+    out = options.out or Path("applied")
+    if options.dry_run:
+        return dry(options, "apply", {"base": options.base, "delta": options.delta, "out": str(out)})
+    found = apply_delta(options.base, options.delta, out)
+    return give(options, found, f"wrote {out}: {found['tensors']} tensors, every hash as in the delta")
+
+
+def _report(options: argparse.Namespace) -> int:
+    out = options.out or Path("sparsity.html")
+    call = {"base": options.base, "tuned": options.tuned, "other_runs": options.other, "out": str(out)}
+    if options.dry_run:
+        return _plan(options, "report on", call)
+    from align.reports.sparsity import write_report
+
+    found = write_report(options.base, options.tuned, out, others=options.other or ())
+    rows = [(kind, str(path)) for kind, path in found["files"].items()]
+    return give(options, {**found["result"], "files": {k: str(p) for k, p in found["files"].items()}}, table(rows))
+
+
+def _plan(options: argparse.Namespace, verb: str, call: dict[str, Any]) -> int:
+    """Open both sides, so that a dry run refuses what the run would refuse, and say what would be done."""
+    from align.sparsity.pairs import load_pair
+
+    pairing = load_pair(options.base, options.tuned)
+    counts = {"tensors": len(pairing.pairs), "parameters": sum(pair.count for pair in pairing.pairs)}
+    return dry(options, verb, {**call, **counts, "coverage": pairing.coverage})
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the actions of `align sparsity`."""
+    actions = parser.add_subparsers(metavar="ACTION", required=True, parser_class=type(parser), dest="action")
+
+    def action(name: str, what: str, run: Any) -> argparse.ArgumentParser:
+        found = actions.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+        found.set_defaults(run=run)
+        return found
+
+    compare = action("compare", "measure what changed between two checkpoints", _compare)
+    _add_sides(compare)
+    compare.add_argument(
+        "--level", choices=("full", "bits"), default="full", help="bits: the bit-identical share alone (default: full)"
+    )
+    compare.add_argument("--mask", metavar="FILE", help="also write which weights changed, a bit each")
+    compare.add_argument(
+        "--threads", type=positive, metavar="N", help="tensors at once (default: the cores, at most 8)"
+    )
+
+    overlap = action("overlap", "compare which weights several runs moved, beside what chance would give", _overlap)
+    overlap.add_argument("runs", metavar="RUN", nargs="+", help="checkpoints of runs from one base, or mask files")
+    overlap.add_argument("--base", metavar="BASE", help="their common start; not needed where all runs are mask files")
+
+    delta = action("delta", "write what turns a base into a tuned model, bit for bit", _delta)
+    _add_sides(delta)
+    add_out(delta, "the delta (default: delta.safetensors)")
+
+    apply = action("apply", "turn a base and a delta into the tuned model", _apply)
+    apply.add_argument("base", metavar="BASE", help="the model that the delta was made from")
+    apply.add_argument("delta", metavar="DELTA", help="the file that `align sparsity delta` wrote")
+    add_out(apply, "the model, a new folder (default: applied)")
+
+    report = action("report", "write a page about what an update moved", _report)
+    _add_sides(report)
+    report.add_argument(
+        "--other",
+        action="append",
+        metavar="RUN",
+        help="another run from the same base, for its overlap; may be given again",
+    )
+    add_out(report, "the page; Markdown and JSON lie beside it (default: sparsity.html)")
+
+    for found in actions.choices.values():
+        add_dry_run(found)
+        add_json(found)
+        found.set_defaults(flags=sorted(found._option_string_actions))
+
+
+def _add_sides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("base", metavar="BASE", help="the model before: a file or a folder of weights")
+    parser.add_argument("tuned", metavar="TUNED", help="the model after; an adapter is merged into BASE")

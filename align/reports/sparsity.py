@@ -1,0 +1,179 @@
+"""The page of a comparison of two checkpoints: what moved, what rounding alone would show, and how to read it.
+
+Beside the page lie the same numbers as Markdown, and as JSON lines: a summary, then a row a tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from align.errors import ConfigError
+from align.reports.page import brief, count, percent, render
+from align.reports.sparsity_charts import bars, heat_map, tolerance_chart
+from align.sparsity.compare import BLIND, compare, layer_of
+from align.sparsity.formats import FORMATS
+from align.sparsity.masks import overlap
+
+NEAR = 0.01
+"""Share of all weights, beyond sampling error, within which a figure is said to be what rounding leaves."""
+MOST_ROWS = 40
+
+
+def write_report(
+    base: str | Path, tuned: str | Path, path: str | Path, *, others: Sequence[str | Path] = ()
+) -> dict[str, Any]:
+    """Compare two checkpoints and write the page, Markdown and JSON lines.
+
+    Args:
+        path: the page, ending in .html; the other files take its name.
+        others: further runs from `base`, for the overlap of what they moved.
+
+    Returns:
+        `files` by kind, and the `result` of the comparison, with `overlap` where there are others.
+
+    Raises:
+        ModelError: a side that cannot be read, or different models.
+        ConfigError: a place that cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != ".html":
+        raise ConfigError("A page is a .html file", where=str(path), do=f"Give --out {path}.html")
+    result = compare(base, tuned).as_dict()
+    if others:
+        result["overlap"] = overlap(base, [tuned, *others])
+    rows = result["per_tensor"]
+    summary = {key: value for key, value in result.items() if key != "per_tensor"}
+    lines = [json.dumps(row, default=str) for row in (summary, *rows)]
+    texts = {
+        "page": render("sparsity.html", page_of(result)),
+        "markdown": markdown(result),
+        "rows": "\n".join(lines) + "\n",
+    }
+    files = {"page": path, "markdown": path.with_suffix(".md"), "rows": path.with_suffix(".jsonl")}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for kind, text in texts.items():
+            temporary = files[kind].with_name(files[kind].name + ".writing")
+            temporary.write_text(text, encoding="utf-8", errors="replace")
+            os.replace(temporary, files[kind])
+    except OSError as error:
+        raise ConfigError("The report cannot be written", where=str(path), why=error.strerror or "") from error
+    return {"files": files, "result": result}
+
+
+def page_of(result: dict[str, Any]) -> dict[str, Any]:
+    """Return what the page's template shows."""
+    verdict, reading = read_plainly(result)
+    shown = sorted(result["per_tensor"], key=lambda row: -row["norm"])[:MOST_ROWS]
+    return {
+        "r": result, "name": Path(result["tuned"]).name or result["tuned"], "verdict": verdict, "reading": reading,
+        "heat": heat_map(_cells(result)), "curve": tolerance_chart(result), "ulp": bars(result["ulp_histogram"]),
+        "tensors": shown, "hidden": len(result["per_tensor"]) - len(shown),
+        "unmatched": [(key.replace("_", " "), _names(value)) for key, value in result["keys"].items() if value],
+        "overlap": result.get("overlap"),
+        "coarse": FORMATS[result["dtype"]].bits == 16,
+    }  # fmt: skip
+
+
+def read_plainly(result: dict[str, Any]) -> tuple[str, list[str]]:
+    """Return the headline in words, and the sentences below it."""
+    seen, expected = result["bit_identical"], result["expected_bit_identical_if_dense"]
+    if seen == 1:
+        return "The two are bit-identical", [
+            "Nothing was trained, or nothing was large enough for the format to store."
+        ]
+    low, high = sorted((expected, result["expected_bit_identical_if_dense_unaligned"]))
+    near = NEAR + 3 * math.sqrt(seen * (1 - seen) / result["parameters"])
+    if seen > high + near:
+        words = "More weights stand still than rounding explains"
+        so = "The change sits on fewer weights than that of a dense Gaussian update would"
+    elif seen < low - near:
+        words = "Fewer weights stand still than rounding would leave"
+        so = "The change is spread more evenly over small steps than that of a Gaussian update"
+    else:
+        words = "Rounding alone is enough to explain the share that stands still"
+        so = "Nothing here shows that the update was sparse"
+        still = result["untouched"]["parameters"] / result["parameters"]
+        if still > NEAR:
+            words = "Whole tensors stand still; rounding is enough to explain the rest"
+            so = f"{percent(still)} of the weights lie in tensors that did not change at all, and the rest looks dense"
+    reading = [
+        f"A dense update of this norm, rounded, would leave {percent(low)} to {percent(high)} bit-identical; "
+        f"{percent(seen)} are. {so}.",
+        "The null is an update N(0, s²) of every weight, with s chosen per tensor so that its visible norm equals the "
+        "observed one. The expected figure assumes a start on values of the format; from a finer master it would be "
+        f"{percent(result['expected_bit_identical_if_dense_unaligned'])}.",
+    ]
+    blind = next((row for row in result["tolerance_curve"] if row["blind"] > BLIND), None)
+    if blind and FORMATS[result["dtype"]].bits == 16:
+        reading.append(
+            f"From a tolerance of {brief(blind['tolerance'], 2)} up, more than {percent(BLIND, 0)} of the weights are "
+            "spaced so closely that a step between neighbours passes as equal: shares there say little."
+        )
+    norms = result["modules"].get("norm")
+    if norms and norms["density"] < result["density"] / 4 and result["dtype"] == "BF16":
+        reading.append(
+            "Norm weights near 1 are spaced 0.004 to 0.008 apart in bf16, so they look untouched whatever training did."
+        )
+    return words, reading
+
+
+def _names(value: Any) -> str:
+    shown = [
+        f"{k}: {v}" if isinstance(value, dict) else str(k)
+        for k, v in (value.items() if isinstance(value, dict) else ((v, 0) for v in value))
+    ]
+    return ", ".join(shown[:6]) + (f" and {len(shown) - 6} more" if len(shown) > 6 else "")
+
+
+def _cells(result: dict[str, Any]) -> dict[str, dict[str, tuple[float, str]]]:
+    """Return density by layer and by module within a layer, with a line that says what it is."""
+    cells: dict[str, dict[str, tuple[float, str]]] = {}
+    for row in result["per_tensor"]:
+        layer, module = layer_of(row["name"])
+        dense = percent(1 - row["expected_bit_identical_if_dense"])
+        say = f"{row['name']}: {percent(row['density'])} changed; {dense} if a dense update of its norm were rounded"
+        cells.setdefault(layer, {})[module] = (row["density"], say)
+    return cells
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Return the comparison as Markdown."""
+    words, reading = read_plainly(result)
+    head = (
+        "| | parameters | bit-identical | if dense | <= 1e-5 | norm | sign flips |",
+        "|---|---|---|---|---|---|---|",
+    )
+
+    def row(name: str, s: dict[str, Any]) -> str:
+        shares = (percent(s[k], 2) for k in ("bit_identical", "expected_bit_identical_if_dense", "sparsity_1e-5"))
+        cells = [name, count(s["parameters"]), *shares, brief(s["norm"]), percent(s["sign_flips"], 3)]
+        return f"| {' | '.join(cells)} |"
+
+    def tolerance(t: dict[str, Any]) -> str:
+        return f"| {brief(t['tolerance'], 3)} | {percent(t['within'], 2)} | {percent(t['blind'], 2)} |"
+
+    floor, expected = result["precision_floor"], percent(result["expected_bit_identical_if_dense"], 2)
+    lines = [
+        f"# {result['tuned']} against {result['base']}", "", f"**{words}.** {reading[0]}", "",
+        f"{percent(result['bit_identical'], 2)} of weights are bit-identical in {result['dtype']} (precision floor "
+        f"{'none' if floor is None else f'{brief(floor, 2)} times the norm'}; expected {expected} if a dense update of "
+        "the same norm were rounded).", "", *head, row("all", result),
+        *(row(name, s) for name, s in result["modules"].items()), "",
+        "| steps between codes | entries |", "|---|---|",
+        *(f"| {steps} | {count(n)} |" for steps, n in result["ulp_histogram"].items()), "",
+        "| tolerance | within | too fine to tell |", "|---|---|---|",
+        *(tolerance(t) for t in result["tolerance_curve"] if t["within"] < 1), "",
+        *(f"- {note}" for note in (*reading[1:], *result["notes"])),
+    ]  # fmt: skip
+    for pair in (result.get("overlap") or {}).get("pairs", ()):
+        null = pair["nulls"]["by_magnitude"]
+        seen, chance = (" / ".join(percent(v) for v in part["one_sided"]) for part in (pair, null))
+        chance += f", z {brief(null['z'], 3)}"
+        lines += ["", f"Overlap of {pair['first']} and {pair['second']}: {seen}; by chance given magnitudes {chance}."]
+    return "\n".join(lines).replace("\u00a0", " ") + "\n"
