@@ -58,7 +58,9 @@ def trained_step_count(solver_steps: int, fraction: float, rule: str) -> int:
     return max(0, min(count, solver_steps - 1))
 
 
-def feq_ledger(config: VisualConfig, k: float | None = None) -> dict[str, float | int]:
+def feq_ledger(
+    config: VisualConfig, k: float | None = None, solver_steps: int | None = None
+) -> dict[str, float | int]:
     """Return the cost of one training sample in denoiser forwards without guidance (F_eq).
 
     `F_eq = c T + s W (b k + n)`, with T solver steps, W trained rows of a sample (solver steps, or draws of noise),
@@ -66,6 +68,11 @@ def feq_ledger(config: VisualConfig, k: float | None = None) -> dict[str, float 
     with gradient (2 for both_branches), each worth k = 3 for full fine-tuning, 2 for LoRA, and 1 more with gradient
     checkpointing; and n forwards without gradient: one of a detached branch, c of the reference with a KL term, c of an
     old policy that is not the current one, and 2 c of a pass that weighs whole groups (dgpo).
+
+    Args:
+        config: of an online visual trainer.
+        k: cost of a branch; derived when None.
+        solver_steps: T of a rollout at hand; that of the first training step when None.
 
     Returns:
         feq_per_sample, rollout_forwards, train_forwards (forward evaluations of the denoiser in each
@@ -76,6 +83,7 @@ def feq_ledger(config: VisualConfig, k: float | None = None) -> dict[str, float 
     c, branches = (1 if guidance == "off" else 2), (2 if guidance == "both_branches" else 1)
     share = min(config.advantage.best_of or config.group_size, config.group_size) / config.group_size
     steps, trained, free = _trained_rows(config)
+    steps = solver_steps or steps
     if k is None:
         k = (3 if config.model.train == "full" else 2) + int(config.model.gradient_checkpointing)
     without = (c - branches) + c * (free + (1 if config.objective.kl_weight else 0))

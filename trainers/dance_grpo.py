@@ -150,8 +150,8 @@ class DanceGRPO(OnlineRun):
         where = {} if window is None else {"window_start": float(window.start)}
         return {"clip_low": low, "clip_high": high, "clip_nats": high * dim, **where}
 
-    def ledger(self) -> dict[str, float]:
+    def ledger(self, table: StepTable | None = None) -> dict[str, float]:
         """Return what one sample costs in denoiser forwards, and the clip range in nats."""
-        found = super().ledger()
+        found = super().ledger(table)
         return {**found, "clip_range": self.config.objective.clip_range,
                 "clip_nats": clip_nats(self.config, int(found["latent_dim"]))}  # fmt: skip

@@ -44,6 +44,8 @@ from trainers.objectives import Terms
 from trainers.receipt import Receipt
 from trainers.result import RunResult
 
+EQUAL = 1e-5  # advantages of this size and less say that a group's rewards were the same but for their last digits
+
 
 class OnlineRun:
     """Align a diffusion model with rewards of what it samples.
@@ -165,9 +167,10 @@ class OnlineRun:
         """Have the weights that rollouts are sampled with in the model."""
         return contextlib.nullcontext()
 
-    def ledger(self) -> dict[str, float]:
-        """Return what one sample costs in denoiser forwards."""
-        return {**feq_ledger(self.config), "latent_dim": math.prod(self.policy.latent_shape)}
+    def ledger(self, table: StepTable | None = None) -> dict[str, float]:
+        """Return what one sample costs in denoiser forwards: of a rollout by `table`, or of the first training step."""
+        steps = None if table is None else len(table)
+        return {**feq_ledger(self.config, solver_steps=steps), "latent_dim": math.prod(self.policy.latent_shape)}
 
     # What they share
 
@@ -212,7 +215,8 @@ class OnlineRun:
                 run.update_average()
                 clock.lap("time/train")
                 self._watch_base_rate(scores, run, step)
-                metrics = {**self._metrics(scores, composed, advantages, run), **self.after_step(run, stats, step)}
+                metrics = self._metrics(scores, composed, advantages, rollout.table, run)
+                metrics |= self.after_step(run, stats, step)
                 run.commit(step, {**metrics, **receipt.during(step), **clock.laps}, stats)
             return self._finish(run, receipt)
 
@@ -262,7 +266,7 @@ class OnlineRun:
                 count(stats, terms)
             if first:
                 self.before_update(stats, step)
-            run.update(expect_gradient=first)
+            run.update(expect_gradient=first and float(values[moving].abs().max()) > EQUAL)
             first = False
         return merge_stats(self.world.gather(stats))
 
@@ -328,11 +332,13 @@ class OnlineRun:
         found = torch.tensor(0.0 if bool(trajectory) else float("nan"), device=rollout.x.device)
         guards.require_finite(self.world.add(found), "The rollout", f"step {step}")
 
-    def _metrics(self, scores: Scores, composed: Composed, advantages: Advantages, run: Run) -> dict[str, float]:
+    def _metrics(
+        self, scores: Scores, composed: Composed, advantages: Advantages, table: StepTable, run: Run
+    ) -> dict[str, float]:
         config = self.config
         total = self.rewards.total(scores, config.group_size)
         reward = bootstrap_mean(total, np.arange(len(total)) // config.group_size, draws=500)
-        ledger = self.ledger()
+        ledger = self.ledger(table)
         run.count(samples=len(total), feq=len(total) * ledger["feq_per_sample"])
         return {
             "samples": len(total),
