@@ -55,6 +55,8 @@ from trainers.objectives import Terms
 from trainers.receipt import Receipt
 from trainers.result import RunResult
 
+EQUAL = 1e-5  # advantages of this size and less say that a group's rewards were the same but for their last digits
+
 
 class OnlineRun:
     """Align a diffusion model with rewards of what it samples.
@@ -266,7 +268,7 @@ class OnlineRun:
                 count(stats, terms)
             if first:
                 self.before_update(stats, step)
-            run.update(expect_gradient=first)
+            run.update(expect_gradient=first and float(values[moving].abs().max()) > EQUAL)
             first = False
         return merge_stats(self.world.gather(stats))
 

@@ -105,6 +105,17 @@ def test_binary_labels_are_native(folders, tmp_path):
         run(folders["sd3"], tmp_path / "bad", "objective.nft_feedback=label").train()
 
 
+@pytest.mark.parametrize("noise", [0.0, 1e-9])
+def test_a_first_rollout_of_equals_does_not_stop_the_run(folders, tmp_path, noise):
+    """At the start NFT's two pulls cancel where r is a half, to the last digit of float32."""
+    trainer = run(folders["sd3"], tmp_path / "run", "objective.loss=nft", "steps=1", "advantage.eps=1e-2")
+    score = trainer.rewards.rewards[0].score
+    trainer.rewards.rewards[0].score = lambda samples: Scores(
+        noise * (found := score(samples)).values, found.valid, found.names
+    )
+    assert trainer.train().status == "complete"
+
+
 def test_resume_is_bit_for_bit_with_the_old_policy(folders, tmp_path):
     whole = run(folders["sd3"], tmp_path / "whole")
     whole.train()
@@ -157,6 +168,16 @@ def test_reverse_successors_learn_and_start_at_ratio_one(folders, tmp_path, over
     assert max(row["first_ratio_error"] for row in rows) == 0.0 and all(row["grad_norm"] > 0 for row in rows)
     window = [o for o in overrides if "window=2" in o]
     assert rows[0]["feq_per_sample"] == ({True: 6 + 2 * 2, False: 6 + 4 * 2}[bool(window)] if len(overrides) < 4 else 8)
+
+
+def test_a_moving_window_costs_what_each_step_takes(folders, tmp_path):
+    """Of 6 solver steps those after the window are halved: 2 + 2, 3 + 2 and 4 + 1, and 2 trained ones at 2 F."""
+    run(
+        folders["sd3"], tmp_path / "run", "sampler.solver_steps=6", "steps=3", "trained_steps.window=2",
+        "trained_steps.move_every=1", "sampler.steps_after_window=0.5", trainer="dance_grpo",
+    ).train()  # fmt: skip
+    rows = metrics(tmp_path / "run")
+    assert [row["feq_per_sample"] for row in rows] == [8, 9, 9] and rows[-1]["feq_total"] == 24 * 26
 
 
 BAD = {
