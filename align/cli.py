@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from align.commands import models
+from align.commands import fit, models
 from align.errors import AlignError, ConfigError, DataError
 from align.output import add_dry_run as _add_dry_run
 from align.output import add_json as _add_json
@@ -146,6 +146,8 @@ def _train(options: argparse.Namespace) -> int:
 
     seed = [] if options.seed is None else [f"seed={options.seed}"]
     config = load_config(options.config, [*options.overrides, *seed])
+    if config.trainer == "fit":
+        raise ConfigError("This config fits a reward", where=options.config, do=f"Run `align fit {options.config}`")
     findings = require_valid(config)
     out = options.out or Path("runs") / config.name
     if options.dry_run:
@@ -220,6 +222,8 @@ def _resume(options: argparse.Namespace) -> int:
     if options.dry_run:
         plan = {"directory": str(options.run_folder), "steps": config.steps}
         return _give(options, plan, f"would resume {options.run_folder} up to step {config.steps}")
+    if config.trainer == "fit":
+        return fit.fit_into(options, config, options.run_folder)
     if options.launch:
         return _launch(options, ["resume", str(options.run_folder)], options.run_folder, config)
     from trainers import trainer_for
@@ -271,6 +275,7 @@ def _score(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> int:
     from align.checks import check_config, describe_config, describe_prompts
     from align.config import load_config
+    from align.language_config import LanguageConfig
     from align.preferences import describe_preferences, is_preference_file
     from align.prompts import FORMATS
 
@@ -295,7 +300,7 @@ def _check(options: argparse.Namespace) -> int:
         config = load_config(options.file, options.overrides)
     findings = check_config(config, reward_names=_reward_names(), files=True)
     missing = {finding.code for finding in findings} & {"data", "model", "model_not_here"}
-    if config.trainer != "dance_grpo" and config.data.path != "toy" and not missing and find_spec("transformers"):
+    if isinstance(config, LanguageConfig) and config.data.path != "toy" and not missing and find_spec("transformers"):
         from trainers.data_check import length_findings
 
         findings += length_findings(config)
@@ -543,7 +548,10 @@ def _prompts_text(found: dict[str, Any]) -> str:
 
 
 def _config_text(found: dict[str, Any]) -> str:
-    rows = _language_rows(found) if "ledger" not in found else _visual_rows(found)
+    if found["trainer"] == "fit":
+        rows = [("run", f"{found['name']}: a reward fitted in {found['steps']} steps")]
+    else:
+        rows = _language_rows(found) if "ledger" not in found else _visual_rows(found)
     for finding in found["findings"]:
         advice = f" {_sentence(finding['do'])}" if finding["do"] else ""
         where = f" ({finding['key']})" if finding["key"] else ""
@@ -779,6 +787,11 @@ _VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int], Callable[[_Arg
         ("align evaluate runs/digits --samples 1000 --json result.json",
          "align evaluate digits --prompts prompts.txt --reward digits/legibility",
          "align evaluate runs/kto --data more_thumbs.jsonl --config rewards.yaml"),
+    ),
+    "fit": (
+        "fit a reward to what people said", fit.fit, fit.fit_arguments,
+        ("align fit my_fit.yaml", "align fit fit/thumbs data.paths.0=thumbs.jsonl --out runs/thumbs",
+         "align fit my_fit.yaml model.head=mlp --dry-run"),
     ),
     "score": (
         "score images or texts of files with rewards; resumes by itself", _score, _score_arguments,

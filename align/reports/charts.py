@@ -79,8 +79,9 @@ def line_chart(
     percent: bool = False,
     from_zero: bool = False,
     reference: tuple[float, str] | None = None,
+    x_label: str = "training step",
 ) -> Markup:
-    """Draw curves over the training step, each with its band.
+    """Draw curves over the training step, or over what `x_label` says, each with its band.
 
     Args:
         log: a log10 axis; a value of 0 stands on its foot, which is labelled 0.
@@ -99,7 +100,7 @@ def line_chart(
     values = [v for s in shown for part in (s.y, s.low, s.high) for v in part if v is not None and math.isfinite(v)]
     values += [reference[0]] if reference else []
     x, y = _x_axis(shown), (_log_axis(values) if log else _linear_axis(values, from_zero))
-    body = [_frame(x, y, "%" if percent else "")]
+    body = [_frame(x, y, "%" if percent else "", x_label)]
     body += [_band(s, x, y) for s in shown if len(s.low) == len(s.x) == len(s.high)]
     if reference:
         at = y(reference[0])
@@ -189,7 +190,7 @@ def _figure(body: list[str], shown: Sequence[Series], unit: str, x: Axis) -> Mar
     )
 
 
-def _frame(x: Axis, y: Axis, unit: str) -> str:
+def _frame(x: Axis, y: Axis, unit: str, x_label: str = "training step") -> str:
     parts = []
     for value, text in y.ticks():
         at = y(value)
@@ -199,7 +200,7 @@ def _frame(x: Axis, y: Axis, unit: str) -> str:
         if abs(value - round(value)) < 1e-9:
             parts.append(_text("tick", x(value), HEIGHT - BOTTOM + 17, "middle", _tick(value, 0)))
     parts.append(f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
-    parts.append(_text("tick", (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 5, "middle", "training step"))
+    parts.append(_text("tick", (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 5, "middle", x_label))
     return "".join(parts)
 
 

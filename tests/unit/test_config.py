@@ -205,7 +205,7 @@ def test_every_leaf_knows_where_it_came_from(tmp_path: Path):
 
 @pytest.mark.parametrize("recipe", [name for name, _ in list_recipes() if not name.startswith("presets/")])
 def test_a_saved_config_loads_again_with_its_origins(recipe: str, tmp_path: Path):
-    own = ["objective.beta=1"] if recipe.startswith(("kto/", "bco/", "dpo/")) else ["optimizer.eps=1e-7"] if recipe.startswith("sft/") else ["sampler.eta=0.25"]
+    own = ["objective.beta=1"] if recipe.startswith(("kto/", "bco/", "dpo/")) else ["optimizer.eps=1e-7"] if recipe.startswith(("sft/", "fit/")) else ["sampler.eta=0.25"]
     config = load_config(recipe, [*own, "about='a: #b, \"c\" \\ é 🙂'", "optimizer.eps=1e-12"])
     path = tmp_path / "config.yaml"
     save_config(config, path)
