@@ -143,6 +143,8 @@ def check_config(
         from align.offline_checks import check_offline_config
 
         return check_offline_config(config, reward_names=reward_names, files=files)
+    if config.trainer == "fit":
+        return _fit(config, files=files)
     own = _forward(config) if config.trainer == "forward" else _reverse(config)
     found = [*own, *_sampling(config), *_training(config), *_rewards(config), *_evaluation(config)]
     if reward_names is not None:
@@ -151,6 +153,24 @@ def check_config(
         found += _files(config)
     order = ("error", "warning", "note")
     return sorted(found, key=lambda finding: order.index(finding.level))
+
+
+def _fit(config: Any, *, files: bool) -> list[Finding]:
+    """Findings on a reward to be fitted."""
+    from align.fit_config import require_fit
+
+    found = []
+    try:
+        require_fit(config)
+    except ConfigError as error:
+        message = f"{error.what}: {error.why}" if error.why else error.what
+        found.append(Finding("error", "fit", message, error.do, error.where))
+    found += [
+        Finding("error", "data", f"There is no such feedback: {path}", "Check data.paths", "data.paths")
+        for path in (config.data.paths if files else ())
+        if not Path(path).is_file()
+    ]
+    return found
 
 
 def require_valid(config: Any) -> list[Finding]:
@@ -495,6 +515,12 @@ def describe_config(config: Any, findings: list[Finding]) -> dict[str, Any]:
         from align.offline_checks import describe_offline_config
 
         return describe_offline_config(config, findings)
+    if config.trainer == "fit":
+        return {
+            "kind": "config", "name": config.name, "trainer": config.trainer, "steps": config.steps,
+            "findings": [asdict(finding) for finding in findings],
+            "valid": all(finding.level != "error" for finding in findings),
+        }  # fmt: skip
     dim = latent_dim(config)
     return {
         "kind": "config",

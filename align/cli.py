@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from align.commands import models, sparsity
+from align.commands import fit, models, sparsity
 from align.errors import AlignError, ConfigError, DataError
 from align.output import add_dry_run as _add_dry_run
 from align.output import add_json as _add_json
@@ -146,6 +146,8 @@ def _train(options: argparse.Namespace) -> int:
 
     seed = [] if options.seed is None else [f"seed={options.seed}"]
     config = load_config(options.config, [*options.overrides, *seed])
+    if config.trainer == "fit":
+        raise ConfigError("This config fits a reward", where=options.config, do=f"Run `align fit {options.config}`")
     findings = require_valid(config)
     out = options.out or Path("runs") / config.name
     if options.dry_run:
@@ -220,6 +222,8 @@ def _resume(options: argparse.Namespace) -> int:
     if options.dry_run:
         plan = {"directory": str(options.run_folder), "steps": config.steps}
         return _give(options, plan, f"would resume {options.run_folder} up to step {config.steps}")
+    if config.trainer == "fit":
+        return fit.fit_into(options, config, options.run_folder)
     if options.launch:
         return _launch(options, ["resume", str(options.run_folder)], options.run_folder, config)
     from trainers import trainer_for
@@ -556,7 +560,10 @@ def _prompts_text(found: dict[str, Any]) -> str:
 
 
 def _config_text(found: dict[str, Any]) -> str:
-    rows = _language_rows(found) if "ledger" not in found else _visual_rows(found)
+    if found["trainer"] == "fit":
+        rows = [("run", f"{found['name']}: a reward fitted in {found['steps']} steps")]
+    else:
+        rows = _language_rows(found) if "ledger" not in found else _visual_rows(found)
     for finding in found["findings"]:
         advice = f" {_sentence(finding['do'])}" if finding["do"] else ""
         where = f" ({finding['key']})" if finding["key"] else ""
@@ -818,6 +825,11 @@ _VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int], Callable[[_Arg
         "write trained weights as diffusers, PEFT or ComfyUI load them", models.export, models.export_arguments,
         ("align export runs/flux --to diffusers-lora --out my-lora",
          "align export runs/flux/checkpoints/step_000100 --to full --dtype bf16 --out my-flux"),
+    ),
+    "fit": (
+        "fit a reward to what people said", fit.fit, fit.fit_arguments,
+        ("align fit my_fit.yaml", "align fit fit/thumbs data.paths.0=thumbs.jsonl --out runs/thumbs",
+         "align fit my_fit.yaml model.head=mlp --dry-run"),
     ),
     "score": (
         "score images or texts of files with rewards; resumes by itself", _score, _score_arguments,

@@ -370,11 +370,14 @@ class DanceGRPOConfig(VisualConfig):
 
 def config_types() -> dict[str, type[RunConfig]]:
     """Return the config of every training loop, by the value of its `trainer` key."""
+    from align.fit_config import FitConfig
     from align.forward_config import ForwardConfig
     from align.language_config import BCOConfig, DPOConfig, KTOConfig, SFTConfig
     from align.offline_config import OfflineConfig
 
-    kinds = (DanceGRPOConfig, ForwardConfig, OfflineConfig, KTOConfig, BCOConfig, DPOConfig, SFTConfig)
+    kinds = (
+        DanceGRPOConfig, ForwardConfig, OfflineConfig, KTOConfig, BCOConfig, DPOConfig, SFTConfig, FitConfig,
+    )  # fmt: skip
     return {str(kind.model_fields["trainer"].default): kind for kind in kinds}
 
 

@@ -340,6 +340,19 @@ BUILT_IN: tuple[tuple[RewardCard, str], ...] = (
     ),
     (
         RewardCard(
+            "fitted",
+            "reward that `align fit` fitted to what people said (argument `path`, a run folder): the calibrated "
+            "probability of a thumb up, or the latent `score`",
+            "0 to 1, or unbounded",
+            media="any",
+            licence="that of its data and backbone",
+            size="by the run",
+            needs=("torch",),
+        ),
+        "rewards.fitted:Fitted",
+    ),
+    (
+        RewardCard(
             "frames",
             "mean of a reward of images (argument `reward`, with `args`) over `count` frames of a video, 4 by default, "
             "evenly spread from first to last; missing where one of them is",

@@ -98,7 +98,7 @@ class Classifier:
         # The head is float32: nothing here is left to autocast.
         with self.placement.active(self.model) as device, torch.no_grad(), torch.autocast(device.type, enabled=False):
             for rows in self._batches(encoded, device):
-                values[rows] = self._forward([encoded[i] for i in rows], device).double().cpu().numpy()
+                values[rows] = self.forward([encoded[i] for i in rows], device).double().cpu().numpy()
         for i in encoded:
             if not np.isfinite(values[i]).all():
                 wrong[i] = f"{name}: the model returned a value that is not a number"
@@ -142,7 +142,7 @@ class Classifier:
         except (TemplateError, ValueError, TypeError) as error:
             raise DataError("The chat template refuses the conversation", why=str(error)) from error
 
-    def _forward(self, rows: Sequence[Encoded], device: torch.device) -> Tensor:
+    def forward(self, rows: Sequence[Encoded], device: torch.device) -> Tensor:
         """Return float32 logits `[b, labels]`."""
         longest = max(len(row["input_ids"]) for row in rows)
         fill = {"input_ids": self.pad, "token_type_ids": self.tokenizer.pad_token_type_id}
@@ -156,7 +156,7 @@ class Classifier:
         left = sorted(encoded, key=lambda i: (-length[i], i))
         while left:
             first = left[0]
-            forward = functools.partial(self._forward, device=device)
+            forward = functools.partial(self.forward, device=device)
             size = self.placement.rows(
                 str(length[first].bit_length()),
                 forward_one=functools.partial(forward, [encoded[first]]),

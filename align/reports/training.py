@@ -13,6 +13,7 @@ from typing import Any
 
 from align.guards import FIRST_RATIO_TOLERANCE
 from align.reports.charts import Series, line_chart, stacked_chart
+from align.reports.fit import fit_page
 from align.reports.glossary import CHARTS, LANGUAGE_TRAINERS, explain
 from align.reports.language import language_context
 from align.reports.page import finite, percent, render
@@ -46,8 +47,13 @@ def write_report(run_dir: str | Path) -> Path:
     files = read_run(run_dir)
     path = files.directory / "report.html"
     temporary = path.with_name(path.name + ".writing")
-    language = trainer_of(files) in LANGUAGE_TRAINERS
-    page = render("language.html", language_context(files)) if language else render("training.html", _context(files))
+    trainer = trainer_of(files)
+    if trainer == "fit":
+        page = fit_page(files)
+    elif trainer in LANGUAGE_TRAINERS:
+        page = render("language.html", language_context(files))
+    else:
+        page = render("training.html", _context(files))
     temporary.write_text(page, encoding="utf-8", errors="replace")
     os.replace(temporary, path)
     return path

@@ -160,7 +160,7 @@ def test_a_models_embedding_is_the_mean_hidden_state_whatever_the_batch(tmp_path
     source = save(tmp_path / "a.jsonl", topic_rows(200))
     made = match_file(source, tmp_path / "b.jsonl", model=folder)
     assert made["auc_heldout"] > 0.65 and made["embedding"] == str(folder) and len(made["coefficients"]) == 64
-    with pytest.raises(ModelError, match="no folder of a transformers model.*leave --model out"):
+    with pytest.raises(ModelError, match="no folder of a transformers model.*bags of words"):
         match_file(source, tmp_path / "c.jsonl", model=tmp_path)
 
 

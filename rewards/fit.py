@@ -1,0 +1,735 @@
+"""A reward fitted to what people said: one latent of an output, seen through thumbs, ratings, comparisons and rankings.
+
+    f(x)                             the latent reward: a head on frozen embeddings, or a sequence classifier
+    thumb        sigmoid(s f + c + b_u)      c the base rate, b_u a person's own effect, N(0, tau^2); scored at b_u = 0
+    rating       P(y > k) = sigmoid(s f - theta_k)
+    comparison   sigmoid(f_a - f_b), with ties by Rao and Kupper or Davidson
+    ranking      Plackett and Luce
+
+The scale s is 1 for the first protocol that is there, comparisons before thumbs before ratings, and fitted for others.
+A probability is calibrated on rows held out for it, and reported on rows held out from both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from align.config import config_origins
+from align.errors import DataError, ModelError
+from align.feedback.bias import spearman
+from align.feedback.events import Item
+from align.fit_config import FitConfig, require_fit
+from align.images import decode_image
+from align.run import Run, claim_directory
+from align.seeding import permutation, seed
+from align.tracking import replace_text
+from align.types import Samples, StepStats
+from rewards import fit_losses, plove
+from rewards.chats import read_turns
+from rewards.classifier import Classifier, Encoded
+from rewards.embeddings import build_embedder, embed_all
+from rewards.evaluate import pair_accuracy, probability_report
+from rewards.fit_data import (
+    FitData,
+    Observation,
+    load_data,
+    require_apart,
+    split_rows,
+    thin,
+    warnings_on,
+)  # fmt: skip
+from rewards.fitted import ARTEFACT, FORMAT, Head, calibrated
+from rewards.placement import Placement
+
+FOLDS = 5
+EVALUATED_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a fit left: its folder, how it ended, and the card of the reward."""
+
+    directory: Path
+    status: str
+    card: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Latent:
+    """The latent reward of numbered outputs: its trained weights, its values on their graph, and how it is saved."""
+
+    parameters: Mapping[str, nn.Parameter]
+    of: Callable[[Sequence[int]], Tensor]
+    save: Callable[[Path], None]
+    penalty: Callable[[], Tensor] | None = None
+    embedder: str = ""
+    features: Tensor | None = None
+
+
+# --- outputs ----------------------------------------------------------------------------------------
+
+
+def sample_of(item: Item) -> tuple[str, Any]:
+    """Return the prompt as a text, and the response; of a chat the whole conversation."""
+    response = item.response
+    if isinstance(item.prompt, str):
+        asked = f"{item.prompt}\n{item.input}" if item.input else item.prompt
+        return asked, response if isinstance(response, str) else read_turns(response)
+    turns = read_turns(item.prompt)
+    answer = [{"role": "assistant", "content": response}] if isinstance(response, str) else read_turns(response)
+    return "\n".join(turn["content"] for turn in turns), [*turns, *answer]
+
+
+def _load_texts(items: Sequence[Item]) -> Samples:
+    pairs = [sample_of(item) for item in items]
+    return Samples([prompt for prompt, _ in pairs], texts=[text for _, text in pairs])
+
+
+def _load_images(items: Sequence[Item], folders: Mapping[str, Path]) -> Samples:
+    images = []
+    for item in items:
+        raw = _image_file(item, folders).read_bytes()
+        pixels, problem = decode_image(raw)
+        if pixels is None:
+            raise DataError("An image cannot be read", where=str(item.response), why=problem)
+        images.append(torch.from_numpy(np.asarray(pixels).copy()).permute(2, 0, 1).float() / 255)
+    return Samples([str(sample_of(item)[0]) for item in items], images=images)
+
+
+def _image_file(item: Item, folders: Mapping[str, Path]) -> Path:
+    return folders[item.id] / str(item.response)
+
+
+def _content_keys(items: Sequence[Item], data: FitData) -> list[str]:
+    """Hashes of prompts and content, an image's being that of its file.
+
+    Raises:
+        DataError: images that are not there, with how many.
+    """
+    if all(item.media in ("text", "chat") for item in items):
+        return [item.id for item in items]
+    gone = [item for item in items if not _image_file(item, data.folders).is_file()]
+    if gone:
+        raise DataError(
+            "Some images are not there", where=str(_image_file(gone[0], data.folders)),
+            why=f"{len(gone)} of {len(items)} are missing", do="Set data.folder to where their paths begin",
+        )  # fmt: skip
+    digests = [hashlib.sha256(_image_file(item, data.folders).read_bytes()).hexdigest() for item in items]
+    return [f"{item.prompt_id}{digest[:24]}" for item, digest in zip(items, digests, strict=True)]
+
+
+# --- the latent -------------------------------------------------------------------------------------
+
+
+def _frozen(config: FitConfig, data: FitData, items: Sequence[Item], train: Sequence[int]) -> Latent:
+    model = config.model
+    embedder = build_embedder(
+        model.backbone, path=model.path, architecture=model.architecture, size=model.size, placement=Placement()
+    )
+
+    def load(places: Sequence[int]) -> Samples:
+        chosen = [items[i] for i in places]
+        return _load_texts(chosen) if config.data.media == "text" else _load_images(chosen, data.folders)
+
+    features = embed_all(embedder, _content_keys(items, data), load)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed(config.seed, "fit", "head"))
+        head = Head(model.head, features.shape[1], model.width, embedder.halves)
+    if model.head == "mlp":
+        nn.init.normal_(head.weight, std=model.width**-0.5, generator=torch.Generator().manual_seed(config.seed))
+    head.standardise(features[list(train)])
+
+    def save(folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        save_file({k: v.detach().contiguous() for k, v in head.state_dict().items()}, folder / "head.safetensors")
+
+    trained = {f"head.{name}": p for name, p in head.named_parameters() if p.requires_grad}
+    return Latent(
+        trained, lambda rows: head(features[list(rows)]), save, lambda: model.ridge * head.penalty(), embedder.identity,
+        features,
+    )  # fmt: skip
+
+
+def _classifier(config: FitConfig, directory: Path, items: Sequence[Item]) -> Latent:
+    """The logit of a sequence classifier; dropout is off, so that a run is a function of its config."""
+    model = config.model
+    start = _with_one_output(str(model.path), directory, config.seed)
+    reader = Classifier(
+        str(start), model.template, model.max_length, "cpu" if not torch.cuda.is_available() else "resident", labels=1
+    )
+    encoded: list[Encoded] = [reader.encode(*sample_of(item))[0] for item in items]
+    if model.train == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        lora = LoraConfig(
+            task_type="SEQ_CLS", r=model.lora.rank, lora_alpha=model.lora.alpha, lora_dropout=0.0,
+            target_modules=list(model.lora.targets) if model.lora.targets else "all-linear",
+        )  # fmt: skip
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed(config.seed, "fit", "lora"))
+            reader.model = get_peft_model(reader.model, lora).eval()
+    else:
+        reader.model.requires_grad_(True)
+
+    def of(rows: Sequence[int]) -> Tensor:
+        return reader.forward([encoded[i] for i in rows], reader.placement.device)[:, 0].cpu()
+
+    def save(folder: Path) -> None:
+        whole = reader.model.merge_and_unload() if model.train == "lora" else reader.model
+        whole.save_pretrained(folder / "classifier", safe_serialization=True)
+        reader.tokenizer.save_pretrained(folder / "classifier")
+
+    trained = {name: p for name, p in reader.model.named_parameters() if p.requires_grad}
+    return Latent(trained, of, save)
+
+
+def _with_one_output(path: str, directory: Path, at: int) -> Path:
+    """Return a folder of a classifier with one output: `path` itself, or a copy of that model under a new head."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = Path(path).expanduser()
+    try:
+        described = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        why = (str(error).strip().splitlines() or ["it cannot be read"])[0]
+        raise ModelError("This is no folder of a transformers model", where=path, why=why) from error
+    if described.num_labels == 1 and any("SequenceClassification" in a for a in described.architectures or ()):
+        return folder
+    copy = directory / "start"
+    if not (copy / "config.json").is_file():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed(at, "fit", "classifier"))
+            made = AutoModelForSequenceClassification.from_pretrained(
+                folder, num_labels=1, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+            )
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False).save_pretrained(copy)
+        made.save_pretrained(copy)
+    return copy
+
+
+# --- what people said, packed -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Observations as arrays: the kind of each row, the places of its outputs (-1 none), and what was said.
+
+    Args:
+        said_N: thumb, level of a rating, or share of a comparison; NaN for rankings and silence.
+        rank_NM: ranks of rankings, 0 none.
+        margin_N: of a comparison, signed for the first.
+        user_N: index of who said it, -1 where unknown or not in training.
+    """
+
+    kind_N: np.ndarray
+    item_NM: Tensor
+    said_N: Tensor
+    rank_NM: Tensor
+    margin_N: Tensor
+    weight_N: Tensor
+    user_N: Tensor
+
+    def __len__(self) -> int:
+        return len(self.kind_N)
+
+
+def pack(rows: Sequence[Observation], places: Mapping[str, int], users: Mapping[str, int], config: FitConfig) -> Packed:
+    """Return observations as arrays; with the loss pick, a comparison weighs one over the pairs of its prompt."""
+    widest = max([2, *(len(row.items) for row in rows)])
+    item = torch.full((len(rows), widest), -1)
+    rank = torch.zeros(len(rows), widest, dtype=torch.long)
+    said = np.full(len(rows), np.nan)
+    margin, weight = np.zeros(len(rows)), np.array([row.weight for row in rows], dtype=np.float64)
+    pairs: dict[str, int] = {}
+    for row in rows:
+        pairs[row.prompt] = pairs.get(row.prompt, 0) + (row.kind == "comparison")
+    for i, row in enumerate(rows):
+        item[i, : len(row.items)] = torch.tensor([places[name] for name in row.items])
+        if row.kind == "ranking":
+            rank[i, : len(row.items)] = torch.tensor(row.value)
+        elif row.kind != "silence":
+            said[i] = row.value[0] if row.kind == "rating" else row.value
+        if row.kind == "comparison":
+            asked = config.objective.margin if row.margin is None else row.margin
+            margin[i] = asked * np.sign(row.value - 0.5)
+            if config.objective.comparisons == "pick":
+                weight[i] /= pairs[row.prompt]
+    user = torch.tensor([users.get(row.user, -1) for row in rows])
+    kind = np.array([row.kind for row in rows], dtype=object)
+    columns = (torch.from_numpy(column).float() for column in (said, margin, weight))
+    said_N, margin_N, weight_N = columns
+    return Packed(kind, item, said_N, rank, margin_N, weight_N, user)
+
+
+class Answers(nn.Module):
+    """The observation models' own parameters, and the loss of rows given the latent reward of their outputs.
+
+    Args:
+        train: the training rows.
+        levels: of ratings, 0 where there are none.
+        share: of the negatives that were kept.
+        effects: start and variance of people's effects; None fits none.
+    """
+
+    def __init__(
+        self, config: FitConfig, train: Packed, levels: int, share: float, effects: tuple[np.ndarray, float] | None
+    ) -> None:
+        super().__init__()
+        self.objective, self.shift, self.levels = config.objective, -math.log(share), levels
+        kinds = set(train.kind_N)
+        compared = bool(kinds & {"comparison", "ranking"})
+        thumbs = bool(kinds & {"thumb", "silence"})
+        if thumbs:
+            rate = base_rate(train, share) if "thumb" in kinds else 0.5
+            rate = self.objective.prior or rate if "silence" in kinds else rate
+            clean = (rate - self.objective.rho_down) / (1 - self.objective.rho_up - self.objective.rho_down)
+            clean = min(max(clean, 1e-3), 1 - 1e-3)
+            self.thumb_bias = nn.Parameter(torch.tensor(math.log(clean / (1 - clean))))
+            if compared:
+                self.thumb_log_scale = nn.Parameter(torch.tensor(0.0))
+        if levels:
+            ordinal = self.objective.ratings == "ordinal"
+            spread = torch.logit(torch.arange(1, levels) / levels)
+            gaps = spread.diff()
+            self.rating_first = nn.Parameter(spread[0].clone() if ordinal else torch.tensor(0.5))
+            if ordinal:
+                self.rating_gaps = nn.Parameter(torch.log(torch.expm1(gaps)))
+            if compared or thumbs or not ordinal:
+                self.rating_log_scale = nn.Parameter(torch.tensor(0.0 if ordinal else -1.0))
+        if "comparison" in kinds and self.objective.comparisons in ("rao_kupper", "davidson"):
+            self.tie = nn.Parameter(torch.tensor(0.0))
+        self.variance = None if effects is None else effects[1]
+        if effects is not None:
+            self.effect = nn.Parameter(torch.from_numpy(effects[0]).float())
+            self.rows = max(1, int((train.kind_N == "thumb").sum() + (train.kind_N == "silence").sum()))
+
+    def thumb_scale(self) -> Tensor:
+        """Return s of thumbs, 1 where no comparisons set the unit."""
+        return self.thumb_log_scale.exp() if hasattr(self, "thumb_log_scale") else torch.ones(())
+
+    def rating_scale(self) -> Tensor:
+        """Return s of ratings, 1 where they are alone."""
+        return self.rating_log_scale.exp() if hasattr(self, "rating_log_scale") else torch.ones(())
+
+    def thumb_logit(self, latent: Tensor, user: Tensor | None = None) -> Tensor:
+        """Return the logit of a thumb up; with `user`, of those people, an unknown one at 0."""
+        logit = self.thumb_scale() * latent + self.thumb_bias
+        if user is None or self.variance is None:
+            return logit
+        return logit + torch.where(user >= 0, self.effect[user.clamp(min=0)], torch.zeros_like(latent))
+
+    def thresholds(self) -> Tensor:
+        """Return the thresholds of ratings, rising."""
+        return fit_losses.ordered(self.rating_first, self.rating_gaps)
+
+    def losses(self, kind: str, rows: Packed, pick: Tensor, latent_NM: Tensor) -> Tensor:
+        """Return one loss a row, of rows of one kind; `latent_NM` is 0 where there is no output."""
+        first, said = latent_NM[:, 0], rows.said_N[pick]
+        objective = self.objective
+        if kind == "thumb":
+            logit = self.thumb_logit(first, rows.user_N[pick])
+            return plove.forward_corrected(logit, said, objective.rho_up, objective.rho_down, self.shift)
+        if kind == "rating":
+            score = self.rating_scale() * first
+            if objective.ratings == "ordinal":
+                return fit_losses.ordinal(score, said, self.thresholds())
+            return fit_losses.squared(score + self.rating_first, said / (self.levels - 1))
+        if kind == "ranking":
+            return fit_losses.plackett_luce(latent_NM, rows.rank_NM[pick])
+        second = latent_NM[:, 1]
+        delta = first - second
+        if objective.comparisons == "bradley_terry":
+            loss = fit_losses.bradley_terry(delta, said, rows.margin_N[pick])
+        elif objective.comparisons == "pick":
+            loss = fit_losses.pick(delta, said)
+        else:
+            tie = F.softplus(self.tie) + 1e-4 if objective.comparisons == "rao_kupper" else self.tie
+            loss = fit_losses.COMPARISONS[objective.comparisons](delta, (said - 0.5).sign(), tie)
+        return loss + fit_losses.centre(first, second, objective.centre) if objective.centre else loss
+
+    def unlabelled(self, logits: Mapping[str, Tensor]) -> Tensor:
+        """Return the nnPU objective of a batch's logits by class: up, silent, and down where there are any."""
+        up, silent, down = (logits[name] for name in ("up", "silent", "down"))
+        prior = float(self.objective.prior or 0.5)
+        if not len(silent) or not len(up):
+            rest = [plove.logistic_loss(up), plove.logistic_loss(-down), 0.0 * silent]
+            return torch.cat(rest).mean()
+        if len(down):
+            return plove.pnu(up, silent, down, prior)[1]
+        return plove.nnpu(up, silent, prior, loss=plove.logistic_loss)[1]
+
+    def penalty(self) -> Tensor:
+        """Return minus the log-prior of people's effects, a share of it a row: `sum b_u^2 / (2 tau^2 N)`."""
+        return self.effect.square().sum() / (2 * float(self.variance or 1) * self.rows)
+
+
+def base_rate(rows: Packed, share: float) -> float:
+    """Return the share of thumbs that are up among all, negatives that were not drawn included."""
+    thumbs = torch.from_numpy((rows.kind_N == "thumb").astype(bool))
+    up = float((rows.weight_N * rows.said_N.nan_to_num())[thumbs].sum())
+    down = float((rows.weight_N * (1 - rows.said_N.nan_to_num()))[thumbs].sum()) / share
+    return up / max(up + down, 1e-9)
+
+
+def batch_loss(
+    answers: Answers, latent: Latent, rows: Packed, chosen: Sequence[int]
+) -> tuple[Tensor, dict[str, float]]:
+    """Return the loss of some rows, every one weighing the same whatever its kind, and the mean loss of each kind."""
+    picked = torch.tensor(list(chosen))
+    items = rows.item_NM[picked]
+    unique, place = items.clamp(min=0).unique(return_inverse=True)
+    values = latent.of(unique.tolist())[place] * (items >= 0)
+    kinds = rows.kind_N[picked.numpy()]
+    total, weight = values.new_zeros(()), rows.weight_N[picked].sum()
+    stats: dict[str, float] = {}
+    pu = "silence" in set(rows.kind_N)
+    for kind in dict.fromkeys(kinds):
+        where = torch.from_numpy(np.flatnonzero(kinds == kind))
+        if pu and kind in ("thumb", "silence"):
+            continue
+        loss = answers.losses(kind, rows, picked[where], values[where])
+        stats[f"loss/{kind}"] = float(loss.mean().detach())
+        total = total + (loss * rows.weight_N[picked[where]]).sum()
+    if pu:
+        named: dict[str, Tensor] = {}
+        for name, mask in (
+            ("up", (kinds == "thumb") & (rows.said_N[picked].numpy() > 0.5)),
+            ("down", (kinds == "thumb") & (rows.said_N[picked].numpy() <= 0.5)),
+            ("silent", kinds == "silence"),
+        ):
+            where = torch.from_numpy(np.flatnonzero(mask))
+            named[name] = answers.thumb_logit(values[where, 0], rows.user_N[picked[where]])
+        if count := sum(len(part) for part in named.values()):
+            risk = answers.unlabelled(named)
+            stats["loss/unlabelled"] = float(risk.detach())
+            total = total + risk * count
+    loss = total / weight.clamp(min=1e-9)
+    if answers.variance is not None:
+        loss = loss + answers.penalty()
+    if latent.penalty is not None:
+        loss = loss + latent.penalty()
+    return loss, stats
+
+
+# --- the fit ----------------------------------------------------------------------------------------
+
+
+def fit_reward(config: FitConfig, out: str | Path | None = None, *, overwrite: bool = False) -> FitResult:
+    """Fit a reward, resuming what an earlier call with the same configuration left in the folder.
+
+    Args:
+        config: of `align.load_config`.
+        out: the run folder, runs/NAME when None.
+
+    Returns:
+        the folder, whose `reward` holds the artefact, and the card in it.
+
+    Raises:
+        ConfigError: a config that contradicts itself, or a folder that is another run's.
+        DataError: data that cannot be fitted, or a split that leaks; see `rewards.fit_data`.
+    """
+    require_fit(config)
+    directory = Path(out) if out is not None else Path("runs") / config.name
+    data = load_data(config.data.paths, config.data)
+    parts, dropped = _parts(config, data)
+    train_rows, share, left = thin(parts["train"], config)
+    notes = warnings_on(train_rows, config)
+    names = sorted({name for rows in parts.values() for row in rows for name in row.items})
+    places = {name: i for i, name in enumerate(names)}
+    items = [data.items[name] for name in names]
+    if config.data.media == "image":
+        _content_keys(items, data)  # what is missing is said before anything is written
+    claim_directory(directory, config, overwrite=overwrite)
+    trained_on = sorted({places[name] for row in train_rows for name in row.items})
+    if config.model.backbone == "classifier":
+        latent = _classifier(config, directory, items)
+    else:
+        latent = _frozen(config, data, items, trained_on)
+    trimmed: list[str] = []
+    if config.users.trim:
+        train_rows, trimmed = _trimmed(train_rows, latent, places, config)
+    users = {name: i for i, name in enumerate(sorted({row.user for row in train_rows if row.user}))}
+    train = pack(train_rows, places, users, config)
+    levels = next((row.value[1] for rows in parts.values() for row in rows if row.kind == "rating"), 0)
+    answers = Answers(
+        config, train, levels, share, _effects(train, len(users), share) if config.users.effects else None
+    )
+    parameters = {**latent.parameters, **{f"answers.{name}": p for name, p in answers.named_parameters()}}
+    record = {"rows": {name: len(rows) for name, rows in parts.items()}, "origins": config_origins(config)}
+    with Run(config, directory, parameters, record) as run:
+        for note in notes if run.step == 0 else ():
+            run.log.warn(0, "warning", "data", note)
+        for step in run.steps():
+            loss, stats = batch_loss(answers, latent, train, _rows_at(step, len(train), config))
+            run.backward(loss, weight=1.0)
+            run.update()
+            run.update_average()
+            run.commit(step, {"loss": float(loss.detach()), **stats}, StepStats(first_ratio_error=float("nan")))
+        if run.stopping:
+            run.finish("stopped")
+            return FitResult(directory, "stopped", {})
+        with run.delivered():
+            card = _card(config, data, latent, answers, parts, places, train)
+            card |= {
+                "left_out": {**left, "between parts of the split": dropped},
+                "trimmed_users": trimmed,
+                "warnings": notes,
+            }
+            _write_artefact(directory / "reward", config, latent, card)
+        run.finish("complete")
+    return FitResult(directory, "complete", _plain(card))
+
+
+def _parts(config: FitConfig, data: FitData) -> tuple[dict[str, list[Observation]], int]:
+    found, dropped = split_rows(data.rows, config.split, config.seed)
+    parts = {name: [data.rows[i] for i in rows] for name, rows in found.items()}
+    if config.split.heldout_path is not None:
+        other = load_data([config.split.heldout_path], config.data)
+        parts["train"] += parts["heldout"]
+        for name in ("train", "calibration"):
+            require_apart(parts[name], other.rows, config.split.by) if parts[name] else None
+        parts["heldout"] = other.rows
+        data.items |= other.items
+        data.folders |= other.folders
+        data.hashes |= other.hashes
+    return parts, dropped
+
+
+def _rows_at(step: int, count: int, config: FitConfig) -> list[int]:
+    """Return the rows of a step, from 1: every epoch is an order of its own, and a batch may reach into the next."""
+    start, size = (step - 1) * config.batch_size, min(config.batch_size, count)
+    start = (step - 1) * size
+    found: list[int] = []
+    while len(found) < size:
+        epoch, at = divmod(start + len(found), count)
+        order = permutation(count, config.seed, epoch, "fit")
+        found += order[at : at + size - len(found)]
+    return found
+
+
+def _trimmed(
+    rows: list[Observation], latent: Latent, places: Mapping[str, int], config: FitConfig
+) -> tuple[list[Observation], list[str]]:
+    """Leave out the people whose thumbs a model of the others finds least likely."""
+    if latent.features is None:
+        raise DataError("People are trimmed on frozen embeddings", where="users.trim", do="Choose another backbone")
+    thumbs = [i for i, row in enumerate(rows) if row.kind == "thumb" and row.user]
+    names = sorted({rows[i].user for i in thumbs})
+    if len(names) < 2 * FOLDS:
+        raise DataError(
+            "There are too few people to trim any", where="users.trim", why=f"{len(names)} gave thumbs",
+            do=f"Set users.trim: 0, or collect from {2 * FOLDS} or more",
+        )  # fmt: skip
+    index = {name: i for i, name in enumerate(names)}
+    user = np.array([index[rows[i].user] for i in thumbs])
+    features = latent.features[[places[rows[i].items[0]] for i in thumbs]].double()
+    features = (features - features.mean(0)) / features.std(0).clamp(min=1e-6)
+    seen = torch.tensor([float(rows[i].value) for i in thumbs])
+    order = np.array(permutation(len(names), config.seed, "folds"))
+    _, loss = plove.out_of_fold(features, seen, order[user] % FOLDS, ridge=float(features.shape[1]))
+    found = plove.trim_users(loss.numpy(), user, config.users.trim)
+    gone = {names[i] for i in found.users}
+    return [row for row in rows if row.user not in gone], sorted(gone)
+
+
+def _effects(train: Packed, users: int, share: float) -> tuple[np.ndarray, float]:
+    """Return where people's effects start, and their variance under a model that knows nothing of the outputs."""
+    rows = (train.kind_N == "thumb") & (train.user_N.numpy() >= 0)
+    if not rows.any():
+        raise DataError("Effects of people are of thumbs", where="users.effects", why="nobody gave one")
+    user, seen = train.user_N.numpy()[rows], train.said_N.numpy()[rows].astype(np.float64)
+    weight = np.where(seen > 0.5, 1.0, 1 / share)
+    count = np.bincount(user, weights=weight, minlength=users)
+    rate = np.bincount(user, weights=weight * seen, minlength=users) / np.maximum(count, 1e-9)
+    base = min(max(float((weight * seen).sum() / weight.sum()), 1e-3), 1 - 1e-3)
+    start = np.where(count > 0, plove.start_effects(count, rate, base), 0.0)
+    _, variance = plove.fit_effects(np.full(len(seen), math.log(base / (1 - base))), seen, user, weight)
+    return start, variance
+
+
+# --- the card ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _values(latent: Latent, count: int) -> np.ndarray:
+    parts = [latent.of(range(s, min(s + EVALUATED_AT_ONCE, count))) for s in range(0, count, EVALUATED_AT_ONCE)]
+    return torch.cat(parts).double().numpy()
+
+
+def _card(
+    config: FitConfig, data: FitData, latent: Latent, answers: Answers, parts: Mapping[str, list[Observation]],
+    places: Mapping[str, int], train: Packed,
+) -> dict[str, Any]:  # fmt: skip
+    """Return what the reward is worth on held-out rows, and what it was made of."""
+    value = _values(latent, len(places))
+    if bad := int((~np.isfinite(value)).sum()):
+        raise DataError("The fitted reward is no number somewhere", why=f"of {bad} of {len(value)} outputs")
+    calibration = _calibration(config, answers, value, parts["calibration"], places)
+    return {
+        "data": {
+            "hashes": data.hashes, "observations": data.counts(), "notes": {k: n for k, n in data.notes.items() if n},
+        },
+        "split": {name: _part_counts(rows) for name, rows in parts.items()},
+        "trained_on": len(train),
+        "calibration": calibration,
+        "observation_models": _observation_models(answers),
+        **_people(answers, train, value),
+        "heldout": _heldout(answers, value, parts["heldout"], places, calibration),
+        "shared_with_heldout": _shared(parts),
+        "known_failure_modes": _failure_modes(config, calibration),
+    }  # fmt: skip
+
+
+def _part_counts(rows: Sequence[Observation]) -> dict[str, int]:
+    return {
+        "rows": len(rows), "prompts": len({row.prompt for row in rows}),
+        "users": len({row.user for row in rows} - {""}),
+        "outputs": len({name for row in rows for name in row.items}),
+    }  # fmt: skip
+
+
+def _shared(parts: Mapping[str, list[Observation]]) -> dict[str, int]:
+    """How many held-out rows have their prompt, or their person, in training: 0 for what was split by."""
+    found = {}
+    for axis in ("prompt", "user"):
+        known = {getattr(row, axis) for row in parts["train"]} - {""}
+        found[axis] = sum(getattr(row, axis) in known for row in parts["heldout"])
+    return found
+
+
+def _thumbs(rows: Sequence[Observation], value: np.ndarray, places: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray]:
+    thumbs = [row for row in rows if row.kind == "thumb"]
+    seen = np.array([float(row.value) for row in thumbs])
+    return value[[places[row.items[0]] for row in thumbs]] if thumbs else np.zeros(0), seen
+
+
+def _calibration(
+    config: FitConfig, answers: Answers, value: np.ndarray, rows: Sequence[Observation], places: Mapping[str, int]
+) -> dict[str, Any] | None:
+    """Return what makes a probability of the latent; None where nobody gave thumbs."""
+    if not hasattr(answers, "thumb_bias"):
+        return None
+    plain = {"kind": "none", "a": answers.thumb_scale().item(), "b": answers.thumb_bias.item(), "n": 0}
+    latent, seen = _thumbs(rows, value, places)
+    if config.calibration == "none" or config.data.silence == "unlabelled" or not 0 < seen.sum() < len(seen):
+        return plain
+    if config.calibration == "isotonic":
+        if len(seen) < 1000:
+            raise DataError(
+                "An isotonic calibration needs 1,000 rows", where="calibration", why=f"{len(seen)} are held out for it",
+                do="Use calibration: temperature",
+            )  # fmt: skip
+        return {"kind": "isotonic", **plove.fit_isotonic(latent, seen), "n": len(seen)}
+    a, b = plove.fit_temperature(latent, seen)
+    return {"kind": "temperature", "a": a, "b": b, "n": len(seen)}
+
+
+def _observation_models(answers: Answers) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        name: value.detach().tolist()
+        for name, value in answers.named_parameters()
+        if name not in ("effect", "rating_first", "rating_gaps")
+    }
+    if hasattr(answers, "rating_gaps"):
+        found["rating_thresholds"] = answers.thresholds().tolist()
+    return found
+
+
+def _people(answers: Answers, train: Packed, value: np.ndarray) -> dict[str, Any]:
+    """Return the variance of people's effects: that of the prior, and that of the training rows given the reward."""
+    if answers.variance is None:
+        return {}
+    rows = (train.kind_N == "thumb") & (train.user_N.numpy() >= 0)
+    with torch.no_grad():
+        logit = answers.thumb_logit(torch.from_numpy(value[train.item_NM[:, 0].numpy()[rows]])).numpy()
+    user, seen = train.user_N.numpy()[rows], train.said_N.numpy()[rows].astype(np.float64)
+    _, variance = plove.fit_effects(logit, seen, user, np.where(seen > 0.5, 1.0, math.exp(answers.shift)))
+    return {"user_variance": {"prior": answers.variance, "given_the_reward": variance}}
+
+
+def _heldout(
+    answers: Answers, value: np.ndarray, rows: Sequence[Observation], places: Mapping[str, int],
+    calibration: Mapping[str, Any] | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Return measures of each protocol on held-out rows."""
+    found: dict[str, Any] = {}
+    latent, seen = _thumbs(rows, value, places)
+    thumbs = [row for row in rows if row.kind == "thumb"]
+    if calibration is not None and len(seen):
+        cluster = [row.user or row.prompt for row in thumbs]
+        found["thumbs"] = probability_report(calibrated(latent, calibration), seen, cluster)
+    for kind in ("comparison", "ranking"):
+        delta, said, cluster = [], [], []
+        for row in rows:
+            if row.kind != kind:
+                continue
+            ranks = row.value if kind == "ranking" else (1 - row.value, row.value)
+            for i in range(len(row.items)):
+                for j in range(i):
+                    delta.append(value[places[row.items[j]]] - value[places[row.items[i]]])
+                    said.append(np.sign(ranks[i] - ranks[j]))
+                    cluster.append(row.prompt)
+        if said:
+            found[f"{kind}s"] = asdict(pair_accuracy(np.array(delta), np.array(said), cluster))
+    rated = [row for row in rows if row.kind == "rating"]
+    if rated:
+        at = value[[places[row.items[0]] for row in rated]]
+        level = np.array([float(row.value[0]) for row in rated])
+        found["ratings"] = {"n": len(rated), "spearman": spearman(at, level)}
+    return found
+
+
+def _failure_modes(config: FitConfig, calibration: Mapping[str, Any] | None) -> list[str]:
+    found = [
+        "A policy that is trained on it finds outputs that it scores high and people do not: keep a judge that it does "
+        "not see, and prefer selection to training.",
+        "It says what those people said of those outputs; others, and outputs unlike them, are not covered.",
+    ]
+    if config.model.backbone == "words":
+        found.append("It reads words, not meaning: long or keyword-laden responses may score high.")
+    if config.model.backbone == "pixels":
+        found.append("It does not read the prompt: an image that answers another prompt scores the same.")
+    if config.data.silence == "negative":
+        found.append("Silence counted as a negative: what decides whether people react at all is part of the score.")
+    if config.data.silence == "unlabelled":
+        found.append("The share of positives in silence was assumed, and its probability is not calibrated.")
+    elif calibration is not None and calibration["n"] == 0:
+        found.append("Its probability was not calibrated on held-out rows.")
+    if calibration is None:
+        found.append("It is known up to a constant of each prompt: compare outputs of one prompt only.")
+    return found
+
+
+def _write_artefact(folder: Path, config: FitConfig, latent: Latent, card: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    latent.save(folder)
+    document = {
+        "format": FORMAT, "name": config.name, "media": config.data.media, "embedder": latent.embedder,
+        "model": config.model.model_dump(mode="json"), "calibration": card["calibration"], "card": card,
+    }  # fmt: skip
+    if config.model.path is not None:
+        document["model"]["path"] = os.path.abspath(Path(config.model.path).expanduser())
+    replace_text(folder / ARTEFACT, json.dumps(_plain(document), indent=1, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """Return JSON-ready values; what is no number is null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
