@@ -109,7 +109,7 @@ def require_first_frame(path: Path, height: int, width: int) -> None:
         DataError: no readable image, too many pixels or bits, or a ratio of width to height that differs from the
             video's by more than `ASPECT_TOLERANCE`.
     """
-    problem, (columns, rows) = _header(path)
+    problem, (columns, rows) = _header(path, upright=True)
     if problem:
         raise DataError("A first frame cannot be used", where=str(path), why=problem, do="Replace it, or its row")
     found, wanted = columns / rows, width / height
@@ -153,14 +153,18 @@ def _opened(source: Path | io.BytesIO) -> Image:
         return Image.open(source)
 
 
-def _header(source: Path | io.BytesIO) -> tuple[str, tuple[int, int]]:
-    """Return what the header says is wrong with an image, empty when nothing is, and its upright width and height."""
+def _header(source: Path | io.BytesIO, *, upright: bool = False) -> tuple[str, tuple[int, int]]:
+    """Return what the header says is wrong with an image, empty when nothing is, and its width and height.
+
+    Args:
+        upright: turn the two as its EXIF says, for which some formats are read whole.
+    """
     from PIL import Image
 
     try:
         with _opened(source) as opened:
             columns, rows = opened.size
-            lies = opened.getexif().get(_UPRIGHT) in (5, 6, 7, 8)
+            lies = upright and opened.getexif().get(_UPRIGHT) in (5, 6, 7, 8)
             mode, frames = opened.mode, getattr(opened, "n_frames", 1) if opened.format in ("GIF", "WEBP", "PNG") else 1
     except (*_BROKEN, Image.DecompressionBombError) as error:
         return _unreadable(error), (0, 0)

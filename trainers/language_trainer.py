@@ -141,7 +141,7 @@ class AlignTrainer(transformers.Trainer):
         raise GuardError(
             "The loss is not finite", where=f"step {self.state.global_step + 1}",
             why=self.run.world.first([", ".join(names[:4])]) or "the sum of its rows overflowed",
-            do="This step was not taken. Lower optimizer.lr, use fp32, or look at those rows",
+            do="The weights are unchanged by this step. Lower optimizer.lr, use fp32, or look at those rows",
         )  # fmt: skip
 
     def _require_reference(self, found: RowLosses, inputs: Mapping[str, Any]) -> None:

@@ -262,7 +262,7 @@ def test_the_running_states_move_as_their_equations_say(model, tmp_path):
     assert rows[1]["delta"] == pytest.approx((rows[0]["delta/mean_up"] + rows[0]["delta/mean_down"]) / 2)
     up = rows[0]["rewards/up"]
     assert rows[0]["delta/mean_up"] == pytest.approx(up, abs=1e-6)
-    assert rows[1]["delta/mean_up"] == pytest.approx(0.5 * up + 0.5 * rows[1]["rewards/up"], abs=1e-6)
+    assert rows[1]["delta/mean_up"] == pytest.approx(2 / 11 * up + 9 / 11 * rows[1]["rewards/up"], abs=1e-6)
     assert isinstance(made.objective, BCOObjective) and made.objective.delta.updates == 3
     assert not KTOObjective(config(model, "kto", "objective.loss=apo_zero_unpaired")).mismatched
 
