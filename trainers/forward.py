@@ -189,7 +189,8 @@ class Forward(OnlineRun):
         old = output.detach() if old is None else old
         if objective.loss == "dgpo":
             groups = (tile.row // rollout.group_size).tolist()
-            weight = [self._weights[key] for key in zip(groups, tile.draw.tolist(), strict=True)]
+            keys = zip(groups, tile.draw.tolist(), strict=True)
+            weight = [self._weights.get(key, 0.5) for key in keys]  # a group of equals has none, and no advantage
             terms = dgpo(matching_error(output, tile.target), tile.advantage, output.new_tensor(weight))
         elif objective.loss == "nft":
             largest = 1.0 if objective.nft_feedback == "label" else self.config.advantage.clip or 5.0

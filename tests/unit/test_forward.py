@@ -144,6 +144,16 @@ def test_resume_is_bit_for_bit_with_the_old_policy(folders, tmp_path):
     assert any(not torch.equal(a["old_policy"][n], a["model"][n]) for n in a["model"])
 
 
+def test_a_group_of_equals_is_no_stumbling_block_to_dgpo(folders, tmp_path):
+    """With a KL term every sample is trained on, also those of a group that all scored alike."""
+    trainer = run(
+        folders["sd3"], tmp_path / "run", "objective.loss=dgpo", "objective.old_policy=step",
+        "objective.kl_weight=0.01", "steps=2", reward=Redness(threshold=-1.0),
+    )  # fmt: skip
+    assert trainer.train().status == "complete"
+    assert [row["zero_std_groups"] for row in metrics(tmp_path / "run")] == [4, 4]
+
+
 def test_tiles_do_not_change_the_update(folders, tmp_path):
     for size in (3, 96):
         run(folders["sd3"], tmp_path / f"tile{size}", f"batch.tile={size}", "steps=1", "objective.loss=dgpo",
