@@ -58,9 +58,7 @@ def trained_step_count(solver_steps: int, fraction: float, rule: str) -> int:
     return max(0, min(count, solver_steps - 1))
 
 
-def feq_ledger(
-    config: VisualConfig, k: float | None = None, solver_steps: int | None = None
-) -> dict[str, float | int]:
+def feq_ledger(config: VisualConfig, k: float | None = None, solver_steps: int | None = None) -> dict[str, float | int]:
     """Return the cost of one training sample in denoiser forwards without guidance (F_eq).
 
     `F_eq = c T + s W (b k + n)`, with T solver steps, W trained rows of a sample (solver steps, or draws of noise),
@@ -123,9 +121,7 @@ def clip_nats(config: DanceGRPOConfig, latent_dim: int) -> float:
     return objective.clip_range * (latent_dim if of_mean else 1)
 
 
-def check_config(
-    config: Any, *, reward_names: Collection[str] | None = None, files: bool = False
-) -> list[Finding]:
+def check_config(config: Any, *, reward_names: Collection[str] | None = None, files: bool = False) -> list[Finding]:
     """Return every finding on `config`, errors first.
 
     Args:
@@ -201,9 +197,7 @@ def _reverse(config: DanceGRPOConfig) -> list[Finding]:
             "sampler.kernel" if sampler.kernel == "ode" else "sampler.eta",
         ))  # fmt: skip
     window = config.trained_steps.window
-    count = window or trained_step_count(
-        sampler.solver_steps, config.trained_steps.fraction, config.trained_steps.rule
-    )
+    count = window or trained_step_count(sampler.solver_steps, config.trained_steps.fraction, config.trained_steps.rule)
     room = sampler.solver_steps - 1 - config.trained_steps.first
     if window is not None and window > room:
         found.append(Finding(

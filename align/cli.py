@@ -651,12 +651,14 @@ _Arguments = argparse.ArgumentParser
 
 def _add_launch(parser: _Arguments) -> None:
     parser.add_argument(
-        "--launch", metavar="LAUNCHER",
+        "--launch",
+        metavar="LAUNCHER",
         help="start several processes with deepspeed, torchrun or (language models) accelerate; prints the command",
     )
     parser.add_argument("--nproc", type=_positive, default=2, metavar="N", help="how many processes (default: 2)")
     parser.add_argument(
-        "--deepspeed", metavar="NAME",
+        "--deepspeed",
+        metavar="NAME",
         help="ZeRO: zero1, zero2, (language models) zero3 or a JSON file (--launch deepspeed: zero2)",
     )
 
@@ -698,9 +700,7 @@ def _report_arguments(parser: _Arguments) -> None:
 
 def _score_arguments(parser: _Arguments) -> None:
     parser.add_argument("--reward", action="append", metavar="NAME", help="a reward; may be given again")
-    parser.add_argument(
-        "--config", metavar="FILE", help="a YAML file whose list `rewards` names more, with args"
-    )
+    parser.add_argument("--config", metavar="FILE", help="a YAML file whose list `rewards` names more, with args")
     parser.add_argument(
         "--prompts", metavar="FILE", help="a txt, JSONL, CSV or Parquet file: a row an image, or completions"
     )

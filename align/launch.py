@@ -192,9 +192,7 @@ def launch_command(launcher: str, processes: int, arguments: Sequence[str]) -> t
         return [*command, "--master_port", str(_free_port()), "--module", "align.cli", *arguments], extra
     if launcher == "accelerate":
         if find_spec("accelerate") is None:
-            raise ConfigError(
-                "accelerate is not installed", where="--launch accelerate", do="pip install 'align[llm]'"
-            )
+            raise ConfigError("accelerate is not installed", where="--launch accelerate", do="pip install 'align[llm]'")
         command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
         command += ["--main_process_port", str(_free_port())]
         if not torch.cuda.is_available() and processes > 1:

@@ -31,9 +31,7 @@ class Video:
 
     def __post_init__(self) -> None:
         if getattr(self.frames, "ndim", 0) != 4 or not len(self.frames):
-            raise DataError(
-                "A video needs frames [F, C, H, W]", why=f"got {tuple(getattr(self.frames, 'shape', ()))}"
-            )
+            raise DataError("A video needs frames [F, C, H, W]", why=f"got {tuple(getattr(self.frames, 'shape', ()))}")
         if not isinstance(self.fps, (int, float)) or not 0 < self.fps < float("inf"):
             raise DataError("A video needs its frame rate", why=f"got {self.fps!r}", do="Give Video(frames, fps=24.0)")
 

@@ -388,9 +388,7 @@ def _oversampled(classes: list[np.ndarray], seed: int, epoch: int) -> list[np.nd
     return result
 
 
-def stratify(
-    classes: list[np.ndarray], length: np.ndarray, count: int, size: int, seed: int, epoch: int
-) -> np.ndarray:
+def stratify(classes: list[np.ndarray], length: np.ndarray, count: int, size: int, seed: int, epoch: int) -> np.ndarray:
     """Deal rows to `count` microbatches of `size`: an even share of each class, rows of like length together.
 
     Args:

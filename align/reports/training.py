@@ -166,7 +166,8 @@ def _charts(files: RunFiles) -> list[Row]:
         "Held-out reward": line_chart([points(evaluations, [("heldout",)], "held-out reward", 2)]),
         "Held-out rows told apart": line_chart(
             [curve(rows, "correct", "rows in training"), points(evaluations, [("implicit",)], "held-out rows", 1)],
-            percent=True, reference=(50.0, "chance"),
+            percent=True,
+            reference=(50.0, "chance"),
         ),
         "Errors gained on the reference": line_chart([curve(rows, "error_gain", "all rows"), curve(rows, "z", "z")]),
         "Trained rewards, one by one": line_chart([curve(rows, key, key[7:-5]) for key in trained]),

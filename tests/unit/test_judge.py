@@ -108,9 +108,7 @@ def test_replies_are_the_models_own_whatever_they_are_batched_with(random_folder
     assert len(set(expected)) > 3
     assert [judge(messages) for messages in QUESTIONS] == expected
     sizes = []
-    judge.model.register_forward_pre_hook(
-        lambda m, args, kw: sizes.append(len(kw["input_ids"])), with_kwargs=True
-    )
+    judge.model.register_forward_pre_hook(lambda m, args, kw: sizes.append(len(kw["input_ids"])), with_kwargs=True)
     with ThreadPoolExecutor(len(QUESTIONS)) as pool:
         assert list(pool.map(judge, QUESTIONS)) == expected
     assert max(sizes) > 1

@@ -62,9 +62,7 @@ def add(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--deadline", type=float, default=0.0, metavar="S", help="seconds in all (default: none)")
     parser.add_argument("--temperature", type=float, metavar="T", help="of sampling (default: 0)")
     parser.add_argument("--dtype", metavar="NAME", help="of a local model: fp32, bf16 or fp16 (default: fp32)")
-    parser.add_argument(
-        "--max-new-tokens", type=positive, metavar="N", help="of a local model's reply (default: 64)"
-    )
+    parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="of a local model's reply (default: 64)")
     parser.add_argument("--seed", type=whole, default=0, metavar="N", help="of pairs and of noise (default: 0)")
     add_dry_run(parser)
     add_json(parser)
