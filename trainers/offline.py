@@ -51,7 +51,7 @@ from trainers.language_measures import auc, auc_interval
 from trainers.objectives import Terms
 from trainers.offline_objectives import diffusion_dpo, diffusion_kto, gain_sums, reference_point
 from trainers.offline_rows import resolve_rows
-from trainers.online import count, describe_model, finish, open_run
+from trainers.online import config_to_resume, count, describe_model, finish, open_run
 from trainers.preference import auto_class_weights
 from trainers.preference_data import stratify
 from trainers.receipt import Receipt
@@ -160,10 +160,7 @@ class Offline:
         Raises:
             ConfigError: no run in that folder.
         """
-        config = Path(directory) / "config.yaml"
-        if not config.is_file():
-            raise ConfigError("There is no run to resume", where=str(directory), why="it has no config.yaml")
-        return cls(load_config(config), out=directory, deepspeed=deepspeed)
+        return cls(config_to_resume(directory), out=directory, deepspeed=deepspeed)
 
     def train(self) -> RunResult:
         """Train to the configured number of steps, or until asked to stop."""

@@ -118,10 +118,7 @@ class OnlineRun:
         Raises:
             ConfigError: no run in that folder.
         """
-        config = Path(directory) / "config.yaml"
-        if not config.is_file():
-            raise ConfigError("There is no run to resume", where=str(directory), why="it has no config.yaml")
-        return cls(load_config(config), out=directory, deepspeed=deepspeed)
+        return cls(config_to_resume(directory), out=directory, deepspeed=deepspeed)
 
     # What a trainer says
 
@@ -444,6 +441,18 @@ def finish(run: Run, receipt: Receipt) -> RunResult:
     summary = receipt.after()
     run.finish("complete")
     return RunResult(run.directory, "complete", summary)
+
+
+def config_to_resume(directory: str | Path) -> Any:
+    """Return the config of the run in a folder.
+
+    Raises:
+        ConfigError: no run in that folder.
+    """
+    config = Path(directory) / "config.yaml"
+    if not config.is_file():
+        raise ConfigError("There is no run to resume", where=str(directory), why="it has no config.yaml")
+    return load_config(config)
 
 
 def count(stats: StepStats, terms: Terms) -> None:
