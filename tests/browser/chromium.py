@@ -139,7 +139,7 @@ class Chromium:
                     return
             except RuntimeError as error:
                 # The page may be between two documents.
-                if "context" not in str(error) and "null" not in str(error):
+                if not any(sign in str(error) for sign in ("context", "null", "navigated")):
                     raise
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not true after {self._seconds:g} s: {condition}; {self.text()[:300]}")
