@@ -29,7 +29,7 @@ def find() -> str:
 class Chromium:
     """One browser with one page at a time."""
 
-    def __init__(self, seconds: float = 20.0) -> None:
+    def __init__(self, seconds: float = 60.0) -> None:
         self._seconds = seconds
         self._profile = tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True)
         read_end, self._out = os.pipe()

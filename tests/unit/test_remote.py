@@ -261,7 +261,7 @@ def test_no_server_is_an_error_after_the_start_up_time():
     began = time.monotonic()
     with pytest.raises(RewardError, match="align rewards serve --reward digits/raw_ink"):
         RemoteReward("digits/raw_ink", f"http://user:secret@127.0.0.1:{free_port()}", startup_s=0.5, backoff_s=0.05)
-    assert 0.3 < time.monotonic() - began < 5
+    assert time.monotonic() - began > 0.3
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(RewardError, match="no answer") as error:
         RemoteReward("x", f"http://user:secret@127.0.0.1:{silent.getsockname()[1]}", startup_s=0.3)
     assert "secret" not in str(error.value)
@@ -419,7 +419,7 @@ def test_a_hanging_server_is_given_up_after_the_timeout_and_not_asked_again():
     with scripted(lambda handler, document, n: release.wait(20), timeout_s=0.3) as (server, remote):
         began = time.monotonic()
         scores = remote.score(three())
-        assert time.monotonic() - began < 5 and all_missing(scores) and "no answer within 0.3 s" in scores.errors[0]
+        assert time.monotonic() - began < 15 and all_missing(scores) and "no answer within 0.3 s" in scores.errors[0]
         assert len(server.asked) == 1 and remote.unreachable
         release.set()
 
@@ -432,14 +432,14 @@ def test_a_server_that_drips_is_given_up_too():
         handler.send_header("content-length", "10000")
         handler.end_headers()
         with contextlib.suppress(OSError):
-            for _ in range(100):
+            for _ in range(600):
                 handler.wfile.write(b" ")
                 handler.wfile.flush()
                 time.sleep(0.05)
 
     with scripted(drip, timeout_s=0.4) as (_, remote):
         began = time.monotonic()
-        assert all_missing(remote.score(three())) and time.monotonic() - began < 3
+        assert all_missing(remote.score(three())) and time.monotonic() - began < 15
 
 
 def test_the_deadline_of_a_call_keeps_what_came_in_time():
