@@ -171,7 +171,7 @@ def _train(options: argparse.Namespace) -> int:
 def _launch(options: argparse.Namespace, arguments: list[str], out: Path, config: Any) -> int:
     """Run `align <arguments>` in several processes, and say what happened to them."""
     from align.checkpoint import checkpoints
-    from align.engine import deepspeed_settings
+    from align.engine import deepspeed_settings, read_settings
     from align.launch import launch_command, run_launched, shown
     from align.run import read_record
 
@@ -183,7 +183,6 @@ def _launch(options: argparse.Namespace, arguments: list[str], out: Path, config
             deepspeed_settings(settings)
     else:
         from align.language_checks import require_divisible
-        from trainers.language_engine import read_settings
 
         require_divisible(config, options.nproc)
         if settings is not None:

@@ -247,17 +247,32 @@ def require_deepspeed(settings: str) -> dict[str, Any]:
 
 
 def deepspeed_settings(settings: str) -> dict[str, Any]:
-    """Read and check DeepSpeed settings by name or file.
+    """Read and check DeepSpeed settings of a visual run, by name or file.
 
     Raises:
         ConfigError: no such settings, not JSON, mixed precision (which `model.dtype` decides), or a stage other
             than 1 and 2.
     """
-    path = Path(settings)
+    options, where = read_settings(settings, stages=(1, 2))
+    for half in ("fp16", "bf16"):
+        if options.get(half, {}).get("enabled"):
+            raise ConfigError(
+                f"DeepSpeed's own {half} would round the trained weights", where=f"{where}, {half}",
+                do="Remove it; model.dtype: bf16 computes in bfloat16 over float32 weights",
+            )  # fmt: skip
+    return options
+
+
+def read_settings(settings: str, stages: tuple[int, ...] = (1, 2, 3)) -> tuple[dict[str, Any], str]:
+    """Read DeepSpeed settings by name or file; return them and where they stand.
+
+    Raises:
+        ConfigError: no such settings, not a JSON object, or a stage that is not one of `stages`.
+    """
     if settings in list_engines():
         text, where = read_engine(settings), f"configs/deepspeed/{settings}.json"
-    elif path.is_file():
-        text, where = path.read_text(encoding="utf-8"), settings
+    elif Path(settings).is_file():
+        text, where = Path(settings).read_text(encoding="utf-8"), settings
     else:
         raise ConfigError(
             f"There are no DeepSpeed settings {settings!r}", where="--deepspeed", do=suggest(settings, list_engines())
@@ -267,15 +282,14 @@ def deepspeed_settings(settings: str) -> dict[str, Any]:
         stage = options.get("zero_optimization", {}).get("stage", 0)
     except (ValueError, AttributeError) as error:
         raise ConfigError("DeepSpeed settings are one JSON object", where=where, why=str(error)) from error
-    for half in ("fp16", "bf16"):
-        if options.get(half, {}).get("enabled"):
-            raise ConfigError(
-                f"DeepSpeed's own {half} would round the trained weights", where=f"{where}, {half}",
-                do="Remove it; model.dtype: bf16 computes in bfloat16 over float32 weights",
-            )  # fmt: skip
-    if stage not in (1, 2):
+    require_stage(stage, where, stages)
+    return options, where
+
+
+def require_stage(stage: Any, where: str, stages: tuple[int, ...] = (1, 2, 3)) -> None:
+    """Refuse a stage that is not one of `stages`."""
+    if stage not in stages:
         raise ConfigError(
             f"ZeRO stage {stage} is not supported here", where=f"{where}, zero_optimization.stage",
-            do="Use 1 or 2; stage 0 is `--launch torchrun`",
+            do=f"Use one of {', '.join(map(str, stages))}; stage 0 is `--launch torchrun`",
         )  # fmt: skip
-    return options

@@ -129,12 +129,31 @@ def claim_directory(
     return changed
 
 
+@contextlib.contextmanager
+def claiming(
+    directory: Path, config: VisualConfig, world: World, *, overwrite: bool = False, fork: bool = False
+) -> Iterator[list[tuple[str, Any, Any]]]:
+    """Claim the folder of a run after the body, which reads data and models; give what a fork changed, once known.
+
+    A folder that cannot be claimed is refused before the body, and a body that fails leaves the folder as it was. The
+    first process comes first: what it builds and caches, the others find.
+    """
+    changed: list[tuple[str, Any, Any]] = []
+    world.led(lambda: require_directory(directory, config, overwrite=overwrite, fork=fork))
+    if not world.leads:
+        world.wait()
+    yield changed
+    if world.leads:
+        world.wait()
+    world.led(lambda: changed.extend(claim_directory(directory, config, overwrite=overwrite, fork=fork)))
+
+
 class Run:
     """One training run in one directory.
 
     Args:
         config: the resolved configuration.
-        directory: claimed by `claim_directory`.
+        directory: claimed by `claiming`.
         parameters: the trained weights by name; saved in every checkpoint and restored from the last.
         record: what `run.json` says besides: rewards, ledger, model.
         world: the processes of the run.

@@ -33,7 +33,7 @@ from align.language_checks import require_divisible
 from align.language_config import LanguageConfig
 from align.launch import join_world
 from align.preferences import PreferenceSet, load_preferences
-from align.run import claim_directory, require_directory
+from align.run import claiming
 from align.tracking import RunLog
 from trainers.language_engine import engine_settings, settled, sharded, zero_stage
 from trainers.language_generation import Prompt, choose_prompts, read_prompts
@@ -79,25 +79,17 @@ class LanguageRun:
         require_divisible(config, self.world.size)
         self.deepspeed = engine_settings(deepspeed, config, self.world)
         self.directory = Path(out or Path("runs") / config.name)
-        self.world.led(lambda: require_directory(self.directory, config, overwrite=overwrite, fork=fork))
-        if not self.world.leads:
-            self.world.wait()  # what the first process builds and caches, the others find
-        self.processor = load_processor(config.model.path, config.model.chat_template)
-        self.tokenizer = self.processor.tokenizer if has_images(self.processor) else self.processor
-        training, heldout = rows if rows is not None else read_data(config)
-        self.tokens = tokenise_rows(config, objective, self.processor, training, training=True)
-        self.heldout, self.prompts = read_heldout(config, objective, self.processor, heldout)
-        self._require_images_everywhere()
-        if self.world.leads:
-            self.world.wait()
-        self.about = {**objective.prepare(self.tokens), "tokens": self._about_data()}
-        self._plan: tuple[int, Plan] | None = None
-        self.per_epoch = len(self.plan(0).rows)
-        self.steps = config.steps or config.epochs * self.per_epoch // self.accumulation
-        self._changed: list[tuple[str, Any, Any]] = []
-        self.world.led(
-            lambda: self._changed.extend(claim_directory(self.directory, config, overwrite=overwrite, fork=fork))
-        )
+        with claiming(self.directory, config, self.world, overwrite=overwrite, fork=fork) as self._changed:
+            self.processor = load_processor(config.model.path, config.model.chat_template)
+            self.tokenizer = self.processor.tokenizer if has_images(self.processor) else self.processor
+            training, heldout = rows if rows is not None else read_data(config)
+            self.tokens = tokenise_rows(config, objective, self.processor, training, training=True)
+            self.heldout, self.prompts = read_heldout(config, objective, self.processor, heldout)
+            self._require_images_everywhere()
+            self.about = {**objective.prepare(self.tokens), "tokens": self._about_data()}
+            self._plan: tuple[int, Plan] | None = None
+            self.per_epoch = len(self.plan(0).rows)
+            self.steps = config.steps or config.epochs * self.per_epoch // self.accumulation
 
     @property
     def accumulation(self) -> int:

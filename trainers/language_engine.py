@@ -7,23 +7,20 @@ clipping, precision, optimizer and schedule are `align`'s: settings may leave th
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from align.engine import read_settings, require_stage
 from align.errors import ConfigError
 from align.language_config import LanguageConfig
 from align.launch import World
-from align.recipes import list_engines, read_engine
-from align.registry import suggest
 
 _AUTO = (
     "train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps", "gradient_clipping",
@@ -88,37 +85,6 @@ def zero_stage(options: Mapping[str, Any] | None) -> int:
     return 0 if options is None else int(options["zero_optimization"]["stage"])
 
 
-def read_settings(settings: str) -> tuple[dict[str, Any], str]:
-    """Read DeepSpeed settings by name or file; return them and where they stand.
-
-    Raises:
-        ConfigError: no such settings, not a JSON object, or a stage other than 1, 2 and 3.
-    """
-    if settings in list_engines():
-        text, where = read_engine(settings), f"configs/deepspeed/{settings}.json"
-    elif Path(settings).is_file():
-        text, where = Path(settings).read_text(encoding="utf-8"), settings
-    else:
-        raise ConfigError(
-            f"There are no DeepSpeed settings {settings!r}", where="--deepspeed", do=suggest(settings, list_engines())
-        )
-    try:
-        options = json.loads(text)
-        stage = options.get("zero_optimization", {}).get("stage", 0)
-    except (ValueError, AttributeError) as error:
-        raise ConfigError("DeepSpeed settings are one JSON object", where=where, why=str(error)) from error
-    _require_stage(stage, where)
-    return options, where
-
-
-def _require_stage(stage: Any, where: str) -> None:
-    if stage not in (1, 2, 3):
-        raise ConfigError(
-            f"ZeRO stage {stage} is not supported here", where=f"{where}, zero_optimization.stage",
-            do="Use 1, 2 or 3; stage 0 is `--launch torchrun`",
-        )  # fmt: skip
-
-
 def _require_same(options: Mapping[str, Any], config: LanguageConfig, world: World, where: str) -> None:
     """Refuse settings that say another thing than the configuration."""
     accumulation = config.batch_size // config.microbatch
@@ -164,7 +130,7 @@ def _accelerate_settings() -> tuple[dict[str, Any], str] | None:
         return read_settings(file)
     where = "accelerate launch, deepspeed_config"
     stage = int(given("DEEPSPEED_ZERO_STAGE") or 2)
-    _require_stage(stage, where)
+    require_stage(stage, where)
     zero: dict[str, Any] = {"stage": stage}
     for what in ("optimizer", "param"):
         device = given(f"DEEPSPEED_OFFLOAD_{what.upper()}_DEVICE")

@@ -41,7 +41,7 @@ from align.image_feedback import ImageFeedback, ImageRow, distinct_prompts, fitt
 from align.launch import join_world
 from align.offline_checks import offline_ledger
 from align.offline_config import OfflineConfig
-from align.run import Run, claim_directory, require_directory
+from align.run import Run, claiming
 from align.seeding import normal, permutation
 from align.types import StepStats, max_or_nan, merge_stats
 from rewards.panel import Panel
@@ -123,35 +123,27 @@ class Offline:
             require_deepspeed(deepspeed)
         self.world, self.deepspeed = join_world(), deepspeed
         self.directory = Path(out or Path("runs") / self.config.name)
-        self.world.led(lambda: require_directory(self.directory, self.config, overwrite=overwrite, fork=fork))
-        if not self.world.leads:
-            self.world.wait()  # what the first process builds and caches, the others find
-        sampler, objective = self.config.sampler, self.config.objective
-        self.rows, self.heldout_rows = resolve_rows(self.config)
-        shuffled = permutation(len(self.heldout_rows), "measured rows")  # a file may be sorted
-        self._measured = [self.heldout_rows.rows[i] for i in sorted(shuffled[: self.config.evaluation.rows])]
-        self._require_enough_rows()
-        self.heldout = Panel.build(self.config.heldout_rewards)
-        self.policy = load_policy(self.config)
-        family = self.policy.family
-        if family.takes_image or (family.fps is not None and sampler.frames != 1):
-            raise ConfigError(
-                "This model makes videos, and only images can be learnt from here", where="model.path",
-                do="Train it with rewards: trainer dance_grpo or forward" if family.takes_image
-                else "Set sampler.frames: 1, or train it with rewards: trainer dance_grpo or forward",
-            )  # fmt: skip
-        self.levels = training_levels(
-            self.policy, objective.levels, sampler.solver_steps, sampler.shift, objective.draws
-        )
-        self.beta = objective.beta or BETA[self.levels.prediction]
-        self.weights = self._class_weights()
-        self._plans: dict[int, np.ndarray] = {}
-        if self.world.leads:
-            self.world.wait()
-        self._changed: list[tuple[str, Any, Any]] = []
-        self.world.led(
-            lambda: self._changed.extend(claim_directory(self.directory, self.config, overwrite=overwrite, fork=fork))
-        )
+        with claiming(self.directory, self.config, self.world, overwrite=overwrite, fork=fork) as self._changed:
+            sampler, objective = self.config.sampler, self.config.objective
+            self.rows, self.heldout_rows = resolve_rows(self.config)
+            shuffled = permutation(len(self.heldout_rows), "measured rows")  # a file may be sorted
+            self._measured = [self.heldout_rows.rows[i] for i in sorted(shuffled[: self.config.evaluation.rows])]
+            self._require_enough_rows()
+            self.heldout = Panel.build(self.config.heldout_rewards)
+            self.policy = load_policy(self.config)
+            family = self.policy.family
+            if family.takes_image or (family.fps is not None and sampler.frames != 1):
+                raise ConfigError(
+                    "This model makes videos, and only images can be learnt from here", where="model.path",
+                    do="Train it with rewards: trainer dance_grpo or forward" if family.takes_image
+                    else "Set sampler.frames: 1, or train it with rewards: trainer dance_grpo or forward",
+                )  # fmt: skip
+            self.levels = training_levels(
+                self.policy, objective.levels, sampler.solver_steps, sampler.shift, objective.draws
+            )
+            self.beta = objective.beta or BETA[self.levels.prediction]
+            self.weights = self._class_weights()
+            self._plans: dict[int, np.ndarray] = {}
 
     @classmethod
     def resume(cls, directory: str | Path, *, deepspeed: str | None = None) -> Offline:

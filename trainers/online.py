@@ -32,7 +32,7 @@ from align.groupstats import bootstrap_mean, masked_mean, masked_std
 from align.images import require_first_frame
 from align.launch import World, join_world
 from align.prompts import short_repr
-from align.run import Run, claim_directory, require_directory
+from align.run import Run, claiming
 from align.seeding import permutation
 from align.types import (
     Advantages,
@@ -92,24 +92,16 @@ class OnlineRun:
         self.world, self.deepspeed = join_world(), deepspeed
         self._require_enough_samples()
         self.directory = Path(out or Path("runs") / self.config.name)
-        self.world.led(lambda: require_directory(self.directory, self.config, overwrite=overwrite, fork=fork))
-        if not self.world.leads:
-            self.world.wait()  # what the first process builds and caches, the others find
-        self.prompts, self.heldout_prompts = resolve_prompts(self.config)
-        self.rewards = rewards or Panel.build(self.config.rewards, self.config.combine)
-        self.heldout = Panel.build(self.config.heldout_rewards)
-        self.policy = load_policy(self.config)
-        self._require_first_frames()
-        self._require_media()
-        sampler = self.config.sampler
-        self.schedule = self.policy.family.schedule(sampler.solver_steps, sampler.shift, self.policy.latent_shape)
-        self.table_at(1)
-        if self.world.leads:
-            self.world.wait()
-        self._changed: list[tuple[str, Any, Any]] = []
-        self.world.led(
-            lambda: self._changed.extend(claim_directory(self.directory, self.config, overwrite=overwrite, fork=fork))
-        )
+        with claiming(self.directory, self.config, self.world, overwrite=overwrite, fork=fork) as self._changed:
+            self.prompts, self.heldout_prompts = resolve_prompts(self.config)
+            self.rewards = rewards or Panel.build(self.config.rewards, self.config.combine)
+            self.heldout = Panel.build(self.config.heldout_rewards)
+            self.policy = load_policy(self.config)
+            self._require_first_frames()
+            self._require_media()
+            sampler = self.config.sampler
+            self.schedule = self.policy.family.schedule(sampler.solver_steps, sampler.shift, self.policy.latent_shape)
+            self.table_at(1)
 
     @classmethod
     def resume(cls, directory: str | Path, *, deepspeed: str | None = None) -> OnlineRun:

@@ -9,10 +9,11 @@ import pytest
 from align.cli import main
 from align.config import load_config
 from align.doctor import run_checks
+from align.engine import read_settings
 from align.errors import ConfigError
 from align.launch import World, launch_command, started_by
 from trainers import language_engine
-from trainers.language_engine import engine_settings, read_settings
+from trainers.language_engine import engine_settings
 
 pytest.importorskip("deepspeed")
 

@@ -4,27 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from align.diffusion.families import (
-    Conditioning,
-    Size,
-    TextToImage,
-    device_of,
-    from_pixels,
-    image_latent_shape,
-    resolution_mu,
-    to_pixels,
-)
-from align.diffusion.schedules import Schedule, flow_match_schedule
+from align.diffusion.families import Conditioning, Size, device_of, from_pixels, to_pixels
+from align.diffusion.families.packed import PackedTextToImage
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline, FluxTransformer2DModel
 
 
-class Flux(TextToImage):
+class Flux(PackedTextToImage):
     """Adapter of `diffusers.FluxPipeline`."""
 
     name = "flux"
@@ -63,22 +53,6 @@ class Flux(TextToImage):
         )  # fmt: skip
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
-    def latent_shape(self, size: Size) -> tuple[int, ...]:
-        """Return `(C, H / f, W / f)` with f the VAE's factor, before the packing of 2 x 2 latents into a token.
-
-        Raises:
-            ModelError: a size the VAE and the packing cannot take.
-        """
-        pipe = self.pipeline
-        return image_latent_shape(
-            self.denoiser.config.in_channels // 4, size, default=pipe.default_sample_size,
-            factor=pipe.vae_scale_factor, patch=2,
-        )  # fmt: skip
-
-    def schedule(self, solver_steps: int, shift: float | None, latent_shape: tuple[int, ...]) -> Schedule:
-        """Return the pipeline's schedule, shifted with resolution, or DanceGRPO's at an explicit shift."""
-        return packed_schedule(self.pipeline.scheduler, solver_steps, shift, latent_shape)
-
     def predict(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the transformer's velocity."""
         pipe, (batch, channels, height, width) = self.pipeline, x.shape
@@ -101,11 +75,3 @@ class Flux(TextToImage):
     def to_latents(self, pixels: Tensor) -> Tensor:
         """Return the latents of images in [0, 1], `[B, C, H, W]`."""
         return from_pixels(self.pipeline.vae, pixels)
-
-
-def packed_schedule(scheduler: object, steps: int, shift: float | None, latent_shape: tuple[int, ...]) -> Schedule:
-    """Return the schedule of a pipeline that packs 2 x 2 latents into a token and starts from levels 1 to 1 / S."""
-    tokens = (latent_shape[1] // 2) * (latent_shape[2] // 2)
-    return flow_match_schedule(
-        scheduler, steps, shift=shift, mu=resolution_mu(scheduler, tokens), sigmas=np.linspace(1.0, 1 / steps, steps)
-    )

@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from align.diffusion.families import Conditioning, Size, TextToImage, device_of, image_latent_shape
-from align.diffusion.families.flux import packed_schedule
-from align.diffusion.schedules import Schedule
+from align.diffusion.families import Conditioning, Size, device_of
+from align.diffusion.families.packed import PackedTextToImage
 
 if TYPE_CHECKING:
     from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 
 
-class QwenImage(TextToImage):
+class QwenImage(PackedTextToImage):
     """Adapter of `diffusers.QwenImagePipeline`."""
 
     name = "qwen_image"
@@ -49,22 +48,6 @@ class QwenImage(TextToImage):
         if mask is None:  # no row is shorter than another
             mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
         return {"encoder_hidden_states": embeds, "encoder_hidden_states_mask": mask}
-
-    def latent_shape(self, size: Size) -> tuple[int, ...]:
-        """Return `(C, H / f, W / f)` with f the VAE's factor, before the packing of 2 x 2 latents into a token.
-
-        Raises:
-            ModelError: a size the VAE and the packing cannot take.
-        """
-        pipe = self.pipeline
-        return image_latent_shape(
-            self.denoiser.config.in_channels // 4, size, default=pipe.default_sample_size,
-            factor=pipe.vae_scale_factor, patch=2,
-        )  # fmt: skip
-
-    def schedule(self, solver_steps: int, shift: float | None, latent_shape: tuple[int, ...]) -> Schedule:
-        """Return the pipeline's schedule, shifted with resolution, or DanceGRPO's at an explicit shift."""
-        return packed_schedule(self.pipeline.scheduler, solver_steps, shift, latent_shape)
 
     def predict(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the transformer's velocity; text beyond the longest prompt at hand is left out."""
