@@ -104,6 +104,8 @@ def _trained_rows(config: Any) -> tuple[int, int, int]:
     steps = config.sampler.solver_steps
     if config.trainer == "forward":
         objective = config.objective
+        if objective.loss == "supervised":
+            return 0, objective.draws, 0
         lagging = objective.loss != "dgpo" and (objective.old_policy != "step" or config.updates_per_step > 1)
         return steps, objective.draws, int(lagging) + (2 if objective.loss == "dgpo" else 0)
     window = config.trained_steps.window
@@ -143,6 +145,7 @@ def check_config(config: Any, *, reward_names: Collection[str] | None = None, fi
         return _fit(config, files=files)
     own = _forward(config) if config.trainer == "forward" else _reverse(config)
     found = [*own, *_sampling(config), *_training(config), *_rewards(config), *_evaluation(config)]
+    found += mask_findings(config, files=files)
     if reward_names is not None:
         found += unknown_rewards(config, ("rewards", "heldout_rewards"), reward_names)
     if files:
@@ -256,6 +259,11 @@ def _forward(config: ForwardConfig) -> list[Finding]:
         found.append(Finding(
             "error", "dgpo_updates", "The loss dgpo weighs whole groups by the policy as it is, so it takes one update",
             "Set updates_per_step: 1, and lower prompts_per_step for more updates", "updates_per_step",
+        ))  # fmt: skip
+    if (objective.loss == "supervised") != (objective.images is not None):
+        found.append(Finding(
+            "error", "images", "The loss supervised learns from objective.images, and no other loss reads it",
+            "Set both, or neither", "objective.images",
         ))  # fmt: skip
     if objective.nft_feedback == "label" and config.combine.mode not in ("weighted_sum", "min", "gate"):
         found.append(Finding(
@@ -470,6 +478,24 @@ def _files(config: VisualConfig) -> list[Finding]:
                 "Remove them, unless their images or metadata differ", key,
             ))  # fmt: skip
     return [*found, *model_folder(config.model.path)]
+
+
+def mask_findings(config: Any, *, files: bool) -> list[Finding]:
+    """Say why a mask cannot be kept to: adapters move every weight of their layers; or that it is not there."""
+    mask = config.sparsity.mask
+    if mask is None:
+        return []
+    if config.model.train == "lora":
+        return [Finding(
+            "error", "mask_lora", "sparsity.mask needs full training: an adapter moves every weight of its layer",
+            "Set model.train: full", "model.train",
+        )]  # fmt: skip
+    if files and not Path(mask).is_file():
+        return [Finding(
+            "error", "mask_absent", f"There is no mask file {mask!r}",
+            "Write one with `align sparsity compare BASE TUNED --mask FILE`", "sparsity.mask",
+        )]  # fmt: skip
+    return []
 
 
 def model_folder(model: str) -> list[Finding]:

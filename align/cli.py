@@ -249,7 +249,8 @@ def _finished(options: argparse.Namespace, result: Any) -> int:
     if result.status == "stopped":
         _give(options, found, f"stopped; `align resume {result.directory}` goes on\nreport: {report}")
     else:
-        _give(options, found, f"{result.status}\nreport: {report}")
+        moved = (result.summary.get("sparsity") or {}).get("sentence", "")
+        _give(options, found, "\n".join(filter(None, (result.status, moved, f"report: {report}"))))
     leave_world()
     return interrupted if result.status == "stopped" else 0
 

@@ -19,8 +19,8 @@ from align.textfiles import Document, dump_value, parse_scalar, parse_yaml, read
 __all__ = [
     "AdvantageConfig", "BatchConfig", "CheckpointConfig", "CombineConfig", "DanceGRPOConfig", "EvaluationConfig",
     "LoraConfig", "ModelConfig", "ObjectiveConfig", "OptimizerConfig", "PromptsConfig", "RewardConfig", "RunConfig",
-    "SamplerConfig", "Section", "TrackingConfig", "TrainedStepsConfig", "VisualConfig", "config_origins",
-    "config_types", "diff_configs", "list_recipes", "load_config", "save_config",
+    "SamplerConfig", "Section", "SparsityConfig", "TrackingConfig", "TrainedStepsConfig", "VisualConfig",
+    "config_origins", "config_types", "diff_configs", "list_recipes", "load_config", "save_config",
 ]  # fmt: skip
 
 
@@ -323,6 +323,20 @@ class TrackingConfig(Section):
     tensorboard: Bool = Field(default=False, description="Mirror the metrics to TensorBoard files in the run folder.")
 
 
+class SparsityConfig(Section):
+    """Which weights move: measured while training, or limited to a mask."""
+
+    every: Int = Field(
+        default=0, ge=0, description="Steps between measures of which weights moved; 0 measures after training alone."
+    )
+    dtype: Literal["fp32", "bf16", "fp16"] | None = Field(
+        default=None, description="Format that weights are measured in while training; null is that of the files."
+    )
+    mask: str | None = Field(
+        default=None, description="A mask file of `align sparsity`: only the weights it names train; null trains all."
+    )
+
+
 class VisualConfig(RunConfig):
     """What the online visual trainers share.
 
@@ -353,6 +367,7 @@ class VisualConfig(RunConfig):
     batch: BatchConfig = Field(default=BatchConfig(), description="The derived batch sizes.")
     checkpoint: CheckpointConfig = Field(default=CheckpointConfig(), description="The checkpoints.")
     tracking: TrackingConfig = Field(default=TrackingConfig(), description="The tracking.")
+    sparsity: SparsityConfig = Field(default=SparsityConfig(), description="Which weights move.")
 
 
 class DanceGRPOConfig(VisualConfig):

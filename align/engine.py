@@ -64,12 +64,21 @@ class Engine(Protocol):
 
 
 class ReplicaEngine:
-    """Every process holds all trained weights and their optimizer: one process, or plain data parallelism."""
+    """Every process holds all trained weights and their optimizer: one process, or plain data parallelism.
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, world: World) -> None:
+    Args:
+        optimizer: what takes the steps, AdamW as configured when None. Where it has `mask_gradients`, that is called
+            on the whole gradient, before its norm is taken.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, world: World,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:  # fmt: skip
         self.name = "single" if world.size == 1 else "data_parallel"
         self.parameters, self.world, self.max_norm = list(parameters.values()), world, config.max_grad_norm
-        self.optimizer = build_optimizer(parameters, config)
+        self.optimizer = build_optimizer(parameters, config) if optimizer is None else optimizer
+        self._mask = getattr(self.optimizer, "mask_gradients", None)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of `loss`."""
@@ -84,6 +93,8 @@ class ReplicaEngine:
             flat = self.world.add(torch.cat([p.grad.flatten() for p in self.parameters]))
             for p, part in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
                 p.grad.copy_(part.view_as(p))
+        if self._mask is not None:
+            self._mask()
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
 

@@ -1,4 +1,4 @@
-"""Typed config of the trainers that learn from clean samples: DiffusionNFT, AWM and DGPO."""
+"""Typed config of the trainers that learn from clean samples: DiffusionNFT, AWM, DGPO, and supervised training."""
 
 from __future__ import annotations
 
@@ -14,8 +14,14 @@ __all__ = ["ForwardConfig", "ForwardObjectiveConfig"]
 class ForwardObjectiveConfig(Section):
     """An objective on noised samples; it needs no trajectory and no stochastic sampler."""
 
-    loss: Literal["nft", "awm", "dgpo"] = Field(
-        default="nft", description="DiffusionNFT, advantage-weighted matching, or direct group preference optimisation."
+    loss: Literal["nft", "awm", "dgpo", "supervised"] = Field(
+        default="nft",
+        description="DiffusionNFT, advantage-weighted matching, direct group preference optimisation; or none by "
+        "rewards: the pretraining loss on given images.",
+    )
+    images: str | None = Field(
+        default=None,
+        description="With supervised, a file of thumbs or pairs, or `digits/thumbs`: its liked images are learnt.",
     )
     draws: Int = Field(default=4, ge=1, description="Noise levels that each sample is trained at, one in each stratum.")
     levels: Literal["solver", "fine"] = Field(

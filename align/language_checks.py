@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.checks import Finding
+from align.checks import Finding, mask_findings
 from align.errors import AlignError, ConfigError
 from align.language_config import BCOConfig, DPOConfig, KTOConfig, LanguageConfig, SFTConfig
 
@@ -23,7 +23,7 @@ def check_language_config(config: LanguageConfig, *, files: bool = False) -> lis
         config: what to check.
         files: also read the data files and look for the model folder.
     """
-    found = [*_batches(config), *_data(config)]
+    found = [*_batches(config), *_data(config), *mask_findings(config, files=files)]
     if isinstance(config, KTOConfig):
         found += _kto(config)
     if isinstance(config, BCOConfig):

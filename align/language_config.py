@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from align.config import Bool, CheckpointConfig, Float, Int, LoraConfig, RunConfig, Section
+from align.config import Bool, CheckpointConfig, Float, Int, LoraConfig, RunConfig, Section, SparsityConfig
 
 __all__ = [
     "BCOConfig", "BCOObjectiveConfig", "DPOConfig", "DPOObjectiveConfig", "KTOConfig", "KTOObjectiveConfig",
@@ -195,6 +195,7 @@ class LanguageConfig(RunConfig):
     evaluation: LanguageEvaluationConfig = Field(default=LanguageEvaluationConfig(), description="The evaluation.")
     checkpoint: CheckpointConfig = Field(default=CheckpointConfig(every=100), description="The checkpoints.")
     tracking: LanguageTrackingConfig = Field(default=LanguageTrackingConfig(), description="The tracking.")
+    sparsity: SparsityConfig = Field(default=SparsityConfig(), description="Which weights move.")
 
 
 class KTOConfig(LanguageConfig):

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from align.checks import Finding, model_folder, unknown_rewards
+from align.checks import Finding, mask_findings, model_folder, unknown_rewards
 from align.errors import AlignError
 from align.offline_config import OfflineConfig
 from align.published import is_builtin
@@ -40,7 +40,7 @@ def check_offline_config(
         reward_names: the registered rewards; an unknown name is then an error.
         files: also read the rows and the headers of their images, and look for the model folder.
     """
-    found = [*_objective(config), *_evaluation(config)]
+    found = [*_objective(config), *_evaluation(config), *mask_findings(config, files=files)]
     if reward_names is not None:
         found += unknown_rewards(config, ("heldout_rewards",), reward_names)
     if files:

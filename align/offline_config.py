@@ -16,6 +16,7 @@ from align.config import (
     RewardConfig,
     RunConfig,
     Section,
+    SparsityConfig,
     TrackingConfig,
 )
 from align.language_config import ClassWeight
@@ -133,3 +134,4 @@ class OfflineConfig(RunConfig):
     batch: OfflineBatchConfig = Field(default=OfflineBatchConfig(), description="The derived batch size.")
     checkpoint: CheckpointConfig = Field(default=CheckpointConfig(every=50), description="The checkpoints.")
     tracking: TrackingConfig = Field(default=TrackingConfig(), description="The tracking.")
+    sparsity: SparsityConfig = Field(default=SparsityConfig(), description="Which weights move.")

@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from align import checkpoint, guards, launch
 from align.averaging import Average
@@ -38,6 +38,19 @@ from align.types import StepStats
 
 if TYPE_CHECKING:
     import torch
+
+
+class Watch(Protocol):
+    """Looks at the weights around an update, and adds to the log what it saw."""
+
+    def before_update(self, step: int) -> None:
+        """An update of this step is about to be taken."""
+
+    def after_update(self, rate: float) -> None:
+        """It was taken, at this learning rate."""
+
+    def row(self) -> dict[str, float]:
+        """Return what the step adds to the log."""
 
 
 def peak_memory_mb() -> float:
@@ -185,6 +198,7 @@ class Run:
         self._signal = ""
         self._loss_check: torch.Tensor | None = None
         self.counters: dict[str, float] = {}
+        self.watch: Watch | None = None
         self.step = 0
         self._grad_norms: list[float] = []
         self._optimizer_seconds = 0.0
@@ -301,7 +315,11 @@ class Run:
         check = torch.zeros_like(norm) if self._loss_check is None else self._loss_check.to(norm)
         self._loss_check = None
         guards.require_gradient(norm, self.world.add(check), f"step {self.step + 1}", expected=expect_gradient)
+        if self.watch is not None:
+            self.watch.before_update(self.step + 1)
         self.engine.step(norm)
+        if self.watch is not None:
+            self.watch.after_update(self.config.optimizer.lr)
         self._grad_norms.append(float(norm))
         self._optimizer_seconds += time.perf_counter() - began
         return float(norm)
@@ -356,6 +374,7 @@ class Run:
             **{f"{name}_min": value for name, value in stats.minima.items()},
             **{f"{name}_max": value for name, value in stats.maxima.items()},
             **metrics,
+            **({} if self.watch is None else self.watch.row()),
         }
         if "time/train" in row:
             row["time/train"] -= self._optimizer_seconds

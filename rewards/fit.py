@@ -34,6 +34,8 @@ from align.fit_config import FitConfig, require_fit
 from align.images import decode_image
 from align.run import Run, claim_directory
 from align.seeding import permutation, seed
+from align.sparsity.callback import Travelled
+from align.sparsity.receipt import write_receipt
 from align.tracking import replace_text
 from align.types import Samples, StepStats
 from rewards import fit_losses, plove
@@ -489,8 +491,25 @@ def fit_reward(config: FitConfig, out: str | Path | None = None, *, overwrite: b
                 "warnings": notes,
             }
             _write_artefact(directory / "reward", config, latent, card)
+        card["sparsity"] = _receipt(directory, config, run.log.read_metrics())
         run.finish("complete")
     return FitResult(directory, "complete", _plain(card))
+
+
+def _receipt(directory: Path, config: FitConfig, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Write which weights of a classifier moved; a head on frozen embeddings has none to be compared with."""
+
+    def base() -> Path:
+        if config.model.backbone != "classifier":
+            raise ModelError(
+                "A head has no weights before training to be compared with", where=config.model.backbone,
+                why="it starts from nothing, and what it reads was not trained",
+            )  # fmt: skip
+        return _with_one_output(str(config.model.path), directory, config.seed)
+
+    weights = directory / "reward" / "classifier"
+    adapted = config.model.backbone == "classifier" and config.model.train == "lora"
+    return write_receipt(directory, base, weights, travelled=Travelled(rows), adapted=adapted)
 
 
 def _parts(config: FitConfig, data: FitData) -> tuple[dict[str, list[Observation]], int]:

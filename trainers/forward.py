@@ -1,5 +1,7 @@
 """Learning from clean samples: DiffusionNFT (arXiv 2509.16117), AWM (2509.25050) and DGPO (2510.08425).
 
+With `loss: supervised`, given images stand in the place of samples; rewards are measured on them, not trained on.
+
 A sample is noised again to a few levels, and what the model says there is moved. No trajectory is kept, any solver
 will do, and a step costs `draws` model calls a sample rather than one for each trained solver step.
 
@@ -29,6 +31,7 @@ from align.diffusion.noising import draw_level, noised, training_levels
 from align.diffusion.rollout import Rollout
 from align.errors import ConfigError
 from align.forward_config import ForwardConfig
+from align.prompts import PromptSet
 from align.run import Run
 from align.seeding import normal
 from align.types import Advantages, Prompt, StepStats
@@ -41,8 +44,10 @@ from trainers.forward_objectives import (
     nft,
     old_policy_decay,
     optimality,
+    supervised,
     x0_estimate,
 )
+from trainers.given import GivenImages, liked_images
 from trainers.objectives import Terms, velocity_distance
 from trainers.online import OnlineRun
 
@@ -83,7 +88,34 @@ class Forward(OnlineRun):
             self.policy, objective.levels, sampler.solver_steps, sampler.shift, objective.draws
         )
         self._old: Average | None = None
+        self._given: GivenImages | None
         self._weights: dict[tuple[int, int], float] = {}
+
+    def require_data(self) -> None:
+        """Read the given images, where these are learnt from."""
+        objective, self._given = self.config.objective, None
+        if objective.loss == "supervised":
+            images = liked_images(objective.images, self.config.model.path)
+            self._given = GivenImages(images, self.prompts.prompts, objective.images)
+
+    def rollout(self, prompts: PromptSet, step: int, batch: int, deliver: Any) -> Rollout:
+        """Return samples of the old policy, or given images."""
+        if self._given is None:
+            return super().rollout(prompts, step, batch, deliver)
+        config = self.config
+        return self._given.rollout(
+            self.policy,
+            prompts.prompts,
+            config.group_size,
+            self.table_at(step),
+            (config.seed, step),
+            self.world,
+            deliver,
+        )
+
+    def ledger(self, table: StepTable | None = None) -> dict[str, float]:
+        """Return what one sample costs; given images are not sampled."""
+        return super().ledger(table if self._given is None else None)
 
     def table_at(self, step: int) -> StepTable:
         """Return the solver steps of a rollout, which is the same in every training step."""
@@ -98,18 +130,24 @@ class Forward(OnlineRun):
         """Keep the model before training where the objective looks back at it."""
         if self.config.objective.kl_weight or self.config.objective.loss == "dgpo":
             self.policy.keep_reference()
+        if self._given is not None:
+            self._given.encode(self.policy, self.world)
 
     def kept(self) -> dict[str, Average]:
-        """Return the old policy's weights."""
+        """Return the old policy's weights, where it samples."""
+        if self._given is not None:
+            return {}
         self._old = Average(self.policy.trainable(), 0.0)
         return {"old_policy": self._old}
 
     def sampling_weights(self) -> contextlib.AbstractContextManager[None]:
         """Sample with the old policy."""
-        return self._old.applied()
+        return contextlib.nullcontext() if self._old is None else self._old.applied()
 
     def after_step(self, run: Run, stats: StepStats, step: int) -> dict[str, float]:
         """Let the old policy follow."""
+        if self._old is None:
+            return {}
         decay = old_policy_decay(self.config.objective.old_policy, step)
         self._old.update(decay)
         return {"old_policy_decay": decay}
@@ -121,7 +159,11 @@ class Forward(OnlineRun):
         return np.ones(len(advantages), bool) if everything else advantages != 0
 
     def advantages_of(self, composed: Composed) -> Advantages:
-        """Return group advantages; with labels as feedback, the rewards themselves, from -1 to 1."""
+        """Return group advantages; with labels as feedback, the rewards themselves, from -1 to 1; of given images 1."""
+        if self._given is not None:
+            shape = (-1, self.config.group_size)
+            ones = np.ones(len(composed.scores.values)).reshape(shape)
+            return Advantages(ones, np.ones(ones.shape, bool))
         if self.config.objective.loss != "nft" or self.config.objective.nft_feedback != "label":
             return super().advantages_of(composed)
         total = np.asarray(composed.scores.values, dtype=float) @ np.asarray(composed.weights, dtype=float)
@@ -184,7 +226,8 @@ class Forward(OnlineRun):
     def terms(self, tile: Noised, rollout: Rollout, run: Run, *, first: bool) -> Terms:
         """Return the losses of a tile."""
         objective = self.config.objective
-        old = self._old_output(tile, first)  # before the forward that the backward pass goes through
+        # before the forward that the backward pass goes through
+        old = None if self._given is not None else self._old_output(tile, first)
         output = self.policy.velocity(tile.x, tile.timestep, tile.prompts)
         old = output.detach() if old is None else old
         if objective.loss == "dgpo":
@@ -192,6 +235,8 @@ class Forward(OnlineRun):
             keys = zip(groups, tile.draw.tolist(), strict=True)
             weight = [self._weights.get(key, 0.5) for key in keys]  # a group of equals has none, and no advantage
             terms = dgpo(matching_error(output, tile.target), tile.advantage, output.new_tensor(weight))
+        elif objective.loss == "supervised":
+            terms = supervised(matching_error(output, tile.target))
         elif objective.loss == "nft":
             largest = 1.0 if objective.nft_feedback == "label" else self.config.advantage.clip or 5.0
             r = optimality(tile.advantage, largest, objective.nft_feedback)

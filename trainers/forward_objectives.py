@@ -19,6 +19,17 @@ def matching_error(output: Tensor, target: Tensor) -> Tensor:
     return (output - target).square().flatten(1).mean(1)
 
 
+def supervised(error: Tensor) -> Terms:
+    """Plain supervised training on given images: `loss = mean (output - target)^2`, the pretraining loss.
+
+    Args:
+        error: of `matching_error`, `[N]`; for a flow the target is `noise - x0`, for a model of noise the noise.
+
+    Source: flow matching (arXiv 2210.02747); for noise, DDPM's simple loss (arXiv 2006.11239).
+    """
+    return Terms(error, {"matching_error": error.detach()})
+
+
 def x0_estimate(x: Tensor, output: Tensor, x0_x: Tensor, x0_v: Tensor) -> Tensor:
     """Return `x0_hat = x0_x x + x0_v output`; for a flow `x - sigma v`."""
     return x0_x * x + x0_v * output

@@ -46,6 +46,7 @@ from trainers.language_trainer import AlignTrainer, training_arguments
 from trainers.preference import effective_sample_size
 from trainers.preference_data import Plan, Tokens, plan_epoch, tokenise
 from trainers.result import RunResult
+from trainers.sparsity import require_maskable
 from trainers.tiny_language import toy_thumbs
 
 
@@ -78,6 +79,7 @@ class LanguageRun:
         self.world = join_world()
         require_divisible(config, self.world.size)
         self.deepspeed = engine_settings(deepspeed, config, self.world)
+        self._require_sparsity()
         self.directory = Path(out or Path("runs") / config.name)
         with claiming(self.directory, config, self.world, overwrite=overwrite, fork=fork) as self._changed:
             self.processor = load_processor(config.model.path, config.model.chat_template)
@@ -102,6 +104,16 @@ class LanguageRun:
         if self.deepspeed is not None:
             return f"deepspeed_zero{zero_stage(self.deepspeed)}"
         return "single" if self.world.size == 1 else "data_parallel"
+
+    def _require_sparsity(self) -> None:
+        """Refuse a mask, and measures while training, where the weights are not whole."""
+        asked, lora = self.config.sparsity, self.config.model.train == "lora"
+        require_maskable(asked.mask, adapted=lora, deepspeed=self.deepspeed)
+        if asked.every and zero_stage(self.deepspeed) == 3:
+            raise ConfigError(
+                "Under ZeRO 3 weights are measured after training alone", where="sparsity.every",
+                why="no process holds a whole tensor meanwhile", do="Set it to 0, or use zero2",
+            )  # fmt: skip
 
     def _require_images_everywhere(self) -> None:
         """Refuse what would wait for ever: under ZeRO 3 all processes gather the vision tower's weights or none."""

@@ -60,6 +60,25 @@ def resolve_language_model(path: str) -> str:
         return str(tiny_model())
 
 
+def weights_folder(path: str) -> Path:
+    """Return the folder that a model's weights were read from: of a hub name that of its snapshot on this machine.
+
+    Raises:
+        ModelError: there is none.
+    """
+    from transformers.utils import cached_file
+
+    folder = Path(resolve_language_model(path))
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(cached_file(path, "config.json", local_files_only=True)).parent
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            "The weights before training are no longer on this machine", where=path, why=str(error).splitlines()[0]
+        ) from error
+
+
 def load_tokenizer(path: str, chat_template: str | None = None) -> Any:
     """Load the tokenizer of a model folder; padding falls back to the end-of-sequence token.
 

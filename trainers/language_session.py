@@ -20,8 +20,10 @@ from align import launch
 from align.run import describe_machine, peak_memory_mb
 from align.tracking import Progress, RunLog
 from trainers.language_measures import LanguageEvaluation, one_class_share, update_metrics
+from trainers.language_model import weights_folder
 from trainers.language_objective import RowLosses
 from trainers.result import RunResult
+from trainers.sparsity import end_with_receipt
 
 if TYPE_CHECKING:
     from trainers.language import LanguageRun
@@ -156,7 +158,12 @@ class Session:
             return RunResult(self.directory, "stopped", {})
         summary = self.evaluation.after(self.step)
         summary |= {"cpu_seconds": self.counters.get("cpu_seconds"), "seconds": self.counters.get("seconds")}
-        if self.run.world.leads:
+        run = self.run
+        if run.world.leads:
+            summary["sparsity"] = end_with_receipt(
+                self.directory, lambda: weights_folder(run.config.model.path), self.log.read_metrics(),
+                config=run.config, log=self.log,
+            )  # fmt: skip
             path = self.directory / "summary.json"
             path.write_text(json.dumps(summary, indent=1), encoding="utf-8")
         self.finish("complete")

@@ -25,11 +25,16 @@ from transformers.trainer_callback import PrinterCallback
 
 from align import checkpoint, guards
 from align.errors import GuardError
+from align.sparsity.live import live_source
+from align.sparsity.sources import Source
+from align.sparsity.subnetwork import SubnetworkAdamW, read_places
 from trainers.language_engine import zero_stage
-from trainers.language_model import LogpCache, Reference, quiet, require_same_logps
+from trainers.language_model import LogpCache, Reference, quiet, require_same_logps, weights_folder
 from trainers.language_objective import Models, RowLosses, add_totals, microbatch
+from trainers.sparsity import open_tracker
 
 if TYPE_CHECKING:
+    from align.sparsity.callback import Tracker
     from trainers.language import LanguageRun
     from trainers.language_session import Session
 
@@ -103,6 +108,7 @@ class AlignTrainer(transformers.Trainer):
         super().__init__(**options, callbacks=[_Commit(run, session, self)])
         self.remove_callback(PrinterCallback)
         self.loss_is_scaled_for_ga = True
+        self.subnetwork: SubnetworkAdamW | None = None
         self.run, self.session, self.cache = run, session, cache
         self.models = Models(self.model, self.model, reference)
 
@@ -115,6 +121,25 @@ class AlignTrainer(transformers.Trainer):
         """Return the microbatches of an optimizer step and their `Totals`, which are those of all processes."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         return batches, add_totals([batch["totals"] for batch in batches]) if batches else None
+
+    def create_optimizer(self, *args: Any, **options: Any) -> torch.optim.Optimizer:
+        """Build the Trainer's AdamW, or that of a mask, with the same weights left out of weight decay."""
+        config = self.run.config
+        if config.sparsity.mask is None or self.optimizer is not None:
+            return super().create_optimizer(*args, **options)
+        weights = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        places = read_places(config.sparsity.mask, weights)
+        decayed = set(self.get_decay_parameter_names(self.model))
+        ordered = sorted(weights, key=lambda name: name not in decayed)
+        groups = [
+            {"params": [weights[n] for n in ordered if (n in decayed) == decays], "weight_decay": decay}
+            for decays, decay in ((True, config.optimizer.weight_decay), (False, 0.0))
+        ]
+        self.optimizer = self.subnetwork = SubnetworkAdamW(
+            groups, [places[n] for n in ordered], lr=config.optimizer.lr, betas=tuple(config.optimizer.betas),
+            eps=config.optimizer.eps,
+        )  # fmt: skip
+        return self.optimizer
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return 0: nothing here is called input_ids, which the Trainer counts by."""
@@ -197,12 +222,32 @@ class _Commit(TrainerCallback):
     def __init__(self, run: LanguageRun, session: Session, trainer: AlignTrainer) -> None:
         self.run, self.session, self.trainer = run, session, trainer
         self.norm, self.lr = float("nan"), float("nan")
+        self.watch: Tracker | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the model before training: under ZeRO 3 its weights can be had in the engine alone."""
         if zero_stage(self.run.deepspeed) == 3:
             require_same_logps(self.trainer.model)
         self.session.before()
+        if self.run.world.leads:
+            self.watch = open_tracker(
+                self.run.config.sparsity, lambda: weights_folder(self.run.config.model.path), self._weights,
+                self.session.log, state.global_step,
+            )  # fmt: skip
+
+    def _weights(self) -> Source:
+        """Return the weights as they stand; of adapters these alone."""
+        model, config = self.trainer.model, self.run.config.model
+        if config.train == "lora":
+            adapters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+            return live_source(adapters, {"lora_alpha": config.lora.alpha})
+        tied = bool(model.config.get_text_config().tie_word_embeddings)
+        return live_source(dict(model.named_parameters()), {"tie_word_embeddings": tied})
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the weights before the update: no microbatch moves them."""
+        if self.watch is not None:
+            self.watch.before_update(state.global_step + 1)
 
     def _require_step(self, engine: Any, step: int) -> None:
         """Refuse a step of DeepSpeed's whose gradient was not finite."""
@@ -222,6 +267,8 @@ class _Commit(TrainerCallback):
         self.lr = float(self.trainer.lr_scheduler.get_last_lr()[0])
         if self.trainer.is_deepspeed_enabled:
             return control  # it has stepped already; see on_step_end
+        if self.trainer.subnetwork is not None:
+            self.trainer.subnetwork.mask_gradients()
         parameters = [p for p in self.trainer.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters]) if parameters else torch.zeros(())
         guards.require_gradient(norm, torch.zeros(()), f"step {state.global_step + 1}", expected=state.global_step == 0)
@@ -235,7 +282,11 @@ class _Commit(TrainerCallback):
         """Write the step down, and stop or save when it is time."""
         if self.trainer.is_deepspeed_enabled:
             self._require_step(self.trainer.model_wrapped, state.global_step)
-        stop = self.session.commit(state.global_step, {"lr": self.lr, "grad_norm": self.norm})
+        measured: dict[str, float] = {}
+        if self.watch is not None:
+            self.watch.after_update(self.lr)
+            measured = self.watch.row()
+        stop = self.session.commit(state.global_step, {"lr": self.lr, "grad_norm": self.norm, **measured})
         every = self.run.config.checkpoint.every
         last = state.global_step >= self.run.steps
         control.should_training_stop = bool(stop) or last

@@ -26,12 +26,12 @@ from align.diffusion.kernels import StepTable
 from align.diffusion.memory import rows_that_fit
 from align.diffusion.policy import Policy
 from align.diffusion.rollout import Rollout, sample
-from align.engine import DeepSpeedEngine, require_deepspeed
+from align.engine import DeepSpeedEngine, ReplicaEngine, require_deepspeed
 from align.errors import ConfigError
 from align.groupstats import bootstrap_mean, masked_mean, masked_std
 from align.images import require_first_frame
 from align.launch import World, join_world
-from align.prompts import short_repr
+from align.prompts import PromptSet, short_repr
 from align.run import Run, claiming
 from align.seeding import permutation
 from align.types import (
@@ -54,6 +54,7 @@ from trainers.evaluation import load_policy, resolve_prompts
 from trainers.objectives import Terms
 from trainers.receipt import Receipt
 from trainers.result import RunResult
+from trainers.sparsity import masked_optimizer
 
 EQUAL = 1e-5  # advantages of this size and less say that a group's rewards were the same but for their last digits
 
@@ -102,6 +103,7 @@ class OnlineRun:
             sampler = self.config.sampler
             self.schedule = self.policy.family.schedule(sampler.solver_steps, sampler.shift, self.policy.latent_shape)
             self.table_at(1)
+            self.require_data()
 
     @classmethod
     def resume(cls, directory: str | Path, *, deepspeed: str | None = None) -> OnlineRun:
@@ -172,6 +174,28 @@ class OnlineRun:
         steps = None if table is None else len(table)
         return {**feq_ledger(self.config, solver_steps=steps), "latent_dim": math.prod(self.policy.latent_shape)}
 
+    def require_data(self) -> None:
+        """Refuse data of the trainer's own before anything is written."""
+
+    def rollout(
+        self, prompts: PromptSet, step: int, batch: int, deliver: Callable[[Samples], object] | None
+    ) -> Rollout:
+        """Return what a step is trained on: samples of the model."""
+        config = self.config
+        return sample(
+            self.policy,
+            prompts.asked,
+            metadata=prompts.metadata,
+            group_size=config.group_size,
+            table=self.table_at(step),
+            key=(config.seed, step),
+            noise_scope=config.sampler.initial_noise,
+            batch=batch,
+            world=self.world,
+            deliver=deliver,
+            **self.rollout_options,
+        )
+
     # What they share
 
     def train(self) -> RunResult:
@@ -188,19 +212,8 @@ class OnlineRun:
                 prompts = self.prompts.at(step, config.prompts_per_step, config.seed)
                 with ScoreStream(rewards) as stream:
                     with self.sampling_weights():
-                        rollout = sample(
-                            policy,
-                            prompts.asked,
-                            metadata=prompts.metadata,
-                            group_size=config.group_size,
-                            table=self.table_at(step),
-                            key=(config.seed, step),
-                            noise_scope=config.sampler.initial_noise,
-                            batch=self._batches(run)[0],
-                            world=self.world,
-                            deliver=clock.timed("time/reward", stream.submit),
-                            **self.rollout_options,
-                        )
+                        deliver = clock.timed("time/reward", stream.submit)
+                        rollout = self.rollout(prompts, step, self._batches(run)[0], deliver)
                     self._require_finite(rollout, step)
                     clock.lap("time/rollout", less={"time/decode": rollout.decode_seconds})
                     scores = self._collect(stream, rollout, run, step)
@@ -406,7 +419,10 @@ def open_run(
         options: of `Run`.
     """
     parameters, engine = policy.trainable(), None
-    if deepspeed is not None:
+    if config.sparsity.mask is not None:
+        optimizer = masked_optimizer(parameters, config.optimizer, config.sparsity.mask, deepspeed)
+        engine = ReplicaEngine(parameters, config.optimizer, world, optimizer)
+    elif deepspeed is not None:
         engine = DeepSpeedEngine(policy.family.denoiser, parameters, config.optimizer, world, deepspeed)
     run = Run(config, directory, parameters, record, world=world, engine=engine, **options)
     if "batch_tile" not in run.counters:

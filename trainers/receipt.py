@@ -11,14 +11,17 @@ from typing import Any
 import numpy as np
 
 from align import guards
-from align.diffusion.policy import Policy
+from align.diffusion.policy import Policy, resolve_model
 from align.groupstats import Estimate
 from align.run import Run, peak_memory_mb
+from align.sparsity.live import live_source
+from align.sparsity.sources import Source
 from align.tracking import read_jsonl, save_grid
 from align.types import Prompt, text_of
 from align.videos import STRIP_WIDTH, save_video, still_images
 from rewards.panel import Panel
 from trainers.evaluation import Measurement, generate, measure, members_for, read_rows, write_rows
+from trainers.sparsity import end_with_receipt, open_tracker
 
 GRID_PROMPTS, GRID_MEMBERS = 8, 6  # of a video, one member
 
@@ -69,6 +72,17 @@ class Receipt:
             self._grid(0)
         else:
             self._base = read_rows(self.base_path)
+        run = self.run
+        if run.world.leads:
+            run.watch = open_tracker(self.config.sparsity, self._model_folder, self._weights, run.log, run.step)
+
+    def _model_folder(self) -> Path:
+        """Return the folder of the denoiser before training."""
+        return resolve_model(self.config.model.path) / self.policy.family.component
+
+    def _weights(self) -> Source:
+        """Return the trained weights as they stand, of which adapters are told by their names."""
+        return live_source(self.policy.trainable(), {"lora_alpha": self.config.model.lora.alpha})
 
     def during(self, step: int) -> dict[str, float]:
         """Evaluate and draw when due; raise the drift alarm when the rewards part ways."""
@@ -106,6 +120,9 @@ class Receipt:
             "cpu_seconds": self.run.cpu_seconds(),
             "seconds": self.run.seconds(),
             "peak_memory_mb": peak_memory_mb(),
+            "sparsity": end_with_receipt(
+                self.run.directory, self._model_folder, rows, config=self.config, log=self.run.log
+            ),
         }
         path = self.run.directory / "summary.json"
         path.write_text(json.dumps(summary, indent=1), encoding="utf-8")

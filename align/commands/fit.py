@@ -94,6 +94,8 @@ def _card_text(card: Mapping[str, Any], directory: Path, report: Path) -> str:
             )
     if rated := heldout.get("ratings"):
         rows.append(("ratings", f"{rated['n']}, Spearman {_show(rated['spearman'])}"))
+    if card["sparsity"]["status"] == "measured":
+        rows.append(("weights", card["sparsity"]["sentence"]))
     rows += [("reward", str(directory / "reward")), ("report", str(report))]
     return table(rows)
 

@@ -9,6 +9,8 @@ from typing import Any
 from align.errors import ConfigError
 from align.output import add_dry_run, add_json, add_out, dry, give, positive, table
 
+FORMS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+
 
 def needs_action(options: argparse.Namespace) -> int:
     """Refuse `align sparsity` alone."""
@@ -19,7 +21,8 @@ def _compare(options: argparse.Namespace) -> int:
     from align.sparsity.compare import as_text, compare
 
     call: dict[str, Any] = {"base": options.base, "tuned": options.tuned, "level": options.level}
-    call |= {"threads": options.threads, "mask": options.mask}
+    call |= {"threads": options.threads, "mask": options.mask, "compared_in": options.form or ""}
+    form = FORMS.get(options.form, "")
     if options.dry_run:
         return _plan(options, "compare", call)
     if options.mask is not None:
@@ -27,9 +30,10 @@ def _compare(options: argparse.Namespace) -> int:
 
         if options.level != "full":
             raise ConfigError("A mask needs the whole comparison", where="--mask", do="Leave out --level bits")
-        result = write_mask(options.base, options.tuned, options.mask).as_dict()
+        result = write_mask(options.base, options.tuned, options.mask, form=form).as_dict()
     else:
-        result = compare(options.base, options.tuned, level=options.level, threads=options.threads).as_dict()
+        found = compare(options.base, options.tuned, level=options.level, form=form, threads=options.threads)
+        result = found.as_dict()
     return give(options, result, as_text(result))
 
 
@@ -39,6 +43,30 @@ def _overlap(options: argparse.Namespace) -> int:
     if options.dry_run:
         return dry(options, "overlap", {"base": options.base, "runs": options.runs})
     found = overlap(options.base, options.runs)
+    return give(options, found, as_text(found))
+
+
+def _control(options: argparse.Namespace) -> int:
+    from align.sparsity.masks import write_control
+
+    out = options.out or Path("control.mask")
+    call = {"mask": options.given, "base": options.base, "match": options.match, "seed": options.seed or 0}
+    if options.dry_run:
+        return dry(options, "draw a control of", {**call, "out": str(out)})
+    found = write_control(options.given, options.base, out, match=options.match, seed=options.seed or 0)
+    return give(
+        options, found, f"wrote {out}: {found['chosen']:,} of {found['parameters']:,} weights, as many of every "
+        f"{'tensor' if options.match == 'tensor' else 'tensor and exponent'} as {options.given} has"
+    )  # fmt: skip
+
+
+def _equal(options: argparse.Namespace) -> int:
+    from align.sparsity.equality import as_text, equality
+
+    call = {"mask": options.mask, "init": options.init, "full": options.full}
+    if options.dry_run:
+        return dry(options, "compare", {"first": options.first, "second": options.second, **call})
+    found = equality(options.first, options.second, **call)
     return give(options, found, as_text(found))
 
 
@@ -101,6 +129,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     compare.add_argument(
         "--level", choices=("full", "bits"), default="full", help="bits: the bit-identical share alone (default: full)"
     )
+    compare.add_argument(
+        "--as", dest="form", choices=tuple(FORMS), help="bring both sides to this format first (default: the coarser)"
+    )
     compare.add_argument("--mask", metavar="FILE", help="also write which weights changed, a bit each")
     compare.add_argument(
         "--threads", type=positive, metavar="N", help="tensors at once (default: the cores, at most 8)"
@@ -109,6 +140,23 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     overlap = action("overlap", "compare which weights several runs moved, beside what chance would give", _overlap)
     overlap.add_argument("runs", metavar="RUN", nargs="+", help="checkpoints of runs from one base, or mask files")
     overlap.add_argument("--base", metavar="BASE", help="their common start; not needed where all runs are mask files")
+
+    control = action("control", "draw a random mask with as many weights of every tensor as another", _control)
+    control.add_argument("given", metavar="MASK", help="the mask that it is a control of")
+    control.add_argument("--base", metavar="BASE", required=True, help="the model that the mask was made from")
+    control.add_argument(
+        "--match", choices=("tensor", "magnitude"), default="tensor",
+        help="as many in every tensor, or in every exponent of its weights (default: tensor)",
+    )  # fmt: skip
+    control.add_argument("--seed", type=int, metavar="N", help="of the draw (default: 0)")
+    add_out(control, "the mask (default: control.mask)")
+
+    equal = action("equal", "compare two fine-tunes: overall, within a mask, and beside no training", _equal)
+    equal.add_argument("first", metavar="A", help="a fine-tune")
+    equal.add_argument("second", metavar="B", help="another one from the same model")
+    equal.add_argument("--mask", metavar="M", required=True, help="the weights that one of them was limited to")
+    equal.add_argument("--init", metavar="I", required=True, help="the model before training")
+    equal.add_argument("--full", metavar="F", help="the fine-tune of all weights (default: A)")
 
     delta = action("delta", "write what turns a base into a tuned model, bit for bit", _delta)
     _add_sides(delta)

@@ -53,6 +53,19 @@ CHARTS: dict[str, str] = {
     ),
 }
 
+SPARSITY: dict[str, str] = {
+    "sparsity/step": "Share of the weights whose bits one optimizer update left as they were, in the measured format.",
+    "sparsity/window": "The same over the sparsity.every steps before that update; the first one has none before it.",
+    "sparsity/cumulative": "The same since the beginning of training, against the model's files.",
+    "sparsity/if_dense": "What sparsity/cumulative would be had an update of that norm moved every weight.",
+    "sparsity/norm": "Norm of the visible change since the beginning, as a share of the norm of the weights.",
+    "sparsity/predicted_step": "What the learning rate alone predicts for sparsity/step, if every weight moves by it.",
+    "sparsity/predicted_cancelling": "What all rates so far predict for sparsity/cumulative, where steps cancel.",
+    "sparsity/predicted_agreeing": "The same where all steps of a weight have one sign.",
+    "sparsity/seconds": "Seconds spent on these measures.",
+}
+"""Of every trainer with sparsity.every, in the steps that are due."""
+
 GLOSSARY: dict[str, str] = {
     "step": "Training step: one rollout, its rewards and its updates.",
     "seconds": "Wall-clock seconds since the step before was logged.",
@@ -126,6 +139,7 @@ GLOSSARY: dict[str, str] = {
     "time/optimizer": "Seconds spent in gradient clipping and the optimizer.",
     "time/log": "Seconds spent evaluating, drawing and writing.",
     "peak_memory_mb": "Largest memory held so far, in MB: of the process, or of the GPU's allocator.",
+    **SPARSITY,
 }
 
 
@@ -218,6 +232,7 @@ LANGUAGE: dict[str, str] = {
     "seconds_total": GLOSSARY["seconds_total"],
     "cpu_seconds_total": GLOSSARY["cpu_seconds_total"],
     "peak_memory_mb": GLOSSARY["peak_memory_mb"],
+    **SPARSITY,
     "n": "Held-out rows measured.",
     "pair_accuracy": (
         "Share of held-out pairs whose thumbs-up answer has the higher log-ratio, ties counting half, with its 95 % "

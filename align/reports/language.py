@@ -15,6 +15,7 @@ from markupsafe import Markup
 from align.reports.answers import answers_of, changed
 from align.reports.charts import line_chart
 from align.reports.glossary import LANGUAGE_CHARTS, explain
+from align.reports.moved import MOVED_CHARTS, moved_charts, moved_context
 from align.reports.page import brief, count, duration, finite, number, percent, signed
 from align.reports.runfiles import (
     Row,
@@ -90,7 +91,11 @@ def language_context(files: RunFiles) -> Row:
         **page_context(files),
         "verdict": judge_language(found, files, cost),
         "tiles": _supervised_tiles(files, found, cost) if trainer == "sft" else _tiles(files, found, cost, trainer),
-        "charts": charts(_charts(files.metrics, evaluations), {**LANGUAGE_CHARTS, "Loss": loss}),
+        "charts": charts(
+            {**_charts(files.metrics, evaluations), **moved_charts(files.metrics)},
+            {**LANGUAGE_CHARTS, **MOVED_CHARTS, "Loss": loss},
+        ),
+        "moved": moved_context(files),
         "heldout": _heldout(found, trainer),
         "answers": answers,
         "answers_lead": changed(answers),

@@ -35,6 +35,7 @@ class RunFiles:
     generations: list[Row] = field(default_factory=list)
     warnings: list[Row] = field(default_factory=list)
     summary: Row = field(default_factory=dict)
+    sparsity: Row = field(default_factory=dict)
     config: list[Row] = field(default_factory=list)
     sheets: list[Sheet] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
@@ -55,6 +56,7 @@ def read_run(run_dir: str | Path) -> RunFiles:
         raise ConfigError("This is not a run folder", where=str(run_dir), why=why)
     files.record = _json(files, "run.json")
     files.summary = _json(files, "summary.json") if (files.directory / "summary.json").is_file() else {}
+    files.sparsity = _json(files, "sparsity.json") if (files.directory / "sparsity.json").is_file() else {}
     files.metrics = _by_step(_jsonl(files, "metrics.jsonl"))
     files.evaluations = _by_step(_jsonl(files, "evaluation.jsonl"))
     files.generations = _jsonl(files, "generations.jsonl")

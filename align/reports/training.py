@@ -16,6 +16,7 @@ from align.reports.charts import Series, line_chart, stacked_chart
 from align.reports.fit import fit_page
 from align.reports.glossary import CHARTS, LANGUAGE_TRAINERS, explain
 from align.reports.language import language_context
+from align.reports.moved import MOVED_CHARTS, moved_charts, moved_context
 from align.reports.page import finite, percent, render
 from align.reports.runfiles import (
     Row,
@@ -71,6 +72,7 @@ def _context(files: RunFiles) -> Row:
         "verdict": judge(found, files.warnings, files.record, cost, has_heldout=has_heldout),
         "cost": cost,
         "charts": _charts(files),
+        "moved": moved_context(files),
         "phases": _phases(files.metrics),
         "phase_chart": _phase_chart(files.metrics),
         "components": _components(files.evaluations),
@@ -179,8 +181,9 @@ def _charts(files: RunFiles) -> list[Row]:
         "Gradient norm": line_chart([curve(rows, "grad_norm", "gradient norm", colour=5)], from_zero=True),
         "Diversity": line_chart([spread], from_zero=True, reference=_least_diversity(evaluations)),
         "Image meters": line_chart(_meters(evaluations), reference=(1.0, "before training")),
+        **moved_charts(rows),
     }
-    return charts(drawn, CHARTS)
+    return charts(drawn, {**CHARTS, **MOVED_CHARTS})
 
 
 def _phases(rows: list[Row]) -> list[Row]:

@@ -29,8 +29,11 @@ def plain(name: str) -> str:
     return name
 
 
-def merged(base: Source, adapter: Source) -> Source:
+def merged(base: Source, adapter: Source, form: str = "") -> Source:
     """Return `base` with `adapter` merged into it, lazily.
+
+    Args:
+        form: the format that merged weights are rounded to; that of the base when empty.
 
     Raises:
         ModelError: a kind of adapter that is not merged here, or one of another model.
@@ -65,9 +68,8 @@ def merged(base: Source, adapter: Source) -> Source:
                 "An adapter of another model", where=adapter.path, why=f"the base has no {plain(module)}.weight"
             )
         up = adapter.entries[up_name]
-        entries[target] = _merge(
-            base.entries[target], down, up, _scale(config, module, down.shape[0]), bool(config.get("fan_in_fan_out"))
-        )
+        scale, transposed = _scale(config, module, down.shape[0]), bool(config.get("fan_in_fan_out"))
+        entries[target] = _merge(base.entries[target], down, up, scale, transposed, form)
         used |= {name, up_name}
         parts.add(target.partition("/")[0] if "/" in target else "")
     for name, entry in adapter.entries.items():
@@ -95,7 +97,7 @@ def _scale(config: dict[str, Any], module: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _merge(base: Entry, down: Entry, up: Entry, scale: float, transposed: bool) -> Entry:
+def _merge(base: Entry, down: Entry, up: Entry, scale: float, transposed: bool, dtype: str) -> Entry:
     def matrix(entry: Entry) -> NDArray[np.float32]:
         return FORMATS[entry.dtype].values(entry.read(0, entry.count)).astype(np.float32).reshape(entry.shape[0], -1)
 
@@ -109,11 +111,11 @@ def _merge(base: Entry, down: Entry, up: Entry, scale: float, transposed: bool) 
             where=f"{down.file}, {down.name}",
             why=f"{b.shape[0]} x {a.shape[1]} for {list(base.shape)}",
         )
-    form = FORMATS[base.dtype]
+    form, stored = FORMATS[dtype or base.dtype], FORMATS[base.dtype]
 
     def read(start: int, stop: int) -> NDArray[Any]:
         first, last = start // columns, -(-stop // columns)
         delta = (b[first:last] @ a).reshape(-1)[start - first * columns : stop - first * columns]
-        return form.encode(form.values(base.read(start, stop)).astype(np.float32) + delta)
+        return form.encode(stored.values(base.read(start, stop)).astype(np.float32) + delta)
 
-    return Entry(base.name, base.dtype, base.shape, down.file, down.offset, read)
+    return Entry(base.name, form.name, base.shape, down.file, down.offset, read)

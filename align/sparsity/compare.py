@@ -23,6 +23,7 @@ from align.sparsity.formats import FORMATS, Codes
 from align.sparsity.measure import CHUNK, ULP_BINS, Kernels, Measures, Pass, Scratch, kernels, new_scratch
 from align.sparsity.nulls import expected_identical
 from align.sparsity.pairs import Pairing, TensorPair, load_pair
+from align.sparsity.sources import Source
 
 LEVELS = ("full", "bits")
 POWERS = tuple(range(-30, 3))
@@ -69,10 +70,11 @@ class Comparison:
 
 
 def compare(
-    base: str | Path,
-    tuned: str | Path,
+    base: str | Path | Source,
+    tuned: str | Path | Source,
     *,
     level: str = "full",
+    form: str = "",
     threads: int | None = None,
     kernel: str = "auto",
     sinks: Sequence[Sink] = (),
@@ -80,8 +82,10 @@ def compare(
     """Compare two checkpoints.
 
     Args:
-        base, tuned: files or folders, see `align.sparsity.sources.open_source`; an adapter as `tuned` is merged.
+        base, tuned: files or folders, see `align.sparsity.sources.open_source`, or what was opened; an adapter as
+            `tuned` is merged.
         level: "full", or "bits" for the bit-identical share alone, at the speed of memory.
+        form: compare in this format, such as "BF16"; in the coarser of a tensor's two when empty.
         threads: tensors compared at once; every core but at most eight by default, one where there are sinks.
         kernel: "numba", "numpy", or "auto".
 
@@ -90,8 +94,10 @@ def compare(
     """  # fmt: skip
     if level not in LEVELS:
         raise ConfigError(f"There is no level {level!r}", do=f"Choose one of {', '.join(LEVELS)}")
+    if form and form not in FORMATS:
+        raise ConfigError(f"There is no format {form!r}", do=f"Choose one of {', '.join(FORMATS)}")
     began = time.perf_counter()
-    pairing, use = load_pair(base, tuned), kernels(kernel)
+    pairing, use = load_pair(base, tuned, form=form), kernels(kernel)
     many = 1 if sinks else max(1, threads or min(os.cpu_count() or 1, 8))
     peak, scratches = [anonymous_mb()], [new_scratch() for _ in range(many)]
 
@@ -275,7 +281,7 @@ def describe(found: Comparison) -> dict[str, Any]:
     keys = ("missing", "extra", "renamed", "tied", "untied", "retyped", "resized", "reshaped", "left_out")
     result |= {
         "coverage": pairing.coverage, "keys": {key: getattr(pairing, key) for key in keys},
-        "layout": {"base": pairing.base.layout, "tuned": pairing.tuned.layout},
+        "compared_in": pairing.form, "layout": {"base": pairing.base.layout, "tuned": pairing.tuned.layout},
         "seconds": found.seconds, "bytes_read": found.bytes_read, "peak_anonymous_mb": _finite(found.peak_anonymous_mb),
         "kernels": found.kernels, "threads": found.threads,
         "per_tensor": [_row(pair, m, found.level) for pair, m in found.tensors],
@@ -325,7 +331,9 @@ def notes(result: dict[str, Any]) -> list[str]:
         found.append(f"{len(keys['resized'])} tensors were resized; only the rows that both have were compared.")
     if keys["untied"]:
         found.append(f"Tied on one side only: {', '.join(keys['untied'][:3])}.")
-    if keys["retyped"]:
+    if result["compared_in"]:
+        found.append(f"Both sides were brought to {result['compared_in']} first, as a copy stored in it would be.")
+    elif keys["retyped"]:
         found.append(
             f"{len(keys['retyped'])} tensors are stored in two formats; they were compared rounded to the coarser one. "
             "Rounding alone makes entries equal; per_tensor has the share that agrees exactly."

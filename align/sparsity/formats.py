@@ -65,6 +65,16 @@ class Format:
         nan = (whole & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
         return np.where(nan, (whole >> np.uint32(16)) | np.uint32(0x40), rounded).astype(np.uint16)
 
+    def of(self, dtype: str, codes: Codes) -> Codes:
+        """Return codes of the format called `dtype` in this one, rounded where it is coarser."""
+        if dtype == self.name:
+            return codes
+        if (dtype, self.name) == ("BF16", "F32"):
+            return codes.astype(np.uint32) << np.uint32(16)
+        values = codes.view(np.float32) if dtype == "F32" else FORMATS[dtype].values(codes).astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self.encode(values)
+
     def magnitude(self, codes: Codes) -> Codes:
         """Return the codes without their signs."""
         return codes & self.code.type((1 << (self.bits - 1)) - 1)

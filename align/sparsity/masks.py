@@ -1,8 +1,8 @@
 """Which weights moved, as bits on the disk; how two runs' masks overlap, and how much they would by chance.
 
 Of every tensor a mask file holds `NAME` (bits, lowest first, of entries whose code changed), `NAME::up` (of those
-that grew), `NAME::exponents` (entries of W0 by biased exponent, and those of them that changed), and
-`NAME::sha256` of W0. The two histograms are all that the null by magnitude needs.
+that grew), `NAME::exponents` (entries of W0 by biased exponent, and those of them that changed), `NAME::format` they
+were compared in, and `NAME::sha256` of W0 in it. The two histograms are all that the null by magnitude needs.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from align.errors import DataError
+from align.errors import ConfigError, DataError
+from align.seeding import seed as derive_seed
 from align.sparsity.compare import Comparison, compare
 from align.sparsity.container import SafetensorsWriter, read_container, whole
-from align.sparsity.formats import Codes
-from align.sparsity.measure import CHUNK, Measures
+from align.sparsity.formats import FORMATS, Codes, Format
+from align.sparsity.measure import CHUNK, Counts, Measures
 from align.sparsity.nulls import overlap_null
 from align.sparsity.pairs import TensorPair, load_pair
-from align.sparsity.sources import Source
+from align.sparsity.sources import Source, open_source
 
 NULLS = ("uniform", "per_tensor", "by_magnitude")
+MATCHES = ("tensor", "magnitude")
 Bits = NDArray[np.uint8]
 
 
@@ -59,13 +61,74 @@ class MaskSink:
         name = self._pair.name
         self._writer.add(f"{name}::up", np.concatenate([np.empty(0, np.uint8), *self._up]))
         self._writer.add(f"{name}::exponents", np.stack([found.exponents, found.exponents_changed]))
+        self._writer.add_bytes(f"{name}::format", self._pair.format.name.encode())
         self._writer.add(f"{name}::sha256", np.frombuffer(self._sha.digest(), np.uint8))
 
 
-def write_mask(base: str | Path, tuned: str | Path, path: str | Path) -> Comparison:
-    """Compare two checkpoints and write which entries changed to `path`."""
+def write_mask(base: str | Path, tuned: str | Path, path: str | Path, *, form: str = "") -> Comparison:
+    """Compare two checkpoints, in `form` where one is given, and write which entries changed to `path`."""
     with SafetensorsWriter(path, {"align": "mask", "base": str(base), "tuned": str(tuned)}) as writer:
-        return compare(base, tuned, sinks=[MaskSink(writer)])
+        return compare(base, tuned, form=form, sinks=[MaskSink(writer)])
+
+
+def write_control(mask: str | Path, base: str | Path, path: str | Path, *, match: str, seed: int) -> dict[str, Any]:
+    """Write a random mask that has as many entries of every tensor as `mask` has, and return counts.
+
+    Args:
+        mask: the mask to be compared with.
+        base: the model that it was made from.
+        match: "tensor" draws among all entries of a tensor, "magnitude" among those of each exponent of W0, so that the
+            control names as many small weights and as many large ones.
+        seed: of the draw, with the name of each tensor.
+
+    Raises:
+        ConfigError: another `match`.
+        DataError: a mask of another base.
+    """
+    if match not in MATCHES:
+        raise ConfigError(f"There is no match {match!r}", do=f"Choose one of {', '.join(MATCHES)}")
+    given, source = read_mask(mask), open_source(base)
+    entries = {name: source.entries.get(name) for name in given.names}
+    if all("/" in name for name in source.entries):  # a pipeline: the mask is of one of its components
+        entries = {n: next((e for k, e in source.entries.items() if k.partition("/")[2] == n), None) for n in entries}
+    about = {"align": "mask", "base": str(base), "control_of": str(mask), "match": match, "seed": str(seed)}
+    changed = common = 0
+    with SafetensorsWriter(path, about) as writer:
+        for name, entry in entries.items():
+            form, (total, many) = given.format(name), given.exponents(name)
+            if entry is None or entry.count != int(total.sum()):
+                raise DataError("A mask is of another model", where=str(mask), why=f"{base} has no such {name}")
+            codes = form.of(entry.dtype, entry.read(0, entry.count))
+            if hashlib.sha256(np.ascontiguousarray(codes).tobytes()).digest() != given.base_sha256(name):
+                raise DataError("A mask is of another base", where=str(mask), why=f"{name} differs in {base}")
+            if not np.array_equal(np.bincount(form.exponent(codes), minlength=form.exponents), total):
+                raise DataError("A mask does not fit its own counts", where=f"{mask}, {name}")
+            drawn = _draw(form.exponent(codes), many, match, np.random.default_rng(derive_seed(seed, name, "control")))
+            bits = np.packbits(drawn, bitorder="little")
+            writer.add(name, bits)
+            writer.add(f"{name}::up", np.zeros_like(bits))
+            found = np.bincount(form.exponent(codes[drawn]), minlength=form.exponents)
+            writer.add(f"{name}::exponents", np.stack([total, found.astype(np.int64)]))
+            writer.add_bytes(f"{name}::format", form.name.encode())
+            writer.add(f"{name}::sha256", np.frombuffer(given.base_sha256(name), np.uint8))
+            changed += int(many.sum())
+            common += count_overlap(bits, whole(given.source.entries[name]))
+            entry.release()
+    parameters = sum(int(given.exponents(name)[0].sum()) for name in given.names)
+    return {"parameters": parameters, "chosen": changed, "density": changed / max(parameters, 1), "common": common}
+
+
+def _draw(exponents: NDArray[np.int64], many: Counts, match: str, random: np.random.Generator) -> NDArray[np.bool_]:
+    drawn = np.zeros(len(exponents), bool)
+    if match == "tensor":
+        drawn[random.choice(len(exponents), int(many.sum()), replace=False)] = True
+        return drawn
+    order = np.argsort(exponents, kind="stable")
+    ends = np.cumsum(np.bincount(exponents, minlength=len(many)))
+    for exponent in np.flatnonzero(many):
+        group = order[ends[exponent - 1] if exponent else 0 : ends[exponent]]
+        drawn[group[random.choice(len(group), int(many[exponent]), replace=False)]] = True
+    return drawn
 
 
 @dataclass
@@ -84,6 +147,22 @@ class Mask:
         """Return entries of W0, and those that changed, by biased exponent."""
         entry = self.source.entries[f"{name}::exponents"]
         return whole(entry).view(np.int64).reshape(entry.shape)
+
+    def format(self, name: str) -> Format:
+        """Return the format that it was compared in."""
+        entry = self.source.entries.get(f"{name}::format")
+        found = "" if entry is None else whole(entry).tobytes().decode("ascii", "replace")
+        if found not in FORMATS or self.exponents(name).shape != (2, FORMATS[found].exponents):
+            raise DataError(
+                "A mask does not say what it was compared in", where=f"{self.path}, {name}",
+                do="Write it again with `align sparsity compare --mask`",
+            )  # fmt: skip
+        return FORMATS[found]
+
+    def chosen(self, name: str) -> NDArray[np.int64]:
+        """Return the places of the entries that it names, in the flattened tensor."""
+        count = int(self.exponents(name)[0].sum())
+        return np.flatnonzero(np.unpackbits(whole(self.source.entries[name]), count=count, bitorder="little"))
 
     def base_sha256(self, name: str) -> bytes:
         """Return the hash of the codes of W0."""

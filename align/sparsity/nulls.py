@@ -104,6 +104,24 @@ def visible_after_sign_step(rate: float, histogram: NDArray[np.int64], spacing: 
     return float(np.sum(histogram * seen) / max(int(histogram.sum()), 1))
 
 
+def visible_after_steps(
+    path: float, spread: float, histogram: NDArray[np.int64], spacing: Array, *, aligned: bool
+) -> tuple[float, float]:
+    """Return the share of entries that AdamW's steps change, where they cancel and where they agree.
+
+    A step moves a weight by about its learning rate. Steps of random signs add up to N(0, spread^2), steps of one sign
+    to +-path; an entry that is pushed about evenly often both ways shows the first, one with a steady gradient the
+    second.
+
+    Args:
+        path: the sum of the learning rates of all steps.
+        spread: the root of the sum of their squares.
+    """
+    many = max(int(histogram.sum()), 1)
+    cancelling = float(np.sum(histogram * visible_share(spread, spacing, aligned=aligned)) / many)
+    return cancelling, visible_after_sign_step(path, histogram, spacing, aligned=aligned)
+
+
 def overlap_null(
     strata: Iterable[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]],
 ) -> tuple[float, float]:

@@ -53,11 +53,7 @@ class TensorPair:
         return base, tuned
 
     def _codes(self, side: Entry, start: int, stop: int) -> NDArray[Any]:
-        codes = side.read(start, stop)
-        if side.dtype == self.format.name:
-            return codes
-        with np.errstate(over="ignore", invalid="ignore"):
-            return self.format.encode(FORMATS[side.dtype].values(codes).astype(np.float32))
+        return self.format.of(side.dtype, side.read(start, stop))
 
     def release(self) -> None:
         """Let the pages of both sides go."""
@@ -78,6 +74,7 @@ class Pairing:
         resized: names of which only common rows are compared, with both shapes.
         reshaped: names whose shapes differ otherwise; not compared.
         left_out: buffers and integer tensors, with whether their bytes agree.
+        form: the format that every tensor is compared in, where one was asked for.
     """
 
     base: Source
@@ -92,6 +89,7 @@ class Pairing:
     resized: dict[str, list[list[int]]] = field(default_factory=dict)
     reshaped: dict[str, list[list[int]]] = field(default_factory=dict)
     left_out: dict[str, bool] = field(default_factory=dict)
+    form: str = ""
 
     @property
     def coverage(self) -> float:
@@ -107,22 +105,25 @@ class Pairing:
         yield from sorted(self.pairs, key=lambda pair: (pair.base.file, pair.base.offset, pair.name))
 
 
-def load_pair(base: str | Path, tuned: str | Path) -> Pairing:
+def load_pair(base: str | Path | Source, tuned: str | Path | Source, *, form: str = "") -> Pairing:
     """Open two checkpoints and match their tensors by name, then by name without wrappers' prefixes.
 
     An adapter is compared merged into the other side.
 
+    Args:
+        form: a name in `FORMATS` that both sides are brought to; the coarser of a tensor's two when empty.
+
     Raises:
         ModelError: a side that cannot be read, quantised weights, or models of which less than half is common.
     """
-    first, second = open_source(base), open_source(tuned)
+    first, second = (side if isinstance(side, Source) else open_source(side) for side in (base, tuned))
     if first.adapter:
         raise ModelError(
-            "The base is an adapter", where=str(base), do="Give the model that both were trained from as BASE"
+            "The base is an adapter", where=first.path, do="Give the model that both were trained from as BASE"
         )
     if second.adapter:
-        second = merged(first, second)
-    found = Pairing(first, second)
+        second = merged(first, second, form)
+    found = Pairing(first, second, form=form)
     left, right = dict(first.entries), dict(second.entries)
     _strip_component(left, right)
     names = {name: name for name in left if name in right}
@@ -190,7 +191,7 @@ def _match(found: Pairing, name: str, base: Entry, tuned: Entry) -> None:
     form = (
         "F32" if kinds == {"BF16", "F16"} else min(kinds, key=lambda kind: (FORMATS[kind].bits, FORMATS[kind].mantissa))
     )
-    found.pairs.append(TensorPair(name, FORMATS[form], shape, count, base, replace(tuned)))
+    found.pairs.append(TensorPair(name, FORMATS[found.form or form], shape, count, base, replace(tuned)))
 
 
 def _same_bytes(base: Entry, tuned: Entry) -> bool:

@@ -166,7 +166,12 @@ def _pipeline(path: Path) -> Source:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Return the files of weights of a folder: one, or the shards that an index names or that number themselves."""
+    """Return the files of weights of a folder: one, or the shards that an index names or that number themselves.
+
+    Of a checkpoint of ours it is the running average where there is one, as that is what is delivered.
+    """
+    if (folder / "manifest.json").is_file() and (folder / "average.safetensors").is_file():
+        return [folder / "average.safetensors"]
     for stem in STEMS:
         for ending in (".safetensors", ".bin"):
             index = folder / f"{stem}{ending}.index.json"

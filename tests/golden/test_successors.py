@@ -10,7 +10,17 @@ import torch
 from align.diffusion.kernels import second_order, step_table, transition
 from align.diffusion.schedules import compressed, flow_schedule, shifted_sigmas, window_at
 from align.errors import ConfigError, KernelError
-from trainers.forward_objectives import awm, dgpo, dgpo_group_weight, nft, old_policy_decay, optimality, x0_estimate
+from trainers.forward_objectives import (
+    awm,
+    dgpo,
+    dgpo_group_weight,
+    matching_error,
+    nft,
+    old_policy_decay,
+    optimality,
+    supervised,
+    x0_estimate,
+)
 from trainers.objectives import LOSSES, Steps, flow_dppo, grpo_guard, grpo_guard_delta
 
 
@@ -254,3 +264,23 @@ def test_dgpo_weighs_a_group_against_the_reference():
     assert terms.loss.tolist() == pytest.approx([0.05, -0.075])
     terms.loss.sum().backward()
     assert error.grad.tolist() == [0.25, -0.25]
+
+
+# Supervised
+
+
+def test_supervised_by_hand():
+    output = torch.tensor([[1.0, 2.0], [0.0, 0.0]], requires_grad=True)
+    target = torch.tensor([[0.0, 0.0], [3.0, 1.0]])
+    terms = supervised(matching_error(output, target))
+    assert terms.loss.tolist() == [2.5, 5.0]  # (1 + 4) / 2 and (9 + 1) / 2
+    assert terms.stats["matching_error"].tolist() == [2.5, 5.0] and not terms.stats["matching_error"].requires_grad
+    terms.loss.mean().backward()
+    assert output.grad.tolist() == [[0.5, 1.0], [-1.5, -0.5]]  # 2 (output - target) / 2 entries / 2 rows
+
+
+def test_supervised_is_least_at_the_mean_velocity():
+    """Of x0 = 0 or 2 alike and noise 1, at x_t: the least mean loss is that of the mean of noise - x0."""
+    targets = torch.tensor([[1.0], [-1.0]])
+    losses = [float(supervised(matching_error(torch.full((2, 1), v), targets)).loss.mean()) for v in (-0.5, 0.0, 0.5)]
+    assert losses == [1.25, 1.0, 1.25]

@@ -361,6 +361,9 @@ def test_a_sequence_classifier_is_trained_resumed_and_read_back(tmp_path, monkey
         fit.fit_reward(own, tmp_path / "killed")
     monkeypatch.setattr(Run, "commit", commit)
     fit.fit_reward(own, tmp_path / "killed")
+    moved = json.loads((tmp_path / "whole" / "sparsity.json").read_text())
+    assert moved["status"] == "measured" and 0 <= moved["views"][0]["bit_identical"] < 1
+    assert moved["trained"] == {"lora": "adapters", "full": "weights"}[train]
     one, two = ((tmp_path / run / "reward/classifier/model.safetensors").read_bytes() for run in ("whole", "killed"))
     assert one == two
 

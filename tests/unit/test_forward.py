@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import tiny
 from align import checkpoint
@@ -208,3 +210,52 @@ def test_bad_input(folders, tmp_path, case):
     trainer, *overrides = case
     with pytest.raises(ConfigError, match=BAD[case]):
         run(folders["sd3"], tmp_path / "run", *overrides, trainer=trainer)
+
+
+# Given images
+
+
+@pytest.fixture
+def liked(tmp_path, monkeypatch):
+    """Two red images of every prompt are liked, a blue one is not."""
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
+    draw, rows = np.random.default_rng(0), []
+    for p, prompt in enumerate(PROMPTS):
+        for i, (colour, label) in enumerate((((200, 20, 20), True), ((180, 40, 30), True), ((20, 20, 200), False))):
+            pixels = (draw.integers(0, 50, (16, 16, 3)) + np.array(colour)).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"{p}_{i}.png")
+            rows.append({"prompt": prompt, "image": f"{p}_{i}.png", "label": label})
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_given_images_are_dealt_like_samples_and_learnt(folders, tmp_path, liked):
+    told = ("objective.loss=supervised", f"objective.images={liked}", "objective.kl_weight=0", "steps=16")
+    trainer = run(folders["sd3"], tmp_path / "run", *told, "group_size=4", "objective.levels=fine")
+    trainer.prepare()
+    prompts = trainer.prompts.at(1, 2, 0)
+    scored = []
+    rollout = trainer.rollout(prompts, 1, 8, scored.append)
+    again = trainer.rollout(prompts, 1, 8, None)
+    assert len(rollout) == 8 and rollout.rows == range(8) and rollout.x.shape == (8, 1, *trainer.policy.latent_shape)
+    assert torch.equal(rollout.x, again.x) and rollout.prompts[:4] == (prompts.prompts[0],) * 4
+    red = scored[0].images
+    assert (red[:, 0] > red[:, 2]).all()  # the disliked ones are blue
+    assert len({float(x.sum()) for x in rollout.x[:4, 0]}) == 2  # two images, each twice
+    assert torch.allclose(rollout.x[:, 0], trainer.policy.to_latents(red), atol=1e-5)
+    assert trainer.train().status == "complete"
+    rows = metrics(tmp_path / "run")
+    errors = [row["matching_error"] for row in rows]
+    assert sum(errors[-4:]) < 0.9 * sum(errors[:4])
+    assert all(row["feq_per_sample"] == 4 * 2 and row["loss"] == row["matching_error"] for row in rows)  # no rollout
+
+
+def test_a_prompt_without_a_liked_image_is_refused_before_anything_is_written(folders, tmp_path, liked):
+    rows = [json.loads(line) for line in liked.read_text().splitlines()]
+    liked.write_text("".join(json.dumps(row | {"label": False}) + "\n" for row in rows))
+    with pytest.raises(ConfigError, match="no image to learn from"):
+        run(folders["sd3"], tmp_path / "run", "objective.loss=supervised", f"objective.images={liked}")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match="no other loss reads it"):
+        run(folders["sd3"], tmp_path / "run", f"objective.images={liked}")
