@@ -141,7 +141,7 @@ def check_config(config: Any, *, reward_names: Collection[str] | None = None, fi
         from align.offline_checks import check_offline_config
 
         return check_offline_config(config, reward_names=reward_names, files=files)
-    if config.trainer == "fit":
+    if config.trainer in ("fit", "peering"):
         return _fit(config, files=files)
     own = _forward(config) if config.trainer == "forward" else _reverse(config)
     found = [*own, *_sampling(config), *_training(config), *_rewards(config), *_evaluation(config)]
@@ -155,19 +155,20 @@ def check_config(config: Any, *, reward_names: Collection[str] | None = None, fi
 
 
 def _fit(config: Any, *, files: bool) -> list[Finding]:
-    """Findings on a reward to be fitted."""
+    """Findings on a reward to be fitted, or two of them."""
     from align.fit_config import require_fit
+    from align.peering_config import SIMULATED, require_peering
 
     found = []
     try:
-        require_fit(config)
+        require_fit(config) if config.trainer == "fit" else require_peering(config)
     except ConfigError as error:
         message = f"{error.what}: {error.why}" if error.why else error.what
         found.append(Finding("error", "fit", message, error.do, error.where))
     found += [
         Finding("error", "data", f"There is no such feedback: {path}", "Check data.paths", "data.paths")
         for path in (config.data.paths if files else ())
-        if not Path(path).is_file()
+        if not Path(path).is_file() and not (config.trainer == "peering" and path == SIMULATED)
     ]
     return found
 
@@ -535,7 +536,7 @@ def describe_config(config: Any, findings: list[Finding]) -> dict[str, Any]:
         from align.offline_checks import describe_offline_config
 
         return describe_offline_config(config, findings)
-    if config.trainer == "fit":
+    if config.trainer in ("fit", "peering"):
         return {
             "kind": "config", "name": config.name, "trainer": config.trainer, "steps": config.steps,
             "findings": [asdict(finding) for finding in findings],

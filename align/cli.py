@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from align.commands import fit, models, sparsity
+from align.commands import fit, models, peering, selection, sparsity
 from align.errors import AlignError, ConfigError, DataError
 from align.output import add_dry_run as _add_dry_run
 from align.output import add_json as _add_json
@@ -146,8 +146,9 @@ def _train(options: argparse.Namespace) -> int:
 
     seed = [] if options.seed is None else [f"seed={options.seed}"]
     config = load_config(options.config, [*options.overrides, *seed])
-    if config.trainer == "fit":
-        raise ConfigError("This config fits a reward", where=options.config, do=f"Run `align fit {options.config}`")
+    if config.trainer in ("fit", "peering"):
+        what, verb = "fits a reward" if config.trainer == "fit" else "compares protocols", config.trainer
+        raise ConfigError(f"This config {what}", where=options.config, do=f"Run `align {verb} {options.config}`")
     findings = require_valid(config)
     out = options.out or Path("runs") / config.name
     if options.dry_run:
@@ -223,6 +224,8 @@ def _resume(options: argparse.Namespace) -> int:
         return _give(options, plan, f"would resume {options.run_folder} up to step {config.steps}")
     if config.trainer == "fit":
         return fit.fit_into(options, config, options.run_folder)
+    if config.trainer == "peering":
+        return peering.peer_into(options, config, options.run_folder)
     if options.launch:
         return _launch(options, ["resume", str(options.run_folder)], options.run_folder, config)
     from trainers import trainer_for
@@ -347,10 +350,13 @@ def _refuse_other_forms(source: Path) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
-    _run_config(options.run_folder)
+    config = _run_config(options.run_folder)
     if options.dry_run:
         return _dry(options, "report", {"run": str(options.run_folder)})
-    from align.reports.training import write_report
+    if config.trainer == "peering":
+        from align.reports.peering import write_page as write_report
+    else:
+        from align.reports.training import write_report
 
     path = write_report(options.run_folder)
     return _give(options, {"report": str(path)}, str(path))
@@ -560,8 +566,9 @@ def _prompts_text(found: dict[str, Any]) -> str:
 
 
 def _config_text(found: dict[str, Any]) -> str:
-    if found["trainer"] == "fit":
-        rows = [("run", f"{found['name']}: a reward fitted in {found['steps']} steps")]
+    if found["trainer"] in ("fit", "peering"):
+        what = "a reward" if found["trainer"] == "fit" else "a reward of ratings and one of rankings, each"
+        rows = [("run", f"{found['name']}: {what} fitted in {found['steps']} steps")]
     else:
         rows = _language_rows(found) if "ledger" not in found else _visual_rows(found)
     for finding in found["findings"]:
@@ -831,12 +838,26 @@ _VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int], Callable[[_Arg
         ("align fit my_fit.yaml", "align fit fit/thumbs data.paths.0=thumbs.jsonl --out runs/thumbs",
          "align fit my_fit.yaml model.head=mlp --dry-run"),
     ),
+    "peering": (
+        "fit a reward to ratings and one to rankings, select with both, judge both under both", peering.peering,
+        peering.peering_arguments,
+        ("align peering peering/simulated", "align peering my_peering.yaml --dry-run",
+         "align peering peering/simulated world.density_in_rankings=0.8 --out runs/agree"),
+    ),
     "score": (
         "score images or texts of files with rewards; resumes by itself", _score, _score_arguments,
         ("align score --reward hpsv2.1 --prompts prompts.txt --images made --out scores.parquet",
          "align score --reward aesthetic --reward jpeg --images made",
          "align score --config rewards.yaml --prompts completions.jsonl --out scores.csv",
          "align score --reward digits/legibility --prompts samples/samples.jsonl --dry-run"),
+    ),
+    "select": (
+        "keep the best of several candidates by a reward; mine pairs and thumbs from them", selection.select,
+        selection.select_arguments,
+        ("align select candidates.jsonl --config rewards.yaml --pairs best-worst",
+         "align select runs/kto --prompts prompts.txt --count 16 --reward my_module:reward --out best",
+         "align select scores.parquet --by hpsv2.1 --judge aesthetic --share 0.25",
+         "align select samples --reward digits/legibility --up-from 0.8 --down-to 0.4 --dry-run"),
     ),
     "check": (
         "say what a config or a prompt file will do, and what is wrong with it", _check, _check_arguments,

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, Strict, ValidationError
 
@@ -389,9 +389,11 @@ def config_types() -> dict[str, type[RunConfig]]:
     from align.forward_config import ForwardConfig
     from align.language_config import BCOConfig, DPOConfig, KTOConfig, SFTConfig
     from align.offline_config import OfflineConfig
+    from align.peering_config import PeeringConfig
 
     kinds = (
         DanceGRPOConfig, ForwardConfig, OfflineConfig, KTOConfig, BCOConfig, DPOConfig, SFTConfig, FitConfig,
+        PeeringConfig,
     )  # fmt: skip
     return {str(kind.model_fields["trainer"].default): kind for kind in kinds}
 
@@ -442,11 +444,30 @@ def load_rewards(source: str | Path | Mapping[str, Any]) -> tuple[RewardConfig, 
     Raises:
         ConfigError: no such file or recipe, not YAML, no `rewards`, or an item that is not right.
     """
+    return _rewards_of(source, _RewardsConfig).rewards
+
+
+class PanelConfig(_RewardsConfig):
+    """What a configuration says of rewards, whatever else it says."""
+
+    heldout_rewards: tuple[RewardConfig, ...] = Field(default=(), description="The judges.")
+    combine: CombineConfig = Field(default=CombineConfig(), description="How the rewards become one.")
+
+
+def load_panel(source: str | Path | Mapping[str, Any]) -> PanelConfig:
+    """Return `rewards`, `heldout_rewards` and `combine` of a YAML file, a recipe or a mapping; see `load_rewards`."""
+    return _rewards_of(source, PanelConfig)
+
+
+_R = TypeVar("_R", bound=_RewardsConfig)
+
+
+def _rewards_of(source: str | Path | Mapping[str, Any], kind: type[_R]) -> _R:
     value, origins, where = _load(source, ())
     try:
-        return _RewardsConfig.model_validate(value).rewards
+        return kind.model_validate(value)
     except ValidationError as error:
-        raise _explain(error, origins, where, _RewardsConfig) from error
+        raise _explain(error, origins, where, kind) from error
 
 
 def _model(

@@ -25,6 +25,9 @@ class FitDataConfig(Section):
     key: str | None = Field(
         default=None, description="The signal to fit, such as love or quality; null is all of them."
     )
+    protocols: tuple[Literal["thumb", "rating", "comparison", "ranking"], ...] | None = Field(
+        default=None, min_length=1, description="What kinds of answers are fitted to; null is all of them."
+    )
     reaction: str = Field(
         default="", description="The reaction that counts as a thumb up, such as love; empty is none."
     )

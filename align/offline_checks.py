@@ -162,7 +162,7 @@ def describe_image_feedback(path: str | Path) -> dict[str, Any]:
 
 
 def is_image_feedback_file(path: str | Path) -> bool:
-    """Return whether a table's first row has an image and a label, and no completion that would be text about it."""
+    """Return whether a table's first row has an image and a label, or a pair of image files, and no text about them."""
     from align.prompts import FORMATS, read_rows
 
     path = Path(path)
@@ -171,4 +171,10 @@ def is_image_feedback_file(path: str | Path) -> bool:
     _, first = next(iter(read_rows(path)), ("", {}))
     if not isinstance(first, dict) or first.get("completion") is not None:
         return False
+    pair = [first.get(name) for name in ("chosen", "rejected")]
+    if all(isinstance(value, str) and Path(value).suffix.lower() in _IMAGES for value in pair):
+        return all((path.parent / str(value)).is_file() for value in pair)
     return first.get("image") is not None and "label" in first
+
+
+_IMAGES = (".png", ".jpg", ".jpeg", ".webp")

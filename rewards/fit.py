@@ -493,7 +493,7 @@ def fit_reward(config: FitConfig, out: str | Path | None = None, *, overwrite: b
             _write_artefact(directory / "reward", config, latent, card)
         card["sparsity"] = _receipt(directory, config, run.log.read_metrics())
         run.finish("complete")
-    return FitResult(directory, "complete", _plain(card))
+    return FitResult(directory, "complete", plain(card))
 
 
 def _receipt(directory: Path, config: FitConfig, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -741,14 +741,14 @@ def _write_artefact(folder: Path, config: FitConfig, latent: Latent, card: dict[
     }  # fmt: skip
     if config.model.path is not None:
         document["model"]["path"] = os.path.abspath(Path(config.model.path).expanduser())
-    replace_text(folder / ARTEFACT, json.dumps(_plain(document), indent=1, allow_nan=False) + "\n")
+    replace_text(folder / ARTEFACT, json.dumps(plain(document), indent=1, allow_nan=False) + "\n")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return JSON-ready values; what is no number is null."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(part) for key, part in value.items()}
+        return {str(key): plain(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
+        return [plain(part) for part in value]
     value = value.item() if isinstance(value, np.generic) else value
     return None if isinstance(value, float) and not math.isfinite(value) else value

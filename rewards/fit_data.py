@@ -99,12 +99,15 @@ def load_data(paths: Sequence[str], config: FitDataConfig) -> FitData:
         data.folders |= dict.fromkeys(found, folder)
         events += said
     data.rows += _observed(events, data, config)
+    if config.protocols is not None:
+        silent = ("silence",) if "thumb" in config.protocols else ()
+        data.rows = [row for row in data.rows if row.kind in (*config.protocols, *silent)]
     if not data.rows:
         kinds = Counter(event.kind for event in events)
         raise DataError(
             "There is nothing to fit a reward to", where=", ".join(paths),
             why=", ".join(f"{n} {kind}" for kind, n in kinds.items()) or "no events",
-            do="Check data.key, data.reaction and data.silence",
+            do="Check data.key, data.protocols, data.reaction and data.silence",
         )  # fmt: skip
     _require_one_scale(data.rows)
     return data

@@ -78,7 +78,7 @@ def score_files(
         progress: show a bar with rate and remaining time on stderr.
 
     Returns:
-        counts, seconds, the identity of each reward, and mean, std, min and max of each component.
+        see `score_sources`.
 
     Raises:
         ConfigError, DataError: see `plan_scores`.
@@ -88,7 +88,23 @@ def score_files(
         rewards, out, prompts=prompts, images=images, image_column=image_column,
         completion_column=completion_column, overwrite=overwrite,
     )  # fmt: skip
-    out, began = Path(out), time.perf_counter()
+    return score_sources(rewards, sources, out, batch_size=batch_size, overwrite=overwrite, progress=progress)
+
+
+def score_sources(
+    rewards: Sequence[Reward | Named], sources: Sequence[Source], out: str | Path, *, batch_size: int = 32,
+    overwrite: bool = False, progress: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Score samples into a table as `score_files` does, with the samples at hand; a row each, in their order.
+
+    Returns:
+        counts, seconds, the identity of each reward, and mean, std, min and max of each component.
+
+    Raises:
+        ConfigError: two rewards of one component name.
+        RewardError: no sample could be scored; the table with the reasons is written all the same.
+    """
+    out, began = require_format(out), time.perf_counter()
     built = [_built(reward) for reward in rewards]
     names = _names(built)
     identities = [reward.identity() for reward in built]

@@ -16,6 +16,7 @@ from pydantic_core import PydanticUndefined
 
 from align.config import DanceGRPOConfig, RewardConfig, config_types
 from align.fit_config import FitConfig
+from align.peering_config import PeeringConfig
 from align.reports.glossary import GLOSSARY, LANGUAGE, LANGUAGE_TRAINERS, explain, writers
 from align.textfiles import dump_value
 from rewards.catalogue import BUILT_IN
@@ -41,7 +42,8 @@ def configuration(model: type[BaseModel], prefix: str = "", section: BaseModel |
 def language_configuration() -> list[str]:
     """Return one table row a key of the language-model trainers, with the trainers that have it."""
     found: dict[str, list[str]] = {}
-    kinds = {name: kind for name, kind in config_types().items() if kind not in (DanceGRPOConfig, FitConfig)}
+    apart = (DanceGRPOConfig, FitConfig, PeeringConfig)
+    kinds = {name: kind for name, kind in config_types().items() if kind not in apart}
     for name, kind in kinds.items():
         for row in configuration(kind):
             found.setdefault(row, []).append(name)
@@ -86,6 +88,7 @@ def tables() -> list[tuple[str, str, list[str]]]:
         ("cli.md", "| trainers | key | default | meaning |\n|---|---|---|---|\n", language_configuration()),
         ("llm_metrics.md", "| metric | trainers | what it is |\n|---|---|---|\n", language_metrics()),
         ("fit.md", "| key | default | meaning |\n|---|---|---|\n", configuration(FitConfig)),
+        ("selection.md", "| key | default | meaning |\n|---|---|---|\n", configuration(PeeringConfig)),
         ("training.md", "| metric | what it is |\n|---|---|\n", metrics()),
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 
 from align.config import RewardConfig, load_config
 from align.errors import ConfigError
+from align.feedback.events import content_id
 from align.groupstats import bootstrap_mean
 from align.language_config import LanguageConfig
 from align.launch import World
@@ -36,6 +38,7 @@ from trainers.language_source import (
     prompts_of,
 )
 from trainers.preference_data import Tokens
+from trainers.sources import Source
 
 Progress = Callable[[int, int], Any]
 """Told how many answers are done, and of how many."""
@@ -54,6 +57,7 @@ def sample_completions(
     max_new_tokens: int | None = None,
     batch: int = 16,
     out: str | Path = "completions.jsonl",
+    resume: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> list[dict[str, Any]]:
     """Have a language model answer prompts, write one JSON line an answer to `out`, and return them.
@@ -71,6 +75,8 @@ def sample_completions(
         top_p: see `Decoding`.
         batch: answers at once.
         out: the file.
+        resume: keep answers in `<out>.journal.jsonl` as they come, and go on with those that an earlier call of the
+            same model, prompts and draws left there.
         progress: told how far it has come.
     """
     found = find_language(source)
@@ -86,17 +92,55 @@ def sample_completions(
     turns: list[Any] = [(opened.policy, opened.step, contextlib.nullcontext(opened.models.plain))]
     if base and before is not None and opened.step != 0:
         turns.insert(0, (BEFORE, 0, before.model()))
-    rows: list[dict[str, Any]] = []
     total = len(turns) * len(asked) * count
-    for policy, step, held in turns:
+    journal = Path(f"{out}.journal.jsonl")
+    said_to = [(p.key, p.tokens.tolist()) for p in asked]
+    call = content_id(_state(found), said_to, vars(how), count, base)
+    rows = _kept(journal, call, count) if resume else []
+    at_once = max(1, ANSWERS_KEPT_AT_ONCE // count) if resume else len(asked)
+    for turn, (policy, step, held) in enumerate(turns):
+        first = len(rows) // count - turn * len(asked)
         with held as model:
-            said = answer(
-                model, asked, opened.tokenizer, how, count=count, batch=batch, half=opened.half,
-                progress=lambda n, done=len(rows): progress(done + n, total),
-            )  # fmt: skip
-        rows += [_row(opened, asked[i // count], a, how, policy, step, i % count) for i, a in enumerate(said)]
+            for start in range(first, len(asked), at_once):
+                part = asked[start : start + at_once]
+                said = answer(
+                    model, part, opened.tokenizer, how, count=count, batch=batch, half=opened.half,
+                    progress=lambda n, done=len(rows): progress(done + n, total),
+                )  # fmt: skip
+                new = [_row(opened, part[i // count], a, how, policy, step, i % count) for i, a in enumerate(said)]
+                if resume:
+                    _append_lines(journal, new)
+                rows += new
     write_lines(out, rows)
     return rows
+
+
+ANSWERS_KEPT_AT_ONCE = 256
+"""Answers between two writes of a journal."""
+
+
+def _state(found: Source) -> list[tuple[str, int, int]]:
+    """Return the files of a model as they are now, so that one that was trained on is known as another."""
+    folder = found.folder
+    files = sorted(folder.iterdir()) if folder is not None and folder.is_dir() else []
+    return [(found.name, 0, 0), *((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file())]
+
+
+def _kept(journal: Path, call: str, count: int) -> list[dict[str, Any]]:
+    """Return the answers of an earlier call, those of whole prompts, and leave the journal holding just them."""
+    rows = read_jsonl(journal)[0] if journal.is_file() else []
+    rows = rows[1:] if rows and rows[0].get("call") == call else []
+    rows = rows[: len(rows) // count * count]
+    write_lines(journal, [{"call": call}, *rows])
+    return rows
+
+
+def _append_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Append one JSON object a line; when this returns they are on the disk."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _row(

@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from align.errors import AlignError, ConfigError
@@ -245,11 +246,11 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else word(value)
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "source", metavar="SOURCE",
-        help="a run folder, a checkpoint folder, a model folder, a language recipe, digits, or tiny",
-    )  # fmt: skip
+_SOURCES = "a run folder, a checkpoint folder, a model folder, a language recipe, digits, or tiny"
+
+
+def _add_sampling(parser: argparse.ArgumentParser, sources: str = _SOURCES) -> None:
+    parser.add_argument("source", metavar="SOURCE", help=sources)
     parser.add_argument(
         "--prompts", metavar="FILE", help="a txt, JSONL, CSV or Parquet file (default: the run's held-out prompts)"
     )
@@ -347,3 +348,42 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_dry_run(parser)
     add_json(parser)
+
+
+def sample_candidates(options: argparse.Namespace, out: Path) -> Path:
+    """Sample the candidates of `align select` into its folder, and return where they are.
+
+    Answers go on where an earlier call stopped; images are made anew, unless the same call made them all.
+    """
+    prompts = options.prompts
+    if _is_language(options):
+        from trainers import sample_completions
+
+        call = {"count": options.count or 8, "seed": options.seed} | {name: getattr(options, name) for name in _DRAWN}
+        with _Bar() as bar:
+            sample_completions(
+                options.source, prompts, **_given(call), out=out / "candidates.jsonl", resume=True, progress=bar.show
+            )
+        return out / "candidates.jsonl"
+    from align.tracking import replace_text
+    from trainers import find_source, sample_images
+
+    with _naming_flags():
+        call = {"source": options.source, "prompts": prompts, "count": options.count or 8, **_sampling(options)}
+        made, said = out / "samples" / "made.json", json.dumps([call, str(find_source(options.source).checkpoint)])
+        if not made.is_file() or made.read_text(encoding="utf-8") != said or options.overwrite:
+            made.unlink(missing_ok=True)
+            sample_images(**call, out=out / "samples")
+            replace_text(made, said)
+    return out / "samples"
+
+
+def candidate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `align select` that say what is sampled."""
+    _add_sampling(
+        parser, "candidates (JSONL, CSV or Parquet, or a folder of `align sample`), a table of scores, or a model"
+    )
+    parser.add_argument(
+        "--count", type=positive, metavar="N", help="of a model: candidates of each prompt (default: 8)"
+    )
+    _add_text(parser)

@@ -1,0 +1,146 @@
+"""`align select`: the best of several candidates by a reward, and data mined from them."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from align.commands.models import candidate_arguments, sample_candidates
+from align.errors import ConfigError
+from align.output import add_dry_run, add_json, add_out, dry, give, number, positive, share, table
+
+PAIRS = ("best-worst", "best-random", "all")
+
+
+def select(options: argparse.Namespace) -> int:
+    """Select from candidates, sampling and scoring them first where that is needed."""
+    from align.config import PanelConfig, load_panel
+    from trainers.candidates import is_candidates, read_candidates
+    from trainers.selection import Mining, Rule, panel_of
+    from trainers.selection import select as run
+
+    config: PanelConfig | None = load_panel(options.config) if options.config else None
+    panel = panel_of(options.reward or (), options.judge or (), config)
+    best = options.best if options.best or options.share or options.threshold is not None else 1
+    rule = Rule(best, options.share, options.threshold, options.across_prompts)
+    mining = Mining(options.pairs, options.margin, options.up_from, options.down_to)
+    if options.down_to is not None and options.up_from is None:
+        raise ConfigError("Thumbs down need thumbs up", where="--down-to", do="Give --up-from too")
+    if options.margin and options.pairs is None:
+        raise ConfigError("A margin is of pairs", where="--margin", do="Give --pairs too")
+    if panel is not None and options.by:
+        raise ConfigError("Rewards are told how to combine", where="--by", do="Set weight and combine in --config")
+    out, ready = Path(options.out or "selection"), is_candidates(options.source)
+    if not ready and panel is None:
+        raise ConfigError("A model's candidates need a reward", where=options.source, do="Give --reward or --config")
+    if options.dry_run:
+        return dry(options, "select", _plan(options, panel, rule, out, ready))
+    source = Path(options.source) if ready else sample_candidates(options, out)
+    candidates = read_candidates(source)
+    found = run(
+        candidates, out, panel=panel, by=options.by, judges=() if panel else options.judge or (), rule=rule,
+        mining=mining, batch_size=options.batch_size, seed=options.seed or 0, overwrite=options.overwrite,
+        progress=True,
+    )  # fmt: skip
+    if len(found["policies"]) > 1:
+        sys.stderr.write(f"align: Warning: candidates of {', '.join(found['policies'])} are ranked together.\n")
+    from align.reports.selection import write_page
+
+    found["report"] = str(write_page(out))
+    return give(options, found, _text(found, out))
+
+
+def _plan(options: argparse.Namespace, panel: Any, rule: Any, out: Path, ready: bool) -> dict[str, Any]:
+    plan: dict[str, Any] = {"source": options.source}
+    if ready:
+        from trainers.candidates import read_candidates
+
+        found = read_candidates(options.source)
+        plan |= {"candidates": f"{len(found.rows)} {'images' if found.images else 'texts'}"}
+        plan |= {"prompts": max(found.groups()) + 1, "scores": list(found.scores) or None}
+    else:
+        plan |= {"prompts": options.prompts or "the run's held-out prompts", "count": options.count or 8}
+    if panel is not None:
+        plan |= {"rewards": [r.name for r in panel.rewards], "judges": [r.name for r in panel.heldout_rewards] or None}
+    kept = {name: value for name, value in vars(rule).items() if value}
+    return {**plan, **kept, "pairs": options.pairs, "up_from": options.up_from, "out": str(out)}
+
+
+def select_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `align select`."""
+    candidate_arguments(parser)
+    parser.add_argument("--reward", action="append", metavar="NAME", help="a reward to rank by; may be given again")
+    parser.add_argument(
+        "--config", metavar="FILE", help="a YAML file or recipe whose rewards, combine and heldout_rewards are used"
+    )
+    parser.add_argument(
+        "--judge", action="append", metavar="NAME",
+        help="a reward, or a score of the table, that only looks on; may be given again",
+    )  # fmt: skip
+    parser.add_argument("--by", metavar="NAME", help="of a table of scores: the one to rank by")
+    rule = parser.add_argument_group("what is kept (default: the best one of each prompt)")
+    rule.add_argument("--best", type=positive, metavar="N", help="the N best of each prompt")
+    rule.add_argument("--share", type=share, metavar="S", help="the best share of each prompt, one at least")
+    rule.add_argument("--threshold", type=_finite, metavar="T", help="scores from T up; of them the best, if asked for")
+    rule.add_argument(
+        "--across-prompts", action="store_true", help="with --share: of all candidates together, not of each prompt"
+    )
+    mined = parser.add_argument_group("what is mined besides")
+    mined.add_argument("--pairs", choices=PAIRS, metavar="HOW", help=f"rows for dpo: {', '.join(PAIRS)}")
+    mined.add_argument("--margin", type=number, default=0.0, metavar="M", help="of a pair: scores further apart than M")
+    mined.add_argument(
+        "--up-from", type=_finite, metavar="U", help="rows for kto and bco: thumbs up for scores from U up"
+    )
+    mined.add_argument(
+        "--down-to", type=_finite, metavar="D", help="thumbs down up to D, none between (default: all below U)"
+    )
+    parser.add_argument(
+        "--batch-size", type=positive, default=32, metavar="N", help="read, scored and kept at once (default: 32)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="start again, forgetting what was scored")
+    add_out(parser, "the rows, the scores and the page: a folder (default: selection)")
+    add_dry_run(parser)
+    add_json(parser)
+
+
+def _finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return value
+
+
+def _text(found: dict[str, Any], out: Path) -> str:
+    mean = found["mean"]["score"]
+    rows = [
+        ("candidates", f"{found['candidates']} {found['kind']} of {found['prompts']} prompts, ranked by {found['by']}"),
+        ("selected", f"{found['selected']}, of {found['prompts'] - found['prompts_with_none']} prompts"),
+        ("score", f"{_estimate(mean['selected'])} selected, {_estimate(mean['candidates'])} of all"),
+    ]
+    for name, verdict in found["curve"]["judges"].items():
+        judge = found["mean"][name]
+        word = f"; falls beyond the best of {verdict['peak']}" if verdict["over_optimised"] else ""
+        rows.append((name, f"{_estimate(judge['selected'])} selected, {_estimate(judge['candidates'])} of all{word}"))
+    kl = found["kl"]
+    rows.append(("KL", f"{'at most ' if kl['bound'] else 'about '}{kl['nats']:.3g} nats from the model"))
+    if found["missing"]:
+        rows.append(("missing", f"{found['missing']} scores: {'; '.join(found['errors'])}"))
+    if found["prompts_whose_best_is_shared"]:
+        rows.append(("ties", f"{found['prompts_whose_best_is_shared']} prompts; the first of the best is taken"))
+    if pairs := found.get("pairs"):
+        left = "".join(f"; left out {n} {why}" for why, n in pairs["left_out"].items())
+        rows.append(("pairs", f"{pairs['n']}, median margin {pairs['margin_median']:.3g}{left}"))
+    if thumbs := found.get("thumbs"):
+        rows.append(("thumbs", f"{thumbs['up']} up, {thumbs['down']} down"))
+    rows += [("rows", ", ".join(str(out / name) for name in found["files"])), ("report", found["report"])]
+    return table(rows)
+
+
+def _estimate(value: dict[str, Any]) -> str:
+    return "{mean:.4g} [{ci_low:.4g}, {ci_high:.4g}]".format(**value)
