@@ -19,7 +19,7 @@ def _compare(options: argparse.Namespace) -> int:
     from align.sparsity.compare import as_text, compare
 
     call: dict[str, Any] = {"base": options.base, "tuned": options.tuned, "level": options.level}
-    call |= {"threads": options.threads, "mask": options.mask}
+    call |= {"threads": options.threads, "mask": options.mask, "structure": options.structure}
     if options.dry_run:
         return _plan(options, "compare", call)
     if options.mask is not None:
@@ -27,9 +27,12 @@ def _compare(options: argparse.Namespace) -> int:
 
         if options.level != "full":
             raise ConfigError("A mask needs the whole comparison", where="--mask", do="Leave out --level bits")
-        result = write_mask(options.base, options.tuned, options.mask).as_dict()
+        found = write_mask(options.base, options.tuned, options.mask, structure=options.structure)
     else:
-        result = compare(options.base, options.tuned, level=options.level, threads=options.threads).as_dict()
+        found = compare(
+            options.base, options.tuned, level=options.level, threads=options.threads, structure=options.structure
+        )
+    result = found.as_dict()
     return give(options, result, as_text(result))
 
 
@@ -100,6 +103,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     _add_sides(compare)
     compare.add_argument(
         "--level", choices=("full", "bits"), default="full", help="bits: the bit-identical share alone (default: full)"
+    )
+    compare.add_argument(
+        "--structure", action="store_true", help="also channels, attention heads and n:m groups, in a second pass"
     )
     compare.add_argument("--mask", metavar="FILE", help="also write which weights changed, a bit each")
     compare.add_argument(

@@ -26,7 +26,7 @@ from align.sparsity.formats import Codes
 from align.sparsity.measure import CHUNK, Measures
 from align.sparsity.nulls import overlap_null
 from align.sparsity.pairs import TensorPair, load_pair
-from align.sparsity.sources import Source
+from align.sparsity.sources import Side, Source, label
 
 NULLS = ("uniform", "per_tensor", "by_magnitude")
 Bits = NDArray[np.uint8]
@@ -62,10 +62,10 @@ class MaskSink:
         self._writer.add(f"{name}::sha256", np.frombuffer(self._sha.digest(), np.uint8))
 
 
-def write_mask(base: str | Path, tuned: str | Path, path: str | Path) -> Comparison:
+def write_mask(base: Side, tuned: Side, path: str | Path, *, structure: bool = False) -> Comparison:
     """Compare two checkpoints and write which entries changed to `path`."""
-    with SafetensorsWriter(path, {"align": "mask", "base": str(base), "tuned": str(tuned)}) as writer:
-        return compare(base, tuned, sinks=[MaskSink(writer)])
+    with SafetensorsWriter(path, {"align": "mask", "base": label(base), "tuned": label(tuned)}) as writer:
+        return compare(base, tuned, sinks=[MaskSink(writer)], structure=structure)
 
 
 @dataclass
