@@ -1,8 +1,9 @@
 """The only door through which foreign tensors are loaded from disk.
 
 A file is read as safetensors, or as a torch archive by torch's restricted unpickler, which looks up tensors and
-plain containers and nothing else. Nothing a file says is ever run. Where the hash of a published file is known,
-the file is checked against it before it is opened.
+plain containers and nothing else. Of checkpoints that are read in place only the outline is unpickled: where tensors
+lie, with inert stand-ins for whatever classes are named. Nothing a file says is ever run. Where the hash of a
+published file is known, the file is checked against it before it is opened.
 """
 
 from __future__ import annotations
@@ -10,16 +11,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import io
 import json
 import os
 import struct
 import threading
 import zipfile
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
+from pickle import Unpickler, UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from align.errors import ModelError
@@ -245,6 +248,9 @@ def _load_torch(path: Path) -> Any:
 
     try:
         archive = zipfile.is_zipfile(path)
+        with path.open("rb") as file:
+            if not archive and file.read(2) == b"PK":
+                raise ValueError("the end of the archive is missing")
         if archive:
             with zipfile.ZipFile(path) as members:
                 stated = sum(member.file_size for member in members.infolist())
@@ -260,7 +266,9 @@ def _load_torch(path: Path) -> Any:
             ) from error  # fmt: skip
         raise ModelError(
             "A file of weights cannot be read", where=str(path),
-            why=(str(error).strip().splitlines() or ["it ends early"])[0][:200], do="Fetch it again",
+            why="it is not what torch saves" if "Weights only load failed" in str(error)
+            else (str(error).strip().splitlines() or ["it ends early"])[0][:200],
+            do="Fetch it again",
         ) from error  # fmt: skip
 
 
@@ -279,6 +287,178 @@ def _tensors_in(found: Any, path: Path) -> dict[str, Tensor]:
             break
         found = next((found[key] for key in ("state_dict", "model", "module") if key in found), None)
     raise ModelError("A file holds no table of tensors", where=str(path), why=f"found {type(found).__name__}")
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A tensor of a torch archive, left on the disk.
+
+    Args:
+        dtype: torch's name of it, "bfloat16".
+        stride: in entries.
+        offset: byte of the file at which the first entry lies.
+        bytes: that its storage has from there on.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    bytes: int
+
+
+class Inert:
+    """Stands in for an object of a class that is not imported: the arguments and the state it was pickled with."""
+
+    arguments: tuple[Any, ...] = ()
+    state: Any = None
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def get(self, name: str) -> Any:
+        """Return an attribute of the object, None where it has none of that name."""
+        return self.state.get(name) if isinstance(self.state, Mapping) else None
+
+
+_STORAGES = {
+    "BFloat16": ("bfloat16", 2), "Half": ("float16", 2), "Float": ("float32", 4), "Double": ("float64", 8),
+    "Long": ("int64", 8), "Int": ("int32", 4), "Short": ("int16", 2), "Char": ("int8", 1), "Byte": ("uint8", 1),
+    "Bool": ("bool", 1),
+}  # fmt: skip
+
+
+class _Outline(Unpickler):
+    """Looks up containers, tensors as `Placed`, the names in `inert` as stand-ins, and nothing else.
+
+    The table is made anew for every file, so that no file can change what the next one finds in it.
+    """
+
+    def __init__(self, data: bytes, inert: Iterable[str], records: Mapping[str, tuple[int, int]]) -> None:
+        super().__init__(io.BytesIO(data))
+        self._records = records
+        storages = {f"torch.{kind}Storage": kind for kind in _STORAGES}
+        dtypes = {f"torch.{name}": name for name, _ in _STORAGES.values()}
+        self._known: dict[str, Any] = {
+            "collections.OrderedDict": OrderedDict, "torch.Size": tuple, "torch.Tensor": "Tensor",
+            "torch._utils._rebuild_tensor_v2": lambda place, first, shape, stride, *_: self._place(
+                place, first, shape, stride
+            ),
+            "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+            "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
+            "torch._tensor._rebuild_from_type_v2": lambda rebuild, kind, arguments, state: rebuild(*arguments),
+            "torch.serialization._get_layout": lambda name: name,
+            **dtypes, **storages, **{name: type(name.rpartition(".")[2], (Inert,), {}) for name in inert},
+        }  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = self._known.get(f"{module}.{name}")
+        if found is None:
+            raise UnpicklingError(f"it asks for the global {module}.{name}")
+        return found
+
+    def persistent_load(self, pid: Any) -> Any:
+        _, kind, key, _, _ = pid
+        return kind, self._records[str(key)]
+
+    def _place(self, place: Any, first: int, shape: Any, stride: Any) -> Placed:
+        kind, (offset, size) = place
+        dtype, item = _STORAGES[kind]
+        if not 0 <= first * item <= size:
+            raise ValueError("a tensor begins outside of its storage")
+        return Placed(dtype, tuple(shape), tuple(stride), offset + first * item, size - first * item)
+
+
+def outline(path: str | Path, inert: Iterable[str] = (), *, begin: int = 0, end: int | None = None) -> Any:
+    """Return what a torch archive holds, its tensors as `Placed`; no tensor is read.
+
+    Args:
+        inert: full names of classes of which objects become `Inert`; all others are refused.
+        begin, end: bytes of the file that are the archive.
+
+    Raises:
+        ModelError: a file that is truncated, compressed, foreign, or names a class that is not allowed.
+    """
+    path = Path(path)
+    with _unreadable(path), path.open("rb") as file:
+        part = _Part(file, begin, path.stat().st_size if end is None else end)
+        with zipfile.ZipFile(io.BufferedReader(part)) as archive:
+            members = {member.filename.partition("/")[2]: member for member in archive.infolist()}
+            if any(m.compress_type != zipfile.ZIP_STORED for m in members.values()):
+                raise ValueError("it is compressed")
+            if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
+                raise ValueError("its numbers are big-endian")
+            if members["data.pkl"].file_size > MOST_HEADER_BYTES:
+                raise ValueError("its outline is too long")
+            data = archive.read(members["data.pkl"])
+        records = {}
+        for name, member in members.items():
+            if name.startswith("data/"):
+                file.seek(begin + member.header_offset + 26)  # the lengths of name and extra field, then these
+                start = begin + member.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+                if start + member.file_size > part.end:
+                    raise ValueError("it ends early")
+                records[name.removeprefix("data/")] = (start, member.file_size)
+        return _Outline(data, inert, records).load()
+
+
+def outline_of_pickle(path: str | Path, inert: Iterable[str]) -> Any:
+    """Return what a bare pickle holds, with stand-ins for the classes in `inert`; see `outline`."""
+    path = Path(path)
+    with _unreadable(path):
+        if path.stat().st_size > MOST_HEADER_BYTES:
+            raise ValueError("it is too long")
+        return _Outline(path.read_bytes(), inert, {}).load()
+
+
+class _Part(io.RawIOBase):
+    """Bytes [begin, end) of a file, as a file."""
+
+    def __init__(self, file: Any, begin: int, end: int) -> None:
+        self._file, self._begin, self.end, self._at = file, begin, end, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self.end - self._begin}[whence]
+        self._at = start + offset
+        if self._at < 0:
+            raise OSError("a place before the beginning")
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._begin + self._at)
+        data = self._file.read(max(0, min(len(buffer), self.end - self._begin - self._at)))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+@contextlib.contextmanager
+def _unreadable(path: Path) -> Iterator[None]:
+    """Say in our words why a file of weights could not be unpickled."""
+    try:
+        yield
+    except (UnpicklingError, *_UNREADABLE) as error:
+        why = (str(error).strip().splitlines() or ["it ends early"])[0][:200]
+        if "global" in why:
+            raise ModelError(
+                "A checkpoint asks for a class that is not allowed", where=str(path), why=why,
+                do="Do not trust it, or save it without that object",
+            ) from error  # fmt: skip
+        raise ModelError(
+            "A checkpoint cannot be read", where=str(path), why=why, do="Save or fetch it again"
+        ) from error
 
 
 def structure_sha256(state: Mapping[str, Any]) -> str:

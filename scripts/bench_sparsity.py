@@ -10,6 +10,7 @@ peak_anonymous_mb    anonymous memory of a whole `align sparsity compare` proces
 cpu_vs_authors       CPU time of their method, written again from its description / ours               (>= 100, 20)
 overlap_vs_torch     time of counting common bits in torch bool masks / in packed masks                (>= 20)
 delta_ratio          bytes of the bf16 weights / of their sparse delta
+delta_table          the same of 33.5 million weights at five densities, and over the prototype's (>= .9)
 
 Weights are N(0, 0.02) in bf16, the update is N(0, scale), everything lies in the page cache, one thread unless said.
 """
@@ -38,6 +39,8 @@ from align.sparsity.delta import write_delta
 from align.sparsity.masks import count_overlap
 
 TENSOR = 1 << 24
+PROTOTYPE = {1e-7: 558, 1e-6: 109, 3e-6: 46, 1e-5: 17, 3e-5: 7.8}
+"""Ratios measured of a prototype of the codec with zstd, by the standard deviation of a Gaussian update."""
 
 
 def cpu_seconds(work: Callable[[], object], rounds: int = 3, clock: Callable[[], float] = time.process_time) -> float:
@@ -96,6 +99,21 @@ def authors_method(paths: tuple[Path, Path]) -> tuple[float, float]:
     return equal / joined.numel(), sum(layers) / len(layers)
 
 
+def delta_table(folder: Path) -> list[dict[str, float]]:
+    """Return how many times smaller than 33.5 million weights their delta is, over a range of densities."""
+    rows = []
+    for scale, prototype in PROTOTYPE.items():
+        found = write_delta(*write_pair(folder, 33, scale), folder / "table.delta")
+        ratio = found["ratio"]
+        rows.append(
+            {
+                "density": found["changed"] / (found["dense_bytes"] / 2), "ratio": ratio, "prototype": prototype,
+                "share": ratio / prototype,
+            }
+        )  # fmt: skip
+    return rows
+
+
 def measure(paths: tuple[Path, Path], folder: Path) -> dict[str, Any]:
     """Return every figure for one pair of files."""
     limit = cpu_seconds(lambda: read_both(paths))
@@ -129,7 +147,9 @@ def measure(paths: tuple[Path, Path], folder: Path) -> dict[str, Any]:
     packed = cpu_seconds(lambda: count_overlap(*bits))
     found["overlap_vs_torch"] = cpu_seconds(lambda: (bools[0] & bools[1]).count_nonzero()) / packed
     delta = write_delta(*paths, folder / "delta.safetensors")
-    return found | {"delta_ratio": delta["ratio"], "delta_codec": delta["codec"]}
+    (folder / "table").mkdir()
+    table = delta_table(folder / "table")
+    return found | {"delta_ratio": delta["ratio"], "delta_codec": delta["codec"], "delta_table": table}
 
 
 def main() -> int:

@@ -21,7 +21,8 @@ def _compare(options: argparse.Namespace) -> int:
     from align.sparsity.compare import as_text, compare
 
     call: dict[str, Any] = {"base": options.base, "tuned": options.tuned, "level": options.level}
-    call |= {"threads": options.threads, "mask": options.mask, "compared_in": options.form or ""}
+    call |= {"threads": options.threads, "mask": options.mask, "structure": options.structure}
+    call |= {"compared_in": options.form or ""}
     form = FORMS.get(options.form, "")
     if options.dry_run:
         return _plan(options, "compare", call)
@@ -30,10 +31,13 @@ def _compare(options: argparse.Namespace) -> int:
 
         if options.level != "full":
             raise ConfigError("A mask needs the whole comparison", where="--mask", do="Leave out --level bits")
-        result = write_mask(options.base, options.tuned, options.mask, form=form).as_dict()
+        found = write_mask(options.base, options.tuned, options.mask, form=form, structure=options.structure)
     else:
-        found = compare(options.base, options.tuned, level=options.level, form=form, threads=options.threads)
-        result = found.as_dict()
+        found = compare(
+            options.base, options.tuned, level=options.level, form=form, threads=options.threads,
+            structure=options.structure,
+        )  # fmt: skip
+    result = found.as_dict()
     return give(options, result, as_text(result))
 
 
@@ -131,6 +135,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     compare.add_argument(
         "--as", dest="form", choices=tuple(FORMS), help="bring both sides to this format first (default: the coarser)"
+    )
+    compare.add_argument(
+        "--structure", action="store_true", help="also channels, attention heads and n:m groups, in a second pass"
     )
     compare.add_argument("--mask", metavar="FILE", help="also write which weights changed, a bit each")
     compare.add_argument(

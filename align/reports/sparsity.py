@@ -18,6 +18,8 @@ from align.reports.sparsity_charts import bars, heat_map, tolerance_chart
 from align.sparsity.compare import BLIND, compare, layer_of
 from align.sparsity.formats import FORMATS
 from align.sparsity.masks import overlap
+from align.sparsity.masters import masters_as_text
+from align.sparsity.structure import structure_as_text
 
 NEAR = 0.01
 """Share of all weights, beyond sampling error, within which a figure is said to be what rounding leaves."""
@@ -43,7 +45,7 @@ def write_report(
     path = Path(path)
     if path.suffix != ".html":
         raise ConfigError("A page is a .html file", where=str(path), do=f"Give --out {path}.html")
-    result = compare(base, tuned).as_dict()
+    result = compare(base, tuned, structure=True).as_dict()
     if others:
         result["overlap"] = overlap(base, [tuned, *others])
     rows = result["per_tensor"]
@@ -77,12 +79,20 @@ def page_of(result: dict[str, Any]) -> dict[str, Any]:
         "unmatched": [(key.replace("_", " "), _names(value)) for key, value in result["keys"].items() if value],
         "overlap": result.get("overlap"),
         "coarse": FORMATS[result["dtype"]].bits == 16,
+        "heads": [(role, heat_map(cells)) for role, cells in _head_cells(result).items()],
     }  # fmt: skip
 
 
 def read_plainly(result: dict[str, Any]) -> tuple[str, list[str]]:
     """Return the headline in words, and the sentences below it."""
     seen, expected = result["bit_identical"], result["expected_bit_identical_if_dense"]
+    damaged = result["nan"]["tuned"] - result["nan"]["base"] + result["infinite"]
+    if damaged > 0:
+        nan, infinite = count(result["nan"]["tuned"]), count(result["infinite"])
+        return "The tuned model is not finite", [
+            f"{nan} of its weights are NaN, and {infinite} changed from or to infinity. All norms leave them out, so "
+            "what a dense update would show says nothing here."
+        ]
     if seen == 1:
         return "The two are bit-identical", [
             "Nothing was trained, or nothing was large enough for the format to store."
@@ -142,6 +152,20 @@ def _cells(result: dict[str, Any]) -> dict[str, dict[str, tuple[float, str]]]:
     return cells
 
 
+def _head_cells(result: dict[str, Any]) -> dict[str, dict[str, dict[str, tuple[float, str]]]]:
+    """Return by role, layer and attention head the density, with a line that says what it is."""
+    found: dict[str, dict[str, dict[str, tuple[float, str]]]] = {}
+    for row in result["per_tensor"]:
+        heads = row.get("structure", {}).get("heads")
+        if heads:
+            rows = zip(heads["density"], heads["expected"], strict=True)
+            found.setdefault(heads["role"], {})[layer_of(row["name"])[0]] = {
+                str(i): (seen, f"{row['name']}, head {i}: {percent(seen)} changed; {percent(due)} given its magnitudes")
+                for i, (seen, due) in enumerate(rows)
+            }
+    return found
+
+
 def markdown(result: dict[str, Any]) -> str:
     """Return the comparison as Markdown."""
     words, reading = read_plainly(result)
@@ -169,6 +193,8 @@ def markdown(result: dict[str, Any]) -> str:
         *(f"| {steps} | {count(n)} |" for steps, n in result["ulp_histogram"].items()), "",
         "| tolerance | within | too fine to tell |", "|---|---|---|",
         *(tolerance(t) for t in result["tolerance_curve"] if t["within"] < 1), "",
+        *(f"- {line}" for line in ([masters_as_text(result["masters"])] if result["masters"] else [])),
+        *(f"- {line}" for line in (structure_as_text(result["structure"]) if result["structure"] else [])),
         *(f"- {note}" for note in (*reading[1:], *result["notes"])),
     ]  # fmt: skip
     for pair in (result.get("overlap") or {}).get("pairs", ()):

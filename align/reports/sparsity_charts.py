@@ -28,7 +28,8 @@ def heat_map(cells: Mapping[str, Mapping[str, tuple[float, str]]]) -> Markup:
     layers = sorted(layers, key=_natural)[:MOST_LAYERS]
     columns = list(dict.fromkeys(module for layer in layers for module in cells[layer]))
     most = max((cells[layer][m][0] for layer in layers for m in cells[layer]), default=0.0) or 1.0
-    left, top, width = 150, 112, 900
+    left, width = 150, 900
+    top = 24 + min(88, 4 * max(len(module) for module in columns))  # room for the names, which stand aslant
     across = (width - left) / len(columns)
     body = []
     for j, module in enumerate(columns):

@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,10 +20,18 @@ import numpy as np
 
 from align.errors import ConfigError, ModelError
 from align.sparsity.formats import FORMATS, Codes
+from align.sparsity.masters import MasterMeasures, describe_masters, master_notes, masters_as_text, measure_masters
 from align.sparsity.measure import CHUNK, ULP_BINS, Kernels, Measures, Pass, Scratch, kernels, new_scratch
 from align.sparsity.nulls import expected_identical
 from align.sparsity.pairs import Pairing, TensorPair, load_pair
-from align.sparsity.sources import Source
+from align.sparsity.sources import Side
+from align.sparsity.structure import (
+    Structure,
+    describe_structure,
+    measure_structure,
+    structure_as_text,
+    structure_row,
+)
 
 LEVELS = ("full", "bits")
 POWERS = tuple(range(-30, 3))
@@ -63,6 +71,8 @@ class Comparison:
     seconds: float
     bytes_read: int
     peak_anonymous_mb: float
+    masters: list[MasterMeasures] = field(default_factory=list)
+    structure: dict[str, Structure] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the whole result as JSON values; shares are fractions of 1."""
@@ -70,24 +80,27 @@ class Comparison:
 
 
 def compare(
-    base: str | Path | Source,
-    tuned: str | Path | Source,
+    base: Side,
+    tuned: Side,
     *,
     level: str = "full",
     form: str = "",
     threads: int | None = None,
     kernel: str = "auto",
     sinks: Sequence[Sink] = (),
+    structure: bool = False,
 ) -> Comparison:
     """Compare two checkpoints.
 
     Args:
-        base, tuned: files or folders, see `align.sparsity.sources.open_source`, or what was opened; an adapter as
-            `tuned` is merged.
+        base, tuned: files or folders, see `align.sparsity.sources.open_source`, or a model in memory, as an `nn.Module`
+            or its state_dict, which is read where it is; or what was
+            opened; an adapter as `tuned` is merged.
         level: "full", or "bits" for the bit-identical share alone, at the speed of memory.
         form: compare in this format, such as "BF16"; in the coarser of a tensor's two when empty.
         threads: tensors compared at once; every core but at most eight by default, one where there are sinks.
         kernel: "numba", "numpy", or "auto".
+        structure: also count channels, attention heads and n:m groups, in a second pass over every matrix.
 
     Raises:
         ModelError: a side that cannot be read, quantised weights, or different models.
@@ -96,6 +109,8 @@ def compare(
         raise ConfigError(f"There is no level {level!r}", do=f"Choose one of {', '.join(LEVELS)}")
     if form and form not in FORMATS:
         raise ConfigError(f"There is no format {form!r}", do=f"Choose one of {', '.join(FORMATS)}")
+    if structure and level != "full":
+        raise ConfigError("Structure needs the whole comparison", where=f"level {level!r}", do='Use level "full"')
     began = time.perf_counter()
     pairing, use = load_pair(base, tuned, form=form), kernels(kernel)
     many = 1 if sinks else max(1, threads or min(os.cpu_count() or 1, 8))
@@ -104,10 +119,17 @@ def compare(
     def note() -> None:
         peak[0] = max(peak[0], anonymous_mb())
 
+    masters: dict[str, MasterMeasures | None] = {}
+    shapes: dict[str, Structure | None] = {}
+    configs = (pairing.base.config, pairing.tuned.config)
+
     def one(pair: TensorPair) -> tuple[TensorPair, Measures]:
         scratch = scratches.pop()
         try:
             found = _measure(pair, use, scratch, level, sinks, note)
+            if level == "full":
+                masters[pair.name] = measure_masters(pair, found, use, scratch)
+                shapes[pair.name] = measure_structure(pair, found, configs) if structure else None
         finally:
             scratches.append(scratch)
         note()
@@ -123,7 +145,10 @@ def compare(
         p.base.bytes // max(p.base.count, 1) * p.count + p.tuned.bytes // max(p.tuned.count, 1) * p.count
         for p in ordered
     )
-    return Comparison(pairing, tensors, level, use.name, many, time.perf_counter() - began, read, peak[0])
+    names = [pair.name for pair in ordered if level == "full"]  # in an order that no thread decides
+    held = [m for name in names if (m := masters[name]) is not None]
+    found = {name: s for name in names if (s := shapes[name]) is not None}
+    return Comparison(pairing, tensors, level, use.name, many, time.perf_counter() - began, read, peak[0], held, found)
 
 
 def _measure(
@@ -275,6 +300,10 @@ def describe(found: Comparison) -> dict[str, Any]:
                 "tensors": sum(not m.different for m in parts if m.parameters),
                 "parameters": sum(m.parameters for m in parts if not m.different),
             },
+            "masters": describe_masters(found.masters, summary([m.found for m in found.masters]))
+            if found.masters
+            else None,
+            "structure": describe_structure(list(found.structure.values())) if found.structure else None,
             "layers": _grouped(found, lambda name: layer_of(name)[0]),
             "modules": _grouped(found, kind_of),
         }
@@ -282,9 +311,14 @@ def describe(found: Comparison) -> dict[str, Any]:
     result |= {
         "coverage": pairing.coverage, "keys": {key: getattr(pairing, key) for key in keys},
         "compared_in": pairing.form, "layout": {"base": pairing.base.layout, "tuned": pairing.tuned.layout},
+        "training": pairing.tuned.training,
         "seconds": found.seconds, "bytes_read": found.bytes_read, "peak_anonymous_mb": _finite(found.peak_anonymous_mb),
         "kernels": found.kernels, "threads": found.threads,
-        "per_tensor": [_row(pair, m, found.level) for pair, m in found.tensors],
+        "per_tensor": [
+            _row(pair, m, found.level)
+            | ({"structure": structure_row(found.structure[pair.name])} if pair.name in found.structure else {})
+            for pair, m in found.tensors
+        ],
     }  # fmt: skip
     result["notes"] = notes(result)
     return result
@@ -349,6 +383,7 @@ def notes(result: dict[str, Any]) -> list[str]:
         )
     if result["infinite"]:
         found.append(f"{result['infinite']:,} changes from or to infinity are left out of all norms.")
+    found += master_notes(result["masters"]) if result["masters"] else []
     if result["bit_identical"] == 1:
         return [*found, "The two are bit-identical: nothing was trained, or nothing was large enough to be stored."]
     still = result["untouched"]
@@ -390,6 +425,8 @@ def as_text(result: dict[str, Any]) -> str:
             f"norm {result['norm']:.4g}, {100 * (result['relative_norm'] or 0):.3g} % of the base; "
             f"{100 * result['sign_flips']:.3g} % changed sign",
         ]
+        lines += [masters_as_text(result["masters"])] if result["masters"] else []
+        lines += structure_as_text(result["structure"]) if result["structure"] else []
     lines += [f"note: {note}" for note in result["notes"]]
     lines.append(f"{result['bytes_read'] / 1e9:.3g} GB in {result['seconds']:.2f} s")
     return "\n".join(lines)

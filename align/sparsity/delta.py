@@ -6,7 +6,7 @@ on codes ordered without joining +0 and -0, so that every bit pattern comes back
 
     order(c) = c for a positive sign, c with all bits but the sign flipped for a negative one, as a signed integer
 
-Compression is zstd level 1 where `zstandard` is installed, else zlib level 6; the file says which. Hashes of both
+Compression is zstd level 1 where pyarrow is installed, else zlib level 6; the file says which. Hashes of both
 sides of every tensor are kept: another base is refused, and so is a result that does not come out as it went in.
 """
 
@@ -38,23 +38,24 @@ def _codec(name: str = "") -> tuple[str, Callable[[bytes], bytes], Callable[[byt
     """Return name, compress and decompress of the codec called `name`, or of the best one installed."""
     if name != "zlib":
         try:
-            import zstandard
+            import pyarrow
         except ModuleNotFoundError as error:
             if name == "zstd":
-                raise ConfigError("This delta needs zstandard", do="pip install zstandard") from error
+                raise ConfigError("This delta needs pyarrow", do="pip install pyarrow") from error
         else:
+            codec = pyarrow.Codec("zstd", compression_level=1)
 
             def expand_zstd(data: bytes, size: int) -> bytes:
                 try:
-                    return zstandard.ZstdDecompressor().decompress(data, max_output_size=size)
-                except zstandard.ZstdError as error:
+                    return pyarrow.CompressedInputStream(pyarrow.py_buffer(data), "zstd").read(size + 1)
+                except OSError as error:
                     raise ValueError(str(error)) from error
 
-            return "zstd", zstandard.ZstdCompressor(level=1).compress, expand_zstd
+            return "zstd", lambda data: codec.compress(data, asbytes=True), expand_zstd
 
     def expand(data: bytes, size: int) -> bytes:
         work = zlib.decompressobj()
-        return work.decompress(data, size)  # never more than it should be, whatever the file says
+        return work.decompress(data, size + 1)  # never much more than it should be, whatever the file says
 
     return "zlib", lambda data: zlib.compress(data, 6), expand
 

@@ -27,7 +27,7 @@ from align.sparsity.formats import FORMATS, Codes, Format
 from align.sparsity.measure import CHUNK, Counts, Measures
 from align.sparsity.nulls import overlap_null
 from align.sparsity.pairs import TensorPair, load_pair
-from align.sparsity.sources import Source, open_source
+from align.sparsity.sources import Side, Source, label, open_source
 
 NULLS = ("uniform", "per_tensor", "by_magnitude")
 MATCHES = ("tensor", "magnitude")
@@ -65,10 +65,10 @@ class MaskSink:
         self._writer.add(f"{name}::sha256", np.frombuffer(self._sha.digest(), np.uint8))
 
 
-def write_mask(base: str | Path, tuned: str | Path, path: str | Path, *, form: str = "") -> Comparison:
+def write_mask(base: Side, tuned: Side, path: str | Path, *, form: str = "", structure: bool = False) -> Comparison:
     """Compare two checkpoints, in `form` where one is given, and write which entries changed to `path`."""
-    with SafetensorsWriter(path, {"align": "mask", "base": str(base), "tuned": str(tuned)}) as writer:
-        return compare(base, tuned, form=form, sinks=[MaskSink(writer)])
+    with SafetensorsWriter(path, {"align": "mask", "base": label(base), "tuned": label(tuned)}) as writer:
+        return compare(base, tuned, form=form, sinks=[MaskSink(writer)], structure=structure)
 
 
 def write_control(mask: str | Path, base: str | Path, path: str | Path, *, match: str, seed: int) -> dict[str, Any]:

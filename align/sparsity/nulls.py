@@ -94,7 +94,13 @@ def expected_identical(energy: float, histogram: NDArray[np.int64], spacing: Arr
         histogram: entries of W0 by biased exponent.
         spacing: ulp by biased exponent.
     """
-    scale = matching_scale(energy, histogram, spacing, aligned=aligned)
+    return identical_at(
+        matching_scale(energy, histogram, spacing, aligned=aligned), histogram, spacing, aligned=aligned
+    )
+
+
+def identical_at(scale: float, histogram: NDArray[np.int64], spacing: Array, *, aligned: bool) -> float:
+    """Return how many entries an update N(0, scale^2) of all of them would leave bit-identical."""
     return float(np.sum(histogram * (1 - visible_share(scale, spacing, aligned=aligned))))
 
 

@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from align.errors import ModelError
 from align.sparsity.adapters import merged, plain
 from align.sparsity.formats import FORMATS, QUANTISED, Format
-from align.sparsity.sources import Entry, Source, open_source
+from align.sparsity.sources import Entry, Side, Source, label, open_source
 
 BUFFER = re.compile(r"(inv_freq|running_mean|running_var|num_batches_tracked|position_ids|masked_bias)$")
 RESIZED = re.compile(r"(embed|lm_head|wte|vocab|shared|score)", re.IGNORECASE)
@@ -27,7 +26,8 @@ class TensorPair:
 
     Args:
         count: entries that both have; a resized vocabulary is compared over its common rows.
-        base_dtype, tuned_dtype: as they are stored.
+        masters: the same tensor as the optimizers hold it, in fp32, where the tuned side says; the base's weights as
+            stored where it has no masters.
     """
 
     name: str
@@ -36,6 +36,7 @@ class TensorPair:
     count: int
     base: Entry
     tuned: Entry
+    masters: TensorPair | None = None
 
     @property
     def mixed(self) -> bool:
@@ -105,7 +106,7 @@ class Pairing:
         yield from sorted(self.pairs, key=lambda pair: (pair.base.file, pair.base.offset, pair.name))
 
 
-def load_pair(base: str | Path | Source, tuned: str | Path | Source, *, form: str = "") -> Pairing:
+def load_pair(base: Side, tuned: Side, *, form: str = "") -> Pairing:
     """Open two checkpoints and match their tensors by name, then by name without wrappers' prefixes.
 
     An adapter is compared merged into the other side.
@@ -116,15 +117,20 @@ def load_pair(base: str | Path | Source, tuned: str | Path | Source, *, form: st
     Raises:
         ModelError: a side that cannot be read, quantised weights, or models of which less than half is common.
     """
-    first, second = (side if isinstance(side, Source) else open_source(side) for side in (base, tuned))
+    first, second = open_source(base), open_source(tuned)
     if first.adapter:
         raise ModelError(
-            "The base is an adapter", where=first.path, do="Give the model that both were trained from as BASE"
+            "The base is an adapter", where=label(base), do="Give the model that both were trained from as BASE"
         )
     if second.adapter:
         second = merged(first, second, form)
     found = Pairing(first, second, form=form)
     left, right = dict(first.entries), dict(second.entries)
+    for source, own, other in (
+        (first, left, second),
+        (second, right, first),
+    ):  # tied on one side: compared all the same
+        own |= {alias: own[name] for alias, name in source.aliases.items() if name in own and alias in other.entries}
     _strip_component(left, right)
     names = {name: name for name in left if name in right}
     rest = {plain(name): name for name in right if name not in names}
@@ -135,6 +141,7 @@ def load_pair(base: str | Path | Source, tuned: str | Path | Source, *, form: st
     _sort_out_tied(found, left, right, names)
     for name, other in names.items():
         _match(found, name, left[name], right[other])
+    found.pairs = [_with_masters(found, pair, names[pair.name]) for pair in found.pairs]
     taken = set(names.values())
     found.missing = {name: e.count for name, e in left.items() if name not in names and _matters(name, e)}
     found.extra = {name: e.count for name, e in right.items() if name not in taken and _matters(name, e)}
@@ -194,6 +201,15 @@ def _match(found: Pairing, name: str, base: Entry, tuned: Entry) -> None:
     found.pairs.append(TensorPair(name, FORMATS[found.form or form], shape, count, base, replace(tuned)))
 
 
+def _with_masters(found: Pairing, pair: TensorPair, other: str) -> TensorPair:
+    """Add what the optimizers hold of a pair, where that is finer than what is compared."""
+    base = found.base.masters.get(pair.name, pair.base)
+    tuned = found.tuned.masters.get(other, pair.tuned)
+    if FORMATS[tuned.dtype].bits <= pair.format.bits or pair.format.bits != 16 or base.shape != tuned.shape:
+        return pair
+    return replace(pair, masters=TensorPair(pair.name, FORMATS["F32"], pair.shape, pair.count, base, tuned))
+
+
 def _same_bytes(base: Entry, tuned: Entry) -> bool:
     if base.dtype != tuned.dtype or base.shape != tuned.shape:
         return False
@@ -210,7 +226,10 @@ def _matters(name: str, entry: Entry) -> bool:
 
 def _require_comparable(found: Pairing) -> None:
     for source in (found.base, found.tuned):
-        codes = [n for n, e in source.entries.items() if e.dtype in QUANTISED and len(e.shape) > 1]
+        codes = [
+            n for n, e in source.entries.items()
+            if (e.dtype in QUANTISED and len(e.shape) > 1) or n.endswith(("qweight", "weight_packed"))
+        ]  # fmt: skip
         if codes or source.config.get("quantization_config"):
             raise ModelError(
                 "Quantised weights do not compare by their codes", where=source.path,
@@ -220,6 +239,11 @@ def _require_comparable(found: Pairing) -> None:
     if not found.base.entries or not found.tuned.entries:
         empty = found.base if not found.base.entries else found.tuned
         raise ModelError("A checkpoint holds no tensor", where=empty.path)
+    if not found.pairs and found.coverage == 1:
+        raise ModelError(
+            "There are no floating-point weights to compare", where=f"{found.base.path} and {found.tuned.path}",
+            why=f"what both have are integers or buffers, such as {next(iter(found.left_out), 'none')}",
+        )  # fmt: skip
     if found.coverage < 0.5 or not found.pairs:
         odd = next(iter([*found.reshaped, *found.missing, *found.extra]), "")
         shapes = (

@@ -10,7 +10,7 @@ import json
 import math
 import mmap
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,11 @@ class Entry:
         """How many bytes it takes."""
         return self.count * ITEM_BYTES[self.dtype]
 
+    @property
+    def codes(self) -> np.dtype[Any]:
+        """The unsigned integers that `read` returns."""
+        return np.dtype(f"u{ITEM_BYTES[self.dtype]}")
+
 
 @dataclass
 class Source:
@@ -64,6 +69,8 @@ class Source:
     Args:
         aliases: names of tensors that are stored once under another name.
         config: of the model, or of the adapter where `adapter` is true.
+        masters: the same weights in fp32 as the optimizer keeps them, where they are stored.
+        training: optimizer, learning rate and steps, as far as the checkpoint says.
     """
 
     path: str
@@ -73,6 +80,8 @@ class Source:
     config: dict[str, Any] = field(default_factory=dict)
     adapter: bool = False
     files: list[Path] = field(default_factory=list)
+    masters: dict[str, Entry] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
 
     @property
     def tied(self) -> bool:
@@ -82,15 +91,31 @@ class Source:
         return bool(self.config.get("tie_word_embeddings", inner))
 
 
-def open_source(path: str | Path) -> Source:
-    """Open a file or a folder of weights.
+Side = str | Path | Source | Mapping[str, Any] | Any
+"""A file or folder of weights, what was opened of one, or a model in memory: an `nn.Module`, or its tensors by name."""
+
+
+def label(side: Side) -> str:
+    """Return what a side is called."""
+    if isinstance(side, Source):
+        return side.path
+    return str(side) if isinstance(side, (str, Path)) else f"{type(side).__name__} in memory"
+
+
+def open_source(path: Side) -> Source:
+    """Open a file or a folder of weights, or take a model in memory as it is.
 
     A folder is a transformers or diffusers model, a diffusers pipeline, a PEFT adapter, a checkpoint or run of
-    ours, or anything that holds one file of weights, its shards, or their index.
+    ours, a DeepSpeed or torch distributed checkpoint, or anything that holds one file of weights, its shards, or
+    their index. A model's folder with a DeepSpeed checkpoint within it has that one's masters.
 
     Raises:
         ModelError: nothing there, or a file that is truncated, foreign, or lacks what an index names.
     """
+    if isinstance(path, Source):
+        return path
+    if not isinstance(path, (str, Path)):
+        return _live(path)
     path = Path(path).expanduser()
     if path.is_file():
         return _from_files(
@@ -103,9 +128,26 @@ def open_source(path: str | Path) -> Source:
         raise ModelError("There are no weights", where=str(path), why="there is no such file or folder")
     if (path / "model_index.json").is_file():
         return _pipeline(path)
+    from align.sparsity.dcp import open_dcp
+    from align.sparsity.zero import open_zero, zero_folder
+
+    step = zero_folder(path)
+    if step == path:
+        return open_zero(path, step, _json(path / "config.json"))
+    for inner in (path, *sorted(path.glob("pytorch_model_fsdp_*"))):  # as accelerate names the part of a checkpoint
+        if (inner / ".metadata").is_file():
+            return open_dcp(inner, _json(path / "config.json"))
     if files := _files(path):
         adapter = _json(path / "adapter_config.json") or _own_adapter(path)
-        return _from_files(str(path), "adapter" if adapter else "folder", files, adapter or _json(path / "config.json"))
+        found = _from_files(
+            str(path), "adapter" if adapter else "folder", files, adapter or _json(path / "config.json")
+        )
+        if step is not None and not found.adapter:
+            beside = open_zero(path, step, {})
+            found.masters, found.training = beside.masters, beside.training
+        return found
+    if step is not None:
+        return open_zero(path, step, _json(path / "config.json"))
     steps = sorted(
         (p for p in (path / "checkpoints").glob("step_*") if p.name[5:].isdecimal()), key=lambda p: int(p.name[5:])
     )
@@ -113,10 +155,10 @@ def open_source(path: str | Path) -> Source:
         found = open_source(steps[-1])
         found.path, found.layout = str(path), f"run, {steps[-1].name}"
         return found
-    if any(path.glob("*.distcp")) or any(path.rglob("zero_pp_rank_*")):
+    if any(path.glob("*.distcp")):
         raise ModelError(
-            "A distributed checkpoint is not read in place", where=str(path),
-            why="its index is a pickle, which may run code", do="Consolidate it, with the tool that wrote it",
+            "A distributed checkpoint lacks its index", where=str(path), why="there is no .metadata in it",
+            do="Copy it too; its name begins with a dot",
         )  # fmt: skip
     raise ModelError(
         "This folder holds no weights", where=str(path), why="it has no file of weights, no index and no pipeline",
@@ -153,6 +195,7 @@ def _pipeline(path: Path) -> Source:
         if not files:
             continue
         found = _from_files(str(part), "component", files, {})
+        whole.config[part.name] = _json(part / "config.json")
         whole.entries |= {f"{part.name}/{name}": entry for name, entry in found.entries.items()}
         whole.aliases |= {f"{part.name}/{a}": f"{part.name}/{b}" for a, b in found.aliases.items()}
         whole.files += found.files
@@ -218,12 +261,7 @@ def _from_files(path: str, layout: str, files: list[Path], config: dict[str, Any
             if entry.name in source.entries:
                 raise ModelError("Two shards hold the same tensor", where=str(file), why=entry.name)
             source.entries[entry.name] = entry
-    places: dict[tuple[str, int, tuple[int, ...]], str] = {}
-    for name, entry in list(source.entries.items()):
-        place = (entry.file, entry.offset, entry.shape)
-        if entry.count and places.setdefault(place, name) != name:
-            source.aliases[name] = places[place]
-            del source.entries[name]
+    set_aliases_apart(source)
     index = next(
         (file.parent / f"{m[1]}{m[4]}.index.json" for file in files if (m := _SHARD.fullmatch(file.name))), None
     )
@@ -237,6 +275,16 @@ def _from_files(path: str, layout: str, files: list[Path], config: dict[str, Any
     if any(".lora_A." in name for name in source.entries):
         source.adapter, source.layout = True, "adapter"
     return source
+
+
+def set_aliases_apart(source: Source) -> None:
+    """Keep one entry of those that share a place."""
+    places: dict[tuple[str, int, tuple[int, ...]], str] = {}
+    for name, entry in list(source.entries.items()):
+        place = (entry.file, entry.offset, entry.shape)
+        if entry.count and places.setdefault(place, name) != name:
+            source.aliases[name] = places[place]
+            del source.entries[name]
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -293,7 +341,7 @@ def _safetensors(path: Path, source: Source) -> list[Entry]:
                 "A safetensors file is truncated", where=str(path),
                 why=f"{name} ends at byte {8 + length + end:,} of {size:,}", do="Fetch it again",
             )  # fmt: skip
-    return [_mapped(path, data, 8 + length + begin, *row) for *row, begin, _ in rows]
+    return [mapped(path, data, 8 + length + begin, *row) for *row, begin, _ in rows]
 
 
 def _nested(text: Any) -> dict[str, Any]:
@@ -306,7 +354,8 @@ def _nested(text: Any) -> dict[str, Any]:
     return {key.rpartition(".")[2]: value for key, value in found.items()}
 
 
-def _mapped(path: Path, data: mmap.mmap, offset: int, name: str, dtype: str, shape: tuple[int, ...]) -> Entry:
+def mapped(path: Path, data: mmap.mmap, offset: int, name: str, dtype: str, shape: tuple[int, ...]) -> Entry:
+    """Return the tensor that lies at byte `offset` of a mapped file."""
     item = ITEM_BYTES[dtype]
 
     def read(start: int, stop: int) -> NDArray[Any]:
@@ -328,26 +377,60 @@ def _mapped(path: Path, data: mmap.mmap, offset: int, name: str, dtype: str, sha
 
 
 def _torch(path: Path, source: Source) -> list[Entry]:
+    return _tensors(load_tensors(path), str(path))
+
+
+def _live(model: Mapping[str, Any] | Any) -> Source:
+    """Open a model in memory, wherever its tensors are; of those that are not on the CPU a chunk is copied at a time.
+
+    Raises:
+        ModelError: neither a module nor tensors by name, or tensors that are not here as a whole.
+    """
+    import torch
+
+    state = model.state_dict() if isinstance(model, torch.nn.Module) else model
+    if not isinstance(state, Mapping):
+        raise ModelError(
+            "This is no model", where=label(model), do="Give a path, an nn.Module, or a dictionary of its tensors"
+        )
+    held = {str(name): value for name, value in state.items() if torch.is_tensor(value)}
+    for name, value in held.items():
+        if value.is_meta or hasattr(value, "full_tensor"):
+            raise ModelError(
+                "A tensor is not here as a whole", where=f"{label(model)}, {name}",
+                why="it has no storage" if value.is_meta else "this process holds a shard of it",
+                do="Gather it, or compare the checkpoint it is saved in",
+            )  # fmt: skip
+    config = getattr(getattr(model, "config", None), "to_dict", dict)()
+    source = Source(
+        label(model), "in memory", {entry.name: entry for entry in _tensors(held, label(model))}, config=config
+    )
+    set_aliases_apart(source)
+    source.adapter = any(".lora_A." in name for name in source.entries)
+    return source
+
+
+def _tensors(state: Mapping[str, Any], where: str) -> list[Entry]:
     import torch
 
     found = []
-    for name, tensor in load_tensors(path).items():
+    for name, tensor in state.items():
         dtype = TORCH_NAMES.get(str(tensor.dtype).removeprefix("torch."))
         if dtype is None or tensor.layout != torch.strided:
             raise ModelError(
                 "A tensor has a format that is not known",
-                where=f"{path}, {name}",
+                where=f"{where}, {name}",
                 why=f"{tensor.dtype}, {tensor.layout}",
             )
         flat = tensor.detach().contiguous().reshape(-1)
-        codes = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[ITEM_BYTES[dtype]]).numpy()
-        codes = codes.view(f"u{ITEM_BYTES[dtype]}")
-        found.append(Entry(name, dtype, tuple(tensor.shape), str(path), tensor.data_ptr(), _reader(codes)))
+        read = _reader(flat, {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[ITEM_BYTES[dtype]])
+        found.append(Entry(name, dtype, tuple(tensor.shape), where, tensor.data_ptr(), read))
     return found
 
 
-def _reader(codes: NDArray[Any]) -> Callable[[int, int], NDArray[Any]]:
+def _reader(flat: Any, integer: Any) -> Callable[[int, int], NDArray[Any]]:
     def read(start: int, stop: int) -> NDArray[Any]:
-        return codes[start:stop]
+        codes = flat[start:stop].cpu().view(integer).numpy()
+        return codes.view(f"u{codes.dtype.itemsize}")
 
     return read

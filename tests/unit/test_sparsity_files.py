@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -149,14 +150,18 @@ def states():
     return base, tuned
 
 
-@pytest.mark.parametrize("block", [1 << 22, 4096])
-def test_a_delta_gives_back_every_bit(tmp_path, monkeypatch, block):
+@pytest.mark.parametrize(("block", "codec"), [(1 << 22, "zstd"), (4096, "zstd"), (4096, "zlib")])
+def test_a_delta_gives_back_every_bit(tmp_path, monkeypatch, block, codec):
     monkeypatch.setattr(deltas, "BLOCK", block)
+    if codec == "zlib":
+        monkeypatch.setitem(sys.modules, "pyarrow", None)  # as where it is not installed
     base, tuned = states()
     first, second = save(tmp_path / "base", base), save(tmp_path / "tuned", tuned)
     (first / "config.json").write_text('{"a": 1}')
     found = write_delta(first, second, tmp_path / "d.delta")
-    assert found["changed"] > 7000 and found["bytes"] == (tmp_path / "d.delta").stat().st_size
+    assert (
+        found["codec"] == codec and found["changed"] > 7000 and found["bytes"] == (tmp_path / "d.delta").stat().st_size
+    )
     apply_delta(first, tmp_path / "d.delta", tmp_path / "out")
     back = load_file(tmp_path / "out" / "model.safetensors")
     assert set(back) == set(tuned)
@@ -194,6 +199,34 @@ def test_what_is_wrong_with_a_delta_is_said_and_nothing_is_left(tmp_path):
     (cut / "model.safetensors").write_bytes((second / "model.safetensors").read_bytes()[:-100])
     assert main(["sparsity", "delta", str(first), str(cut), "--out", str(tmp_path / "never")]) == 2
     assert not (tmp_path / "never").exists()
+
+
+def test_a_delta_of_zstd_where_it_cannot_be_read(tmp_path, monkeypatch, capsys):
+    base, tuned = save(tmp_path / "base", {"w": torch.zeros(9)}), save(tmp_path / "tuned", {"w": torch.ones(9)})
+    write_delta(base, tuned, tmp_path / "d")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert main(["sparsity", "apply", str(base), str(tmp_path / "d"), "--out", str(tmp_path / "out")]) == 2
+    assert "needs pyarrow" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000])
+def test_a_part_that_is_longer_or_shorter_than_it_says_is_refused(size):
+    for name in ("zstd", "zlib"):
+        _, squeeze, expand = deltas._codec(name)
+        data = squeeze(bytes(range(100)) * 3)
+        with pytest.raises(ValueError, match=r"instead of|claims|has"):
+            deltas._bounded(expand)(data if size else b"", size or 5)
+        assert deltas._bounded(expand)(data, 300) == bytes(range(100)) * 3
+
+
+@pytest.mark.parametrize(("scale", "ratio"), [(1e-6, 109), (3e-6, 46), (1e-5, 17), (3e-5, 7.8)])
+def test_deltas_are_as_small_as_the_prototypes(tmp_path, scale, ratio):
+    """Ratios to dense bf16 of N(0, 0.02) weights under a Gaussian update, on fewer weights than they were measured on."""
+    made = torch.Generator().manual_seed(0)
+    w = (0.02 * torch.randn(1 << 21, generator=made)).bfloat16()
+    tuned = (w.float() + scale * torch.randn(1 << 21, generator=made)).bfloat16()
+    found = write_delta(save(tmp_path / "a", {"w": w}), save(tmp_path / "b", {"w": tuned}), tmp_path / "d")
+    assert found["ratio"] > 0.9 * ratio
 
 
 @pytest.mark.parametrize("name", ["../../evil/w", "/abs/w", "../w", "a/b/w"])
@@ -241,7 +274,7 @@ def test_the_verbs_of_the_page_and_the_page(tmp_path, capsys):
     text = page.read_text(encoding="utf-8")
     result = json.loads((tmp_path / "r.json").read_text())
     assert f"{100 * result['bit_identical']:.2f}\u00a0%" in text and "Rounding alone is enough" in text
-    assert "unknown: checkpoints do not say" in text and "chance, by magnitude" in text
+    assert "unknown: the checkpoint does not say" in text and "chance, by magnitude" in text
     assert "attn.&lt;b&gt;" in text and "attn.<b>" not in text and "http:" not in text
     assert text.count('class="cell"') == 2
     rows = [json.loads(line) for line in page.with_suffix(".jsonl").read_text().splitlines()]

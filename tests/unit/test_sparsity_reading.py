@@ -240,7 +240,7 @@ def test_bad_input_is_refused_in_a_sentence(tmp_path, pair, capsys):
     (tmp_path / "dcp").mkdir()
     (tmp_path / "dcp" / "__0_0.distcp").write_bytes(b"x")
     cases = {
-        tmp_path / "dcp": "distributed checkpoint is not read in place",
+        tmp_path / "dcp": "distributed checkpoint lacks its index",
         cut: "is truncated",
         gone: "names a file that is not there",
         lost: "2 of 3 are there",
@@ -267,6 +267,52 @@ def test_bad_input_is_refused_in_a_sentence(tmp_path, pair, capsys):
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1, (path, error)
         assert not report.exists()
+
+
+def test_no_verb_crashes_or_leaves_half_a_file(tmp_path, pair, capsys):
+    """What a reader may be handed, through every verb; a delta is lossless whatever the numbers mean."""
+    base, tuned, _, second = pair
+    numbers = [name for name, value in second.items() if value.ndim == 2]
+    cut = sharded(tmp_path / "cut", second, kind="bin")
+    shard = cut / "pytorch_model-00002-of-00003.bin"
+    shard.write_bytes(shard.read_bytes()[:-200])
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "pytorch_model.bin").write_bytes(b"\x80\x02}q\x00X\x01\x00\x00\x00aK\x01s.")
+    packed = {n.replace("weight", "qweight"): torch.zeros(8, 16, dtype=torch.int32) for n in numbers}
+    zero = {name: value[:0] for name, value in second.items()}
+    cases = {
+        cut: "the end of the archive is missing",
+        bare: "file of weights cannot be read",
+        folder(tmp_path / "gptq", packed): "Quantised weights",
+        folder(tmp_path / "fp8", {k: v.to(torch.float8_e4m3fn) for k, v in second.items()}): "Quantised weights",
+        folder(tmp_path / "ints", {k: v.long() for k, v in second.items()}): "no floating-point weights",
+        folder(tmp_path / "zero", zero): "These are different models",
+    }
+    out = tmp_path / "out"
+    out.mkdir()
+    for path, words in cases.items():
+        for verb in (
+            ["compare", base, path, "--mask", out / "mask", "--json", out / "r.json"], ["compare", path, base],
+            ["report", base, path, "--out", out / "page.html"], ["overlap", path, tuned, "--base", base],
+        ):  # fmt: skip
+            assert main(["sparsity", *map(str, verb)]) == 2, (path, verb)
+            error = capsys.readouterr().err
+            assert words in error and error.count("\n") == 1 and not any(out.iterdir()), (path, verb, error)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_diverged_is_called_that(tmp_path, pair, capsys, value):
+    base, _, _, second = pair
+    tuned = folder(tmp_path / "diverged", {k: torch.full_like(v, value) for k, v in second.items()})
+    page = tmp_path / "page.html"
+    assert main(["sparsity", "report", str(base), str(tuned), "--out", str(page)]) == 0
+    assert "The tuned model is not finite" in page.read_text() and "Fewer weights" not in page.read_text()
+    assert main(["sparsity", "compare", str(base), str(tuned), "--structure", "--json", str(tmp_path / "r.json")]) == 0
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["bit_identical"] == 0 and found["norm"] == 0
+    assert (found["nan"]["tuned"] or found["infinite"]) == found["parameters"]
+    assert "NaN" in capsys.readouterr().out or found["infinite"]
 
 
 def test_odd_but_sound_tensors_are_measured(tmp_path, capsys):
@@ -333,3 +379,40 @@ def test_unaligned_data_is_read_right(tmp_path):
     entry = open_source(path).entries["w"]
     assert np.array_equal(entry.read(0, 8).view(np.int16), values.view(torch.int16).numpy())
     assert compare(path, folder(tmp_path / "even", {"w": values})).as_dict()["bit_identical"] == 1
+
+
+class Tied(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(50, 16)
+        self.up = torch.nn.Linear(16, 48)
+        self.head = torch.nn.Linear(16, 50, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def test_a_model_in_memory_against_a_folder(tmp_path):
+    from align.sparsity.compare import anonymous_mb
+
+    torch.manual_seed(0)
+    net = Tied().bfloat16()
+    state = {k: v.clone() for k, v in net.state_dict().items() if k != "head.weight"}
+    base = folder(tmp_path / "base", state, {"tie_word_embeddings": True})
+    tuned = moved(state)
+    net.load_state_dict({**tuned, "head.weight": tuned["embed.weight"]})
+    wanted = compare(base, folder(tmp_path / "tuned", tuned, {"tie_word_embeddings": True})).as_dict()
+    for side in (net, net.state_dict(), tuned):
+        found = compare(base, side).as_dict()
+        assert all(found[key] == wanted[key] for key in (*INTEGERS, "parameters", "norm"))
+        assert found["tuned"] == f"{type(side).__name__} in memory" and found["coverage"] == 1
+        turned = compare(side, base).as_dict()
+        assert turned["bit_identical"] == wanted["bit_identical"] and turned["norm"] == wanted["norm"]
+    net.up.weight = torch.nn.Parameter(net.up.weight.t().contiguous().t())  # the same numbers in another order of bytes
+    assert compare(base, net).as_dict()["ulp_histogram"] == wanted["ulp_histogram"]
+    for odd, words in ((Tied().to("meta"), "not here as a whole"), (3, "no model"), ({}, "holds no tensor")):
+        with pytest.raises(ModelError, match=words):
+            compare(base, odd)
+    big = {"w": torch.zeros(20 << 20, dtype=torch.bfloat16)}
+    path = folder(tmp_path / "big", big)
+    compare(path, path, threads=1)
+    before = anonymous_mb()
+    assert compare(path, big, threads=1).peak_anonymous_mb - before < 30  # 80 MB were it copied in fp32
