@@ -223,7 +223,7 @@ def _resume(options: argparse.Namespace) -> int:
         plan = {"directory": str(options.run_folder), "steps": config.steps}
         return _give(options, plan, f"would resume {options.run_folder} up to step {config.steps}")
     if config.trainer == "fit":
-        return fit.fit_into(options, config, options.run_folder)
+        return fit.fit_into(options, config, options.run_folder, ["resume", str(options.run_folder)], _launch)
     if config.trainer == "peering":
         return peering.peer_into(options, config, options.run_folder)
     if options.launch:
@@ -231,6 +231,10 @@ def _resume(options: argparse.Namespace) -> int:
     from trainers import trainer_for
 
     return _finished(options, trainer_for(config, out=options.run_folder, deepspeed=options.deepspeed).train())
+
+
+def _fit(options: argparse.Namespace) -> int:
+    return fit.fit(options, _launch)
 
 
 def _finished(options: argparse.Namespace, result: Any) -> int:
@@ -694,6 +698,11 @@ def _train_arguments(parser: _Arguments) -> None:
     _add_json(parser)
 
 
+def _fit_arguments(parser: _Arguments) -> None:
+    _add_launch(parser)
+    fit.fit_arguments(parser)
+
+
 def _resume_arguments(parser: _Arguments) -> None:
     _add_launch(parser)
     _report_arguments(parser)
@@ -823,10 +832,14 @@ _VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int], Callable[[_Arg
          'align sample my-model --prompt "What is a fox?" --chat --temperature 0'),
     ),
     "evaluate": (
-        "measure a model or a run on held-out prompts or rows", models.evaluate, models.evaluate_arguments,
+        "measure a model or a run on held-out prompts or rows, or a reward on feedback", models.evaluate,
+        models.evaluate_arguments,
         ("align evaluate runs/digits --samples 1000 --json result.json",
          "align evaluate digits --prompts prompts.txt --reward digits/legibility",
-         "align evaluate runs/kto --data more_thumbs.jsonl --config rewards.yaml"),
+         "align evaluate runs/kto --data more_thumbs.jsonl --config rewards.yaml",
+         "align evaluate runs/fit_thumbs --data more_thumbs.jsonl",
+         "align evaluate --config rewards.yaml --data feedback.db",
+         "align evaluate --benchmark rewardbench2 --scores scores.jsonl"),
     ),
     "export": (
         "write trained weights as diffusers, PEFT or ComfyUI load them", models.export, models.export_arguments,
@@ -834,9 +847,9 @@ _VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int], Callable[[_Arg
          "align export runs/flux/checkpoints/step_000100 --to full --dtype bf16 --out my-flux"),
     ),
     "fit": (
-        "fit a reward to what people said", fit.fit, fit.fit_arguments,
+        "fit a reward to what people said", _fit, _fit_arguments,
         ("align fit my_fit.yaml", "align fit fit/thumbs data.paths.0=thumbs.jsonl --out runs/thumbs",
-         "align fit my_fit.yaml model.head=mlp --dry-run"),
+         "align fit my_fit.yaml model.head=mlp --dry-run", "align fit my_fit.yaml --launch deepspeed --nproc 2"),
     ),
     "peering": (
         "fit a reward to ratings and one to rankings, select with both, judge both under both", peering.peering,

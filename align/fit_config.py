@@ -68,6 +68,11 @@ class FitModelConfig(Section):
     path: str | None = Field(default=None, description="Folder or hub id of hidden and classifier, weights of clip.")
     architecture: str = Field(default="ViT-H-14", description="open_clip's name of clip's towers.")
     size: Int = Field(default=16, ge=1, description="Pixels of a side that the backbone pixels sees.")
+    unfreeze_image: Int = Field(
+        default=0, ge=0,
+        description="Last blocks of clip's image tower that are trained too, with the norm and projection after them.",
+    )  # fmt: skip
+    unfreeze_text: Int = Field(default=0, ge=0, description="The same of its prompt tower.")
     head: Literal["linear", "mlp", "cos"] = Field(
         default="linear", description="On frozen embeddings; cos is the cosine of clip's two, each through a matrix."
     )
@@ -174,6 +179,11 @@ def require_fit(config: FitConfig) -> None:
         raise ConfigError(
             "The head cos is of two embeddings", where="model.head", do="Use backbone clip, or head linear"
         )
+    if (model.unfreeze_image or model.unfreeze_text) and model.backbone != "clip":
+        raise ConfigError(
+            f"The backbone {model.backbone} has no towers of blocks", where="model.unfreeze_image",
+            do="Use backbone clip, or leave unfreeze_image and unfreeze_text out",
+        )  # fmt: skip
     texts = model.backbone in ("words", "hidden", "classifier")
     if texts != (config.data.media == "text"):
         raise ConfigError(

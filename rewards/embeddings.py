@@ -50,8 +50,13 @@ class Embedder:
     batch: int = 64
 
 
-def build_embedder(backbone: str, *, path: str | None, architecture: str, size: int, placement: Placement) -> Embedder:
+def build_embedder(
+    backbone: str, *, path: str | None, architecture: str, size: int, placement: Placement, trained: Path | None = None
+) -> Embedder:
     """Return the embedder of a backbone's name; see `FitModelConfig`.
+
+    Args:
+        trained: weights of clip that a fit moved; the identity stays that of the weights it began with.
 
     Raises:
         ModelError: weights that are not there or not what they should be.
@@ -65,7 +70,7 @@ def build_embedder(backbone: str, *, path: str | None, architecture: str, size: 
         return Embedder(_identity("pixels", size), lambda samples: _pixels(samples, size))
     if backbone == "digits":
         return _digits()
-    return _clip(str(path), architecture, placement)
+    return _clip(str(path), architecture, placement, trained)
 
 
 def _identity(*parts: Any) -> str:
@@ -197,18 +202,30 @@ def _digits() -> Embedder:
     return Embedder(_identity("digits", weights), embed)
 
 
-def _clip(path: str, architecture: str, placement: Placement) -> Embedder:
-    """Unit embeddings of the image and of the prompt, and their product."""
+def clip_towers(path: str, architecture: str, placement: Placement, *, shared: bool) -> Any:
+    """Return the towers of the backbone clip, whose architecture's name says which activation they have."""
     from rewards.towers import load_towers
 
     quick = architecture.endswith("-quickgelu")
-    towers = load_towers(Path(path).expanduser(), architecture, quick_gelu=quick, placement=placement)
+    return load_towers(Path(path).expanduser(), architecture, quick_gelu=quick, placement=placement, shared=shared)
+
+
+def clip_features(image_BD: Tensor, text_BD: Tensor) -> Tensor:
+    """Return what heads read of two unit embeddings: both, and their product."""
+    return torch.cat([image_BD, text_BD, image_BD * text_BD], 1).float()
+
+
+def _clip(path: str, architecture: str, placement: Placement, trained: Path | None) -> Embedder:
+    towers = clip_towers(path, architecture, placement, shared=trained is None)
+    if trained is not None:
+        from rewards.towers import overlay
+
+        overlay(towers.model, load_tensors(trained), str(trained))
 
     def embed(samples: Samples) -> Tensor:
         with torch.no_grad(), placement.active(towers.model) as device:
             pixels = clip_pixels(_images(samples, device), towers.size)
-            image, text = towers.embed_pixels(pixels), towers.embed_prompts(samples.prompts)[0]
-            return torch.cat([image, text, image * text], 1).float().cpu()
+            return clip_features(towers.embed_pixels(pixels), towers.embed_prompts(samples.prompts)[0]).cpu()
 
     identity = _identity("clip", weights_sha256(Path(path).expanduser()), architecture, placement.dtype)
     return Embedder(identity, embed, halves=int(towers.model.text_projection.shape[1]))

@@ -1,21 +1,24 @@
-"""What a reward is worth: agreement with pairs, discrimination and calibration of a probability, and bias probes.
+"""What a reward is worth: agreement with pairs, ratings and rankings, discrimination and calibration.
 
 Everything takes arrays of scores, so that scores of a file, of a reward and of a fit are measured alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from align.errors import DataError
-from align.feedback.bias import pearson, spearman
-from align.feedback.resampling import DRAWS, percentile_interval, wilson
-from align.types import Samples
-from rewards.base import Reward, score_safely
+from align.feedback.bias import spearman
+from align.feedback.resampling import DRAWS, bootstrap_sums, percentile_interval, wilson
+from align.seeding import uniform
+from rewards.fit_data import Observation
+from rewards.plove import fit_temperature
 
 BINS = 15
 
@@ -183,15 +186,9 @@ def probability_report(
     _require_numbers(p, y)
     base, inside = float(y.mean()), np.clip(p, 1e-12, 1 - 1e-12)
     index = np.arange(len(y)) if cluster_N is None else np.unique(np.asarray(cluster_N), return_inverse=True)[1]
-    rows = np.argsort(index, kind="stable")
-    starts = np.searchsorted(index[rows], np.arange(index.max() + 2))
-    rng, found = np.random.default_rng(seed), []
-    for _ in range(draws):
-        chosen = rng.integers(len(starts) - 1, size=len(starts) - 1)
-        picked = np.concatenate([rows[starts[c] : starts[c + 1]] for c in chosen])
-        found.append(debiased_calibration_error(p[picked], y[picked], bins))
+    found = [debiased_calibration_error(p[rows], y[rows], bins) for rows in _resampled(index, draws, seed)]
     return {
-        "n": len(y), "clusters": len(starts) - 1, "base_rate": base, "mean_probability": float(p.mean()),
+        "n": len(y), "clusters": int(index.max()) + 1, "base_rate": base, "mean_probability": float(p.mean()),
         "auroc": auroc(p, y), "auprc": average_precision(p, y),
         "brier": float(np.mean((p - y) ** 2)), "brier_of_base_rate": base * (1 - base),
         "log_loss": float(-np.mean(y * np.log(inside) + (1 - y) * np.log1p(-inside))),
@@ -201,83 +198,212 @@ def probability_report(
     }  # fmt: skip
 
 
-# --- probes -----------------------------------------------------------------------------------------
+# --- ratings and rankings ---------------------------------------------------------------------------
 
 
-def probe_length(scores_B: np.ndarray, texts: Sequence[str]) -> dict[str, float]:
-    """Return how a reward of texts goes with their length: Spearman and Pearson over samples that have a score."""
-    length = np.array([len(text) for text in texts], dtype=np.float64)
-    kept = np.isfinite(scores_B)
+def kendall(score_M: Sequence[float], rank_M: Sequence[float]) -> float:
+    """Return how far scores follow a ranking, 1 the best rank; NaN where a side does not tell its outputs apart.
+
+        tau_b = (C - D) / sqrt((n - n_score) (n - n_rank)),   n pairs, n_score and n_rank of them tied on that side
+
+    Source: Kendall (1945).
+    """
+    score, rank = np.asarray(score_M, dtype=np.float64), np.asarray(rank_M, dtype=np.float64)
+    i, j = np.triu_indices(len(score), 1)
+    a, b = np.sign(score[i] - score[j]), np.sign(rank[j] - rank[i])
+    told = float(np.sqrt((a != 0).sum() * (b != 0).sum()))
+    return float((a * b).sum() / told) if told else float("nan")
+
+
+def rank_correlation(
+    score_N: np.ndarray, level_N: np.ndarray, prompt_N: Sequence[Any], *, draws: int = 400, seed: int = 0
+) -> dict[str, Any]:
+    """Return Spearman's correlation of scores with ratings, its interval over prompts, and that within prompts.
+
+    Within prompts both sides are centred: what a reward adds to all outputs of a prompt, such as a Bradley-Terry
+    score's unknown constant, does not enter. It is NaN where no prompt has two ratings.
+
+    Raises:
+        DataError: no rows, or values that are no numbers.
+    """
+    score, level = np.asarray(score_N, dtype=np.float64), np.asarray(level_N, dtype=np.float64)
+    _require_numbers(score, level)
+    index = np.unique(np.asarray(prompt_N), return_inverse=True)[1]
+    rows = _resampled(index, draws, seed)
+    count = np.bincount(index)
+    mean = [np.bincount(index, weights=side) / count for side in (score, level)]
+    several = count[index] > 1
+    within = [(side - m[index])[several] for side, m in zip((score, level), mean, strict=True)]
     return {
-        "n": int(kept.sum()), "spearman": spearman(scores_B[kept], length[kept]),
-        "pearson": pearson(scores_B[kept], length[kept]),
+        "n": len(score), "spearman": spearman(score, level),
+        "spearman_ci": list(percentile_interval(np.array([spearman(score[r], level[r]) for r in rows]))),
+        "spearman_within_prompts": spearman(*within) if several.any() else float("nan"),
     }  # fmt: skip
 
 
-def probe_brightness(reward: Reward, samples: Samples, factors: Sequence[float] = (0.8, 1.25)) -> dict[str, float]:
-    """Return by how much a reward of images changes when their pixels are multiplied, in its standard deviations.
+def mean_interval(
+    value_N: Sequence[float], cluster_N: Sequence[Any], *, draws: int = DRAWS, seed: int = 0
+) -> tuple[float, tuple[float, float]]:
+    """Return the mean of what is a number, and its interval over clusters."""
+    value, cluster = np.asarray(value_N, dtype=np.float64), np.asarray(cluster_N)
+    kept = np.isfinite(value)
+    if not kept.any():
+        return float("nan"), (float("nan"), float("nan"))
+    return float(value[kept].mean()), _share_interval(value[kept], cluster[kept], draws, seed)
+
+
+def cross_calibrated(score_N: np.ndarray, seen_N: np.ndarray, cluster_N: Sequence[Any], seed: int = 0) -> np.ndarray:
+    """Return probabilities `sigmoid(a score + b)`, a and b of each half of the clusters fitted on the other half.
+
+    It is what a score is worth as a probability where it is none; no row calibrates itself.
 
     Raises:
-        DataError: samples that are no images.
+        DataError: a half with one class only.
     """
-    if samples.images is None:
-        raise DataError("Brightness is a matter of images", why=f"got {samples.media}")
-    plain = _column(reward, samples)
-    spread = float(np.nanstd(plain)) or 1.0
-    found = {}
-    for factor in factors:
-        images = [(image * factor).clamp(0, 1) for image in samples.images]
-        changed = _column(reward, replace(samples, images=images))
-        found[f"x{factor:g}"] = float(np.nanmean(changed - plain)) / spread
+    score, seen = np.asarray(score_N, dtype=np.float64), np.asarray(seen_N, dtype=np.float64)
+    half = {name: uniform(seed, "calibrate", str(name)) < 0.5 for name in set(cluster_N)}
+    first = np.array([half[name] for name in cluster_N])
+    found = np.empty(len(score))
+    for part in (first, ~first):
+        if not 0 < seen[~part].sum() < (~part).sum():
+            raise DataError("A calibration needs both classes in both halves", why=f"{len(half)} clusters")
+        a, b = fit_temperature(score[~part], seen[~part])
+        found[part] = np.exp(-np.logaddexp(0, -(a * score[part] + b)))
     return found
 
 
-def probe_prompts(reward: Reward, samples: Samples, seed: int = 0) -> dict[str, float]:
-    """Return the mean score under the prompts and under each other's prompts, and the share of samples that lose.
+def signed_pairs(rows: Sequence[Observation]) -> dict[str, list[tuple[str, str, float, str]]]:
+    """Return pairs `(a, b, sign, prompt)` that people told apart or tied, by protocol: sign 1 where a is the better.
 
-    A reward that does not read the prompt loses nothing: `changed` is 0.
+    ratings     two outputs of a prompt that one person rated: the higher is better, equal ones tie
+    rankings    comparisons, and all pairs of a ranking
+
+    A person's several ratings of one output are averaged; rows that name nobody are one person.
     """
-    own = _column(reward, samples)
-    order = _derangement(len(samples), seed)
-    other = _column(reward, replace(samples, prompts=[samples.prompts[i] for i in order]))
-    both = np.isfinite(own) & np.isfinite(other)
+    rated: dict[tuple[str, str], dict[str, list[float]]] = {}
+    found: dict[str, list[tuple[str, str, float, str]]] = {"ratings": [], "rankings": []}
+    for row in rows:
+        if row.kind == "rating":
+            rated.setdefault((row.prompt, row.user), {}).setdefault(row.items[0], []).append(float(row.value[0]))
+        elif row.kind in ("comparison", "ranking"):
+            ranks = row.value if row.kind == "ranking" else (1 - row.value, row.value)
+            for (a, r), (b, s) in combinations(zip(row.items, ranks, strict=True), 2):
+                found["rankings"].append((a, b, float(np.sign(s - r)), row.prompt))
+    for (prompt, _), said in rated.items():
+        for (a, x), (b, y) in combinations(((item, float(np.mean(v))) for item, v in said.items()), 2):
+            found["ratings"].append((a, b, float(np.sign(x - y)), prompt))
+    return found
+
+
+def compare_under_protocols(
+    scores: Mapping[str, Mapping[str, float]], rows: Sequence[Observation], *, draws: int = DRAWS, seed: int = 0
+) -> dict[str, Any]:
+    """Return how well rewards agree with ratings and with rankings of the same outputs: rewards x protocols.
+
+    A reward that was fitted to one protocol may win under it and lose under the other. All are measured on the pairs
+    of which all have scores, and intervals resample prompts.
+
+        difference    accuracy of the first reward less that of another one, under each protocol
+        interaction   the difference under ratings less that under rankings: above 0 where each is the better one
+                      under its own protocol, the first reward's being ratings
+
+    Args:
+        scores: of outputs by their ids, by reward.
+        rows: with ratings and with comparisons or rankings; see `signed_pairs` and `rewards.fit_data.load_data`.
+
+    Returns:
+        table (see `PairAccuracy`), and for every reward but the first `difference` by protocol, with ci, and
+        `interaction`, with ci; shared: pairs that both protocols speak of, and how often they agree; missing: pairs
+        without a score.
+
+    Raises:
+        DataError: less than two rewards, or no pair under a protocol.
+
+    Source: Bansal, Dang and Grover (arXiv 2308.15812).
+    """
+    if len(scores) < 2:
+        raise DataError("Comparing rewards under both protocols needs two rewards", why=f"got {len(scores)}")
+    names, missing, kept = list(scores), 0, {}
+    for protocol, pairs in signed_pairs(rows).items():
+        whole = [p for p in pairs if all(np.isfinite(scores[n].get(i, np.nan)) for n in names for i in p[:2])]
+        missing += len(pairs) - len(whole)
+        if not whole:
+            raise DataError(
+                f"No two outputs of a prompt are told apart by {protocol}", why=f"{len(pairs)} pairs, none with scores",
+                do="Give data with ratings and with comparisons or rankings of the same prompts",
+            )  # fmt: skip
+        kept[protocol] = whole
+    table = {
+        name: {
+            protocol: vars(pair_accuracy(
+                np.array([scores[name][a] - scores[name][b] for a, b, _, _ in pairs]),
+                np.array([sign for *_, sign, _ in pairs]), [p[3] for p in pairs], draws=draws, seed=seed,
+            ))
+            for protocol, pairs in kept.items()
+        }
+        for name in names
+    }  # fmt: skip
+    against = {name: _paired(scores[names[0]], scores[name], kept, draws, seed) for name in names[1:]}
+    return {"table": table, "against": against, "shared": _shared_pairs(kept), "missing": missing}
+
+
+def _paired(
+    one: Mapping[str, float], other: Mapping[str, float], kept: Mapping[str, list[tuple[str, str, float, str]]],
+    draws: int, seed: int,
+) -> dict[str, Any]:  # fmt: skip
+    """The difference of two rewards' accuracies under each protocol, and the difference of the differences."""
+    units, clusters = [], []
+    for column, protocol in enumerate(kept):
+        for a, b, sign, prompt in kept[protocol]:
+            if sign:
+                unit = np.zeros(4)
+                right = [(1 + np.sign((s[a] - s[b]) * sign)) / 2 for s in (one, other)]
+                unit[2 * column : 2 * column + 2] = right[0] - right[1], 1
+                units.append(unit)
+                clusters.append(prompt)
+    if not units:
+        return {}
+    table, cluster = np.stack(units), np.array(clusters)
+
+    def share(sums: np.ndarray, column: int) -> np.ndarray:
+        n = sums[:, 2 * column + 1]
+        return np.divide(sums[:, 2 * column], n, out=np.full(len(n), np.nan), where=n > 0)
+
+    def estimate(statistic: Callable[[np.ndarray], np.ndarray]) -> dict[str, Any]:
+        ci = bootstrap_sums(table, statistic, cluster, draws=draws, seed=seed)
+        return {"mean": float(statistic(table.sum(0)[None])[0]), "ci": list(ci)}
+
     return {
-        "n": int(both.sum()), "own": float(own[both].mean()), "other": float(other[both].mean()),
-        "changed": float((own[both] != other[both]).mean()),
-        "lose": float(np.mean(np.where(own[both] == other[both], 0.5, own[both] > other[both]))),
+        "difference": {name: estimate(partial(share, column=column)) for column, name in enumerate(kept)},
+        "interaction": estimate(lambda sums: share(sums, 0) - share(sums, 1)),
+    }
+
+
+def _shared_pairs(kept: Mapping[str, list[tuple[str, str, float, str]]]) -> dict[str, Any]:
+    """How often the two protocols say the same of a pair, over the pairs that both speak of; ties apart from flips."""
+    signs: list[dict[tuple[str, str], list[float]]] = []
+    for pairs in kept.values():
+        said: dict[tuple[str, str], list[float]] = {}
+        for a, b, sign, _ in pairs:
+            said.setdefault((min(a, b), max(a, b)), []).append(sign if a < b else -sign)
+        signs.append(said)
+    both = [tuple(float(np.sign(np.mean(said[pair]))) for said in signs) for pair in signs[0].keys() & signs[1].keys()]
+    n = len(both)
+    return {
+        "n": n, "agree": sum(x == y for x, y in both) / n if n else float("nan"),
+        "flips": sum(x * y < 0 for x, y in both), "ties_on_one_side": sum((x == 0) != (y == 0) for x, y in both),
     }  # fmt: skip
 
 
-def _derangement(count: int, seed: int) -> np.ndarray:
-    """A random cyclic order: nobody keeps their own place."""
-    if count < 2:
-        raise DataError("Shuffling prompts needs two samples", why=f"got {count}")
-    cycle = np.random.default_rng(seed).permutation(count)
-    order = np.empty(count, dtype=np.int64)
-    order[cycle] = np.roll(cycle, 1)
-    return order
-
-
-def _column(reward: Reward, samples: Samples) -> np.ndarray:
-    scores = score_safely(reward, samples)
-    return np.where(scores.valid[:, 0], scores.values[:, 0], np.nan)
-
-
-def compare_protocols(scores: dict[str, np.ndarray], pairs: dict[str, tuple[np.ndarray, ...]]) -> dict[str, Any]:
-    """Return the pair accuracy of every reward under every protocol, such as pairs of ratings and of rankings.
-
-    Args:
-        scores: of the same items, by reward.
-        pairs: by protocol, `(first_N, second_N, said_N, cluster_N)`, indices of items and what was said.
-    """
-    measure: Callable[..., PairAccuracy] = pair_accuracy
-    return {
-        name: {
-            protocol: vars(measure(column[a] - column[b], said, cluster))
-            for protocol, (a, b, said, cluster) in pairs.items()
-        }
-        for name, column in scores.items()
-    }
+def _resampled(index_N: np.ndarray, draws: int, seed: int) -> list[np.ndarray]:
+    """Rows of whole clusters, drawn with replacement."""
+    rows = np.argsort(index_N, kind="stable")
+    starts = np.searchsorted(index_N[rows], np.arange(index_N.max() + 2))
+    rng, clusters = np.random.default_rng(seed), len(starts) - 1
+    return [
+        np.concatenate([rows[starts[c] : starts[c + 1]] for c in rng.integers(clusters, size=clusters)])
+        for _ in range(draws)
+    ]
 
 
 def _require_numbers(*columns: np.ndarray) -> None:

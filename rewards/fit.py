@@ -12,12 +12,11 @@ A probability is calibrated on rows held out for it, and reported on rows held o
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from align.config import config_origins
-from align.errors import DataError, ModelError
-from align.feedback.bias import spearman
+from align.engine import DeepSpeedEngine, require_deepspeed
+from align.errors import ConfigError, DataError, ModelError
 from align.feedback.events import Item
+from align.feedback.overview import plain
 from align.fit_config import FitConfig, require_fit
-from align.images import decode_image
+from align.launch import World, join_world
 from align.run import Run, claim_directory
 from align.seeding import permutation, seed
 from align.sparsity.callback import Travelled
@@ -39,10 +39,8 @@ from align.sparsity.receipt import write_receipt
 from align.tracking import replace_text
 from align.types import Samples, StepStats
 from rewards import fit_losses, plove
-from rewards.chats import read_turns
 from rewards.classifier import Classifier, Encoded
-from rewards.embeddings import build_embedder, embed_all
-from rewards.evaluate import pair_accuracy, probability_report
+from rewards.embeddings import build_embedder, clip_features, clip_towers, embed_all
 from rewards.fit_data import (
     FitData,
     Observation,
@@ -52,11 +50,14 @@ from rewards.fit_data import (
     thin,
     warnings_on,
 )  # fmt: skip
-from rewards.fitted import ARTEFACT, FORMAT, Head, calibrated
+from rewards.fitted import ARTEFACT, FORMAT, HEAD, TOWERS, Head, calibrated
+from rewards.media import clip_pixels, stacked
+from rewards.on_feedback import by_protocol
+from rewards.outputs import content_keys, load_outputs, sample_of
 from rewards.placement import Placement
 
 FOLDS = 5
-EVALUATED_AT_ONCE = 1024
+EVALUATED_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -79,57 +80,10 @@ class Latent:
     embedder: str = ""
     features: Tensor | None = None
 
-
-# --- outputs ----------------------------------------------------------------------------------------
-
-
-def sample_of(item: Item) -> tuple[str, Any]:
-    """Return the prompt as a text, and the response; of a chat the whole conversation."""
-    response = item.response
-    if isinstance(item.prompt, str):
-        asked = f"{item.prompt}\n{item.input}" if item.input else item.prompt
-        return asked, response if isinstance(response, str) else read_turns(response)
-    turns = read_turns(item.prompt)
-    answer = [{"role": "assistant", "content": response}] if isinstance(response, str) else read_turns(response)
-    return "\n".join(turn["content"] for turn in turns), [*turns, *answer]
-
-
-def _load_texts(items: Sequence[Item]) -> Samples:
-    pairs = [sample_of(item) for item in items]
-    return Samples([prompt for prompt, _ in pairs], texts=[text for _, text in pairs])
-
-
-def _load_images(items: Sequence[Item], folders: Mapping[str, Path]) -> Samples:
-    images = []
-    for item in items:
-        raw = _image_file(item, folders).read_bytes()
-        pixels, problem = decode_image(raw)
-        if pixels is None:
-            raise DataError("An image cannot be read", where=str(item.response), why=problem)
-        images.append(torch.from_numpy(np.asarray(pixels).copy()).permute(2, 0, 1).float() / 255)
-    return Samples([str(sample_of(item)[0]) for item in items], images=images)
-
-
-def _image_file(item: Item, folders: Mapping[str, Path]) -> Path:
-    return folders[item.id] / str(item.response)
-
-
-def _content_keys(items: Sequence[Item], data: FitData) -> list[str]:
-    """Hashes of prompts and content, an image's being that of its file.
-
-    Raises:
-        DataError: images that are not there, with how many.
-    """
-    if all(item.media in ("text", "chat") for item in items):
-        return [item.id for item in items]
-    gone = [item for item in items if not _image_file(item, data.folders).is_file()]
-    if gone:
-        raise DataError(
-            "Some images are not there", where=str(_image_file(gone[0], data.folders)),
-            why=f"{len(gone)} of {len(items)} are missing", do="Set data.folder to where their paths begin",
-        )  # fmt: skip
-    digests = [hashlib.sha256(_image_file(item, data.folders).read_bytes()).hexdigest() for item in items]
-    return [f"{item.prompt_id}{digest[:24]}" for item, digest in zip(items, digests, strict=True)]
+    @property
+    def device(self) -> torch.device:
+        """Where its values are."""
+        return next((p.device for p in self.parameters.values()), torch.device("cpu"))
 
 
 # --- the latent -------------------------------------------------------------------------------------
@@ -142,10 +96,9 @@ def _frozen(config: FitConfig, data: FitData, items: Sequence[Item], train: Sequ
     )
 
     def load(places: Sequence[int]) -> Samples:
-        chosen = [items[i] for i in places]
-        return _load_texts(chosen) if config.data.media == "text" else _load_images(chosen, data.folders)
+        return load_outputs([items[i] for i in places], data.folders)
 
-    features = embed_all(embedder, _content_keys(items, data), load)
+    features = embed_all(embedder, content_keys(items, data.folders), load)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed(config.seed, "fit", "head"))
         head = Head(model.head, features.shape[1], model.width, embedder.halves)
@@ -153,16 +106,58 @@ def _frozen(config: FitConfig, data: FitData, items: Sequence[Item], train: Sequ
         nn.init.normal_(head.weight, std=model.width**-0.5, generator=torch.Generator().manual_seed(config.seed))
     head.standardise(features[list(train)])
 
-    def save(folder: Path) -> None:
-        from safetensors.torch import save_file
+    if model.unfreeze_image or model.unfreeze_text:
+        return _unfrozen(config, load, head, features, embedder.identity)
 
-        save_file({k: v.detach().contiguous() for k, v in head.state_dict().items()}, folder / "head.safetensors")
+    def save(folder: Path) -> None:
+        _save(head.state_dict(), folder / HEAD)
 
     trained = {f"head.{name}": p for name, p in head.named_parameters() if p.requires_grad}
     return Latent(
         trained, lambda rows: head(features[list(rows)]), save, lambda: model.ridge * head.penalty(), embedder.identity,
         features,
     )  # fmt: skip
+
+
+def _unfrozen(
+    config: FitConfig, load: Callable[[Sequence[int]], Samples], head: Head, features: Tensor, identity: str
+) -> Latent:
+    """A head on CLIP's towers whose last blocks are trained with it; a tower that is frozen keeps its embeddings.
+
+    Args:
+        features: of the towers before training.
+    """
+    from rewards.towers import unfreeze
+
+    model, placement = config.model, Placement()
+    towers = clip_towers(str(model.path), model.architecture, placement, shared=False)
+    trained = unfreeze(towers.model, model.unfreeze_image, model.unfreeze_text)
+    head, features, half = head.to(placement.device), features.to(placement.device), head.halves
+
+    def of(rows: Sequence[int]) -> Tensor:
+        start, samples = features[list(rows)], load(rows)
+        image, text = start[:, :half], start[:, half : 2 * half]
+        if model.unfreeze_image:
+            pixels = [clip_pixels(stacked([one], placement.device), towers.size) for one in samples.images or ()]
+            image = towers.embed_pixels(torch.cat(pixels))
+        if model.unfreeze_text:
+            known = {prompt: i for i, prompt in enumerate(dict.fromkeys(samples.prompts))}
+            text = towers.embed_texts(list(known))[0][[known[prompt] for prompt in samples.prompts]]
+        return head(clip_features(image, text))
+
+    def save(folder: Path) -> None:
+        _save(head.state_dict(), folder / HEAD)
+        _save(trained, folder / TOWERS)
+
+    parameters = {f"towers.{name}": p for name, p in trained.items()}
+    parameters |= {f"head.{name}": p for name, p in head.named_parameters() if p.requires_grad}
+    return Latent(parameters, of, save, lambda: model.ridge * head.penalty(), identity, features.cpu())
+
+
+def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({name: value.detach().contiguous() for name, value in tensors.items()}, file)
 
 
 def _classifier(config: FitConfig, directory: Path, items: Sequence[Item]) -> Latent:
@@ -187,7 +182,7 @@ def _classifier(config: FitConfig, directory: Path, items: Sequence[Item]) -> La
         reader.model.requires_grad_(True)
 
     def of(rows: Sequence[int]) -> Tensor:
-        return reader.forward([encoded[i] for i in rows], reader.placement.device)[:, 0].cpu()
+        return reader.forward([encoded[i] for i in rows], reader.placement.device)[:, 0]
 
     def save(folder: Path) -> None:
         whole = reader.model.merge_and_unload() if model.train == "lora" else reader.model
@@ -247,6 +242,11 @@ class Packed:
     def __len__(self) -> int:
         return len(self.kind_N)
 
+    def to(self, device: torch.device) -> Packed:
+        """Return the same rows with their tensors on a device."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
+
 
 def pack(rows: Sequence[Observation], places: Mapping[str, int], users: Mapping[str, int], config: FitConfig) -> Packed:
     """Return observations as arrays; with the loss pick, a comparison weighs one over the pairs of its prompt."""
@@ -299,20 +299,20 @@ class Answers(nn.Module):
             rate = self.objective.prior or rate if "silence" in kinds else rate
             clean = (rate - self.objective.rho_down) / (1 - self.objective.rho_up - self.objective.rho_down)
             clean = min(max(clean, 1e-3), 1 - 1e-3)
-            self.thumb_bias = nn.Parameter(torch.tensor(math.log(clean / (1 - clean))))
+            self.thumb_bias = _number(math.log(clean / (1 - clean)))
             if compared:
-                self.thumb_log_scale = nn.Parameter(torch.tensor(0.0))
+                self.thumb_log_scale = _number(0.0)
         if levels:
             ordinal = self.objective.ratings == "ordinal"
             spread = torch.logit(torch.arange(1, levels) / levels)
             gaps = spread.diff()
-            self.rating_first = nn.Parameter(spread[0].clone() if ordinal else torch.tensor(0.5))
+            self.rating_first = _number(float(spread[0]) if ordinal else 0.5)
             if ordinal:
                 self.rating_gaps = nn.Parameter(torch.log(torch.expm1(gaps)))
             if compared or thumbs or not ordinal:
-                self.rating_log_scale = nn.Parameter(torch.tensor(0.0 if ordinal else -1.0))
+                self.rating_log_scale = _number(0.0 if ordinal else -1.0)
         if "comparison" in kinds and self.objective.comparisons in ("rao_kupper", "davidson"):
-            self.tie = nn.Parameter(torch.tensor(0.0))
+            self.tie = _number(0.0)
         self.variance = None if effects is None else effects[1]
         if effects is not None:
             self.effect = nn.Parameter(torch.from_numpy(effects[0]).float())
@@ -378,6 +378,11 @@ class Answers(nn.Module):
         return self.effect.square().sum() / (2 * float(self.variance or 1) * self.rows)
 
 
+def _number(value: float) -> nn.Parameter:
+    """A parameter of one number: DeepSpeed sends weights as bytes, which it cannot do with a tensor of no axis."""
+    return nn.Parameter(torch.tensor([value]))
+
+
 def base_rate(rows: Packed, share: float) -> float:
     """Return the share of thumbs that are up among all, negatives that were not drawn included."""
     thumbs = torch.from_numpy((rows.kind_N == "thumb").astype(bool))
@@ -387,29 +392,36 @@ def base_rate(rows: Packed, share: float) -> float:
 
 
 def batch_loss(
-    answers: Answers, latent: Latent, rows: Packed, chosen: Sequence[int]
+    answers: Answers, latent: Latent, rows: Packed, chosen: Sequence[int], world: World = World()
 ) -> tuple[Tensor, dict[str, float]]:
-    """Return the loss of some rows, every one weighing the same whatever its kind, and the mean loss of each kind."""
-    picked = torch.tensor(list(chosen))
+    """Return the loss of some rows, every one weighing the same whatever its kind, and the mean loss of each kind.
+
+    Of several processes each works out its part of the rows. Their losses add up to that of the batch.
+    """
+    everything = rows.kind_N[list(chosen)]
+    mine = [chosen[i] for i in world.share(len(chosen))]
+    picked = torch.tensor(mine)
     items = rows.item_NM[picked]
     unique, place = items.clamp(min=0).unique(return_inverse=True)
     values = latent.of(unique.tolist())[place] * (items >= 0)
-    kinds = rows.kind_N[picked.numpy()]
-    total, weight = values.new_zeros(()), rows.weight_N[picked].sum()
-    stats: dict[str, float] = {}
+    kinds = rows.kind_N[mine]
+    total, weight = values.new_zeros(()), rows.weight_N[list(chosen)].sum()
     pu = "silence" in set(rows.kind_N)
-    for kind in dict.fromkeys(kinds):
-        where = torch.from_numpy(np.flatnonzero(kinds == kind))
+    sums: dict[str, Tensor] = {}
+    for kind in dict.fromkeys(everything):
         if pu and kind in ("thumb", "silence"):
             continue
+        where = torch.from_numpy(np.flatnonzero(kinds == kind))
         loss = answers.losses(kind, rows, picked[where], values[where])
-        stats[f"loss/{kind}"] = float(loss.mean().detach())
+        sums[kind] = loss.detach().sum()
         total = total + (loss * rows.weight_N[picked[where]]).sum()
+    summed = world.add(torch.stack(list(sums.values()))) if sums else ()
+    stats = {f"loss/{kind}": float(s) / int((everything == kind).sum()) for kind, s in zip(sums, summed, strict=True)}
     if pu:
         named: dict[str, Tensor] = {}
         for name, mask in (
-            ("up", (kinds == "thumb") & (rows.said_N[picked].numpy() > 0.5)),
-            ("down", (kinds == "thumb") & (rows.said_N[picked].numpy() <= 0.5)),
+            ("up", (kinds == "thumb") & (rows.said_N[picked].cpu().numpy() > 0.5)),
+            ("down", (kinds == "thumb") & (rows.said_N[picked].cpu().numpy() <= 0.5)),
             ("silent", kinds == "silence"),
         ):
             where = torch.from_numpy(np.flatnonzero(mask))
@@ -419,9 +431,9 @@ def batch_loss(
             stats["loss/unlabelled"] = float(risk.detach())
             total = total + risk * count
     loss = total / weight.clamp(min=1e-9)
-    if answers.variance is not None:
+    if world.leads and answers.variance is not None:
         loss = loss + answers.penalty()
-    if latent.penalty is not None:
+    if world.leads and latent.penalty is not None:
         loss = loss + latent.penalty()
     return loss, stats
 
@@ -429,21 +441,33 @@ def batch_loss(
 # --- the fit ----------------------------------------------------------------------------------------
 
 
-def fit_reward(config: FitConfig, out: str | Path | None = None, *, overwrite: bool = False) -> FitResult:
+def fit_reward(
+    config: FitConfig, out: str | Path | None = None, *, overwrite: bool = False, deepspeed: str | None = None
+) -> FitResult:
     """Fit a reward, resuming what an earlier call with the same configuration left in the folder.
+
+    A backbone that is trained itself may be fitted by several processes, as a launcher starts them: a batch is shared
+    among them, and the reward is the same.
 
     Args:
         config: of `align.load_config`.
         out: the run folder, runs/NAME when None.
+        deepspeed: ZeRO settings, see `align.engine.DeepSpeedEngine`; None holds all weights in every process.
 
     Returns:
         the folder, whose `reward` holds the artefact, and the card in it.
 
     Raises:
-        ConfigError: a config that contradicts itself, or a folder that is another run's.
+        ConfigError: a config that contradicts itself, or cannot be fitted by several processes; a folder that is
+            another run's.
         DataError: data that cannot be fitted, or a split that leaks; see `rewards.fit_data`.
     """
     require_fit(config)
+    if deepspeed is not None:
+        require_deepspeed(deepspeed)
+    world = join_world()
+    if world.size > 1 or deepspeed is not None:
+        require_launchable(config, world.size)
     directory = Path(out) if out is not None else Path("runs") / config.name
     data = load_data(config.data.paths, config.data)
     parts, dropped = _parts(config, data)
@@ -453,13 +477,17 @@ def fit_reward(config: FitConfig, out: str | Path | None = None, *, overwrite: b
     places = {name: i for i, name in enumerate(names)}
     items = [data.items[name] for name in names]
     if config.data.media == "image":
-        _content_keys(items, data)  # what is missing is said before anything is written
-    claim_directory(directory, config, overwrite=overwrite)
+        content_keys(items, data.folders)  # what is missing is said before anything is written
+    world.led(lambda: claim_directory(directory, config, overwrite=overwrite))
     trained_on = sorted({places[name] for row in train_rows for name in row.items})
+    if not world.leads:
+        world.wait()  # what the first process builds and caches, the others find
     if config.model.backbone == "classifier":
         latent = _classifier(config, directory, items)
     else:
         latent = _frozen(config, data, items, trained_on)
+    if world.leads:
+        world.wait()
     trimmed: list[str] = []
     if config.users.trim:
         train_rows, trimmed = _trimmed(train_rows, latent, places, config)
@@ -468,30 +496,36 @@ def fit_reward(config: FitConfig, out: str | Path | None = None, *, overwrite: b
     levels = next((row.value[1] for rows in parts.values() for row in rows if row.kind == "rating"), 0)
     answers = Answers(
         config, train, levels, share, _effects(train, len(users), share) if config.users.effects else None
-    )
+    ).to(latent.device)
     parameters = {**latent.parameters, **{f"answers.{name}": p for name, p in answers.named_parameters()}}
     record = {"rows": {name: len(rows) for name, rows in parts.items()}, "origins": config_origins(config)}
-    with Run(config, directory, parameters, record) as run:
+    engine = None
+    if deepspeed is not None:
+        engine = DeepSpeedEngine(nn.ParameterList(parameters.values()), parameters, config.optimizer, world, deepspeed)
+    rows = train.to(latent.device)
+    with Run(config, directory, parameters, record, world=world, engine=engine) as run:
         for note in notes if run.step == 0 else ():
             run.log.warn(0, "warning", "data", note)
         for step in run.steps():
-            loss, stats = batch_loss(answers, latent, train, _rows_at(step, len(train), config))
+            loss, stats = batch_loss(answers, latent, rows, _rows_at(step, len(train), config), world)
             run.backward(loss, weight=1.0)
             run.update()
             run.update_average()
-            run.commit(step, {"loss": float(loss.detach()), **stats}, StepStats(first_ratio_error=float("nan")))
+            whole_loss = float(world.add(loss.detach().clone()))
+            run.commit(step, {"loss": whole_loss, **stats}, StepStats(first_ratio_error=float("nan")))
         if run.stopping:
             run.finish("stopped")
             return FitResult(directory, "stopped", {})
         with run.delivered():
-            card = _card(config, data, latent, answers, parts, places, train)
+            value = _values(latent, len(places), world)
+            card = _card(config, data, value, answers.cpu(), parts, places, train)
             card |= {
                 "left_out": {**left, "between parts of the split": dropped},
                 "trimmed_users": trimmed,
                 "warnings": notes,
             }
-            _write_artefact(directory / "reward", config, latent, card)
-        card["sparsity"] = _receipt(directory, config, run.log.read_metrics())
+            world.led(lambda: _write_artefact(directory / "reward", config, latent, card))
+        world.led(lambda: card.update(sparsity=_receipt(directory, config, run.log.read_metrics())))
         run.finish("complete")
     return FitResult(directory, "complete", plain(card))
 
@@ -510,6 +544,29 @@ def _receipt(directory: Path, config: FitConfig, rows: Sequence[Mapping[str, Any
     weights = directory / "reward" / "classifier"
     adapted = config.model.backbone == "classifier" and config.model.train == "lora"
     return write_receipt(directory, base, weights, travelled=Travelled(rows), adapted=adapted)
+
+
+def require_launchable(config: FitConfig, processes: int) -> None:
+    """Refuse a fit that cannot be shared among processes, or that gains nothing by it.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    model = config.model
+    if model.backbone != "classifier" and not (model.unfreeze_image or model.unfreeze_text):
+        raise ConfigError(
+            "Frozen embeddings are fitted in one process", where=f"model.backbone {model.backbone}",
+            why="their head takes seconds", do="Leave --launch out",
+        )  # fmt: skip
+    if config.data.silence == "unlabelled":
+        raise ConfigError(
+            "Learning from unlabelled silence takes one process", where="data.silence",
+            why="its risk is one of a whole batch, and no sum over rows", do="Leave --launch out",
+        )  # fmt: skip
+    if config.batch_size < processes:
+        raise ConfigError(
+            "Every process needs a row", where=f"batch_size {config.batch_size}", why=f"{processes} share"
+        )
 
 
 def _parts(config: FitConfig, data: FitData) -> tuple[dict[str, list[Observation]], int]:
@@ -583,17 +640,18 @@ def _effects(train: Packed, users: int, share: float) -> tuple[np.ndarray, float
 
 
 @torch.no_grad()
-def _values(latent: Latent, count: int) -> np.ndarray:
-    parts = [latent.of(range(s, min(s + EVALUATED_AT_ONCE, count))) for s in range(0, count, EVALUATED_AT_ONCE)]
-    return torch.cat(parts).double().numpy()
+def _values(latent: Latent, count: int, world: World) -> np.ndarray:
+    """The latent reward of all outputs, each process working out its share."""
+    mine = world.share(count)
+    parts = [latent.of(mine[s : s + EVALUATED_AT_ONCE]) for s in range(0, len(mine), EVALUATED_AT_ONCE)]
+    return np.concatenate(world.gather(torch.cat(parts).double().cpu().numpy() if parts else np.zeros(0)))
 
 
 def _card(
-    config: FitConfig, data: FitData, latent: Latent, answers: Answers, parts: Mapping[str, list[Observation]],
+    config: FitConfig, data: FitData, value: np.ndarray, answers: Answers, parts: Mapping[str, list[Observation]],
     places: Mapping[str, int], train: Packed,
 ) -> dict[str, Any]:  # fmt: skip
     """Return what the reward is worth on held-out rows, and what it was made of."""
-    value = _values(latent, len(places))
     if bad := int((~np.isfinite(value)).sum()):
         raise DataError("The fitted reward is no number somewhere", why=f"of {bad} of {len(value)} outputs")
     calibration = _calibration(config, answers, value, parts["calibration"], places)
@@ -606,7 +664,11 @@ def _card(
         "calibration": calibration,
         "observation_models": _observation_models(answers),
         **_people(answers, train, value),
-        "heldout": _heldout(answers, value, parts["heldout"], places, calibration),
+        "heldout": by_protocol(
+            [row for row in parts["heldout"] if row.kind != "thumb" or calibration is not None],
+            {name: value[i] for name, i in places.items()},
+            None if calibration is None else lambda latent: calibrated(latent, calibration),
+        ),
         "shared_with_heldout": _shared(parts),
         "known_failure_modes": _failure_modes(config, calibration),
     }  # fmt: skip
@@ -658,7 +720,7 @@ def _calibration(
 
 def _observation_models(answers: Answers) -> dict[str, Any]:
     found: dict[str, Any] = {
-        name: value.detach().tolist()
+        name: value.item()
         for name, value in answers.named_parameters()
         if name not in ("effect", "rating_first", "rating_gaps")
     }
@@ -677,38 +739,6 @@ def _people(answers: Answers, train: Packed, value: np.ndarray) -> dict[str, Any
     user, seen = train.user_N.numpy()[rows], train.said_N.numpy()[rows].astype(np.float64)
     _, variance = plove.fit_effects(logit, seen, user, np.where(seen > 0.5, 1.0, math.exp(answers.shift)))
     return {"user_variance": {"prior": answers.variance, "given_the_reward": variance}}
-
-
-def _heldout(
-    answers: Answers, value: np.ndarray, rows: Sequence[Observation], places: Mapping[str, int],
-    calibration: Mapping[str, Any] | None,
-) -> dict[str, Any]:  # fmt: skip
-    """Return measures of each protocol on held-out rows."""
-    found: dict[str, Any] = {}
-    latent, seen = _thumbs(rows, value, places)
-    thumbs = [row for row in rows if row.kind == "thumb"]
-    if calibration is not None and len(seen):
-        cluster = [row.user or row.prompt for row in thumbs]
-        found["thumbs"] = probability_report(calibrated(latent, calibration), seen, cluster)
-    for kind in ("comparison", "ranking"):
-        delta, said, cluster = [], [], []
-        for row in rows:
-            if row.kind != kind:
-                continue
-            ranks = row.value if kind == "ranking" else (1 - row.value, row.value)
-            for i in range(len(row.items)):
-                for j in range(i):
-                    delta.append(value[places[row.items[j]]] - value[places[row.items[i]]])
-                    said.append(np.sign(ranks[i] - ranks[j]))
-                    cluster.append(row.prompt)
-        if said:
-            found[f"{kind}s"] = asdict(pair_accuracy(np.array(delta), np.array(said), cluster))
-    rated = [row for row in rows if row.kind == "rating"]
-    if rated:
-        at = value[[places[row.items[0]] for row in rated]]
-        level = np.array([float(row.value[0]) for row in rated])
-        found["ratings"] = {"n": len(rated), "spearman": spearman(at, level)}
-    return found
 
 
 def _failure_modes(config: FitConfig, calibration: Mapping[str, Any] | None) -> list[str]:
@@ -742,13 +772,3 @@ def _write_artefact(folder: Path, config: FitConfig, latent: Latent, card: dict[
     if config.model.path is not None:
         document["model"]["path"] = os.path.abspath(Path(config.model.path).expanduser())
     replace_text(folder / ARTEFACT, json.dumps(plain(document), indent=1, allow_nan=False) + "\n")
-
-
-def plain(value: Any) -> Any:
-    """Return JSON-ready values; what is no number is null."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(part) for part in value]
-    value = value.item() if isinstance(value, np.generic) else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from rewards.placement import Placement
 
 FORMAT = 1
 ARTEFACT = "reward.json"
+HEAD, TOWERS = "head.safetensors", "towers.safetensors"
 OUTPUTS = ("probability", "score")
 
 
@@ -52,7 +54,7 @@ class Head(nn.Module):
             self.weight = nn.Parameter(torch.zeros(width))
         else:
             self.image, self.text = nn.Parameter(torch.eye(halves)), nn.Parameter(torch.eye(halves))
-            self.log_scale = nn.Parameter(torch.tensor(2.3))
+            self.log_scale = nn.Parameter(torch.tensor([2.3]))
 
     def standardise(self, features_ND: Tensor) -> None:
         """Take mean and spread of the training outputs: `x = (e - mean) / rms over features of their spreads`.
@@ -68,7 +70,7 @@ class Head(nn.Module):
     def penalty(self) -> Tensor:
         """Return half the squared weights; of cos, half the squared distance of its matrices from 1."""
         if self.kind == "cos":
-            one = torch.eye(self.halves)
+            one = torch.eye(self.halves, device=self.image.device)
             return ((self.image - one).square().sum() + (self.text - one).square().sum()) / 2
         hidden = self.hidden.weight.square().sum() if self.kind == "mlp" else 0.0
         return (self.weight.square().sum() + hidden) / 2
@@ -156,9 +158,10 @@ class Fitted:
                 str(self.folder / "classifier"), model["template"], model["max_length"], placement, dtype, batch_size, 1
             )
             return
+        self.trained = self.folder / TOWERS if model.get("unfreeze_image") or model.get("unfreeze_text") else None
         self.embedder = build_embedder(
             model["backbone"], path=backbone or model["path"], architecture=model["architecture"], size=model["size"],
-            placement=self.placement,
+            placement=self.placement, trained=self.trained,
         )  # fmt: skip
         if self.embedder.identity != self.artefact["embedder"]:
             raise ModelError(
@@ -166,9 +169,9 @@ class Fitted:
                 why=f"its identity is {self.embedder.identity} instead of {self.artefact['embedder']}",
                 do="Give backbone: its folder, or fit again",
             )  # fmt: skip
-        state = load_tensors(self.folder / "head.safetensors")
+        state = load_tensors(self.folder / HEAD)
         self.head = Head(model["head"], len(state["mean"]), model["width"], self.embedder.halves)
-        load_into(self.head, state, str(self.folder / "head.safetensors"))
+        load_into(self.head, state, str(self.folder / HEAD))
         self.head.requires_grad_(False).eval()
 
     def identity(self) -> str:
@@ -176,8 +179,14 @@ class Fitted:
         own = {"output": self.output, "calibration": self.calibration, "embedder": self.artefact["embedder"]}
         if self.classifier is not None:
             return self.classifier.identity(REWARDS.get("fitted").card, own)
-        weights = file_sha256(self.folder / "head.safetensors")
+        weights = [file_sha256(file) for file in (self.folder / HEAD, self.trained) if file is not None]
         return identity_of(REWARDS.get("fitted").card, {**own, "weights": weights})
+
+    def latent(self) -> Fitted:
+        """Return this reward with the latent score as its output, over the same weights."""
+        other = copy.copy(self)
+        other.output = "score"
+        return other
 
     def score(self, samples: Samples) -> Scores:
         """Return the probability of a thumb up, or the latent reward, `[B, 1]`; the extra `score` is the latter."""

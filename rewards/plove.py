@@ -261,14 +261,14 @@ def fit_temperature(logit_N: np.ndarray, seen_N: np.ndarray, weight_N: np.ndarra
     weight = np.ones(len(seen_N)) if weight_N is None else weight_N
     centre, scale = float(np.average(logit_N, weights=weight)), float(np.std(logit_N)) or 1.0
     x = np.column_stack([(logit_N - centre) / scale, np.ones(len(logit_N))])
-    at = np.array([scale, centre])
+    at = np.zeros(2)
 
     def loss(at: np.ndarray) -> float:
         z = x @ at
         return float(np.sum(weight * (np.logaddexp(0, z) - seen_N * z))) + 1e-6 * float(at @ at)
 
     for _ in range(100):
-        p = 1 / (1 + np.exp(-(x @ at)))
+        p = np.exp(-np.logaddexp(0, -(x @ at)))
         slope = x.T @ (weight * (p - seen_N)) + 2e-6 * at
         curve = (x * (weight * p * (1 - p))[:, None]).T @ x + 2e-6 * np.eye(2)
         step, size = np.linalg.solve(curve, slope), 1.0

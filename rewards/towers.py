@@ -20,7 +20,7 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from align.errors import ConfigError, DataError, ModelError
 from align.registry import suggest
@@ -72,13 +72,19 @@ class Towers:
         """Return unit embeddings `[B, D]` of normalised pixels of the tower's own size, on their graph."""
         return F.normalize(_at_least_float32(self.model.encode_image(pixels_B3HW)), dim=-1)
 
+    def embed_texts(self, prompts: Sequence[str]) -> tuple[Tensor, list[bool]]:
+        """Return unit embeddings `[B, D]` on their graph, and which prompts lost their end to the context limit.
+
+        A prompt that is too long keeps its first tokens and the end-of-text token, at which the embedding is read.
+        """
+        tokens = self.tokenizer(list(prompts), context_length=self.model.context_length)
+        device = self.model.token_embedding.weight.device
+        embedded = F.normalize(_at_least_float32(self.model.encode_text(tokens.to(device))), dim=-1)
+        return embedded, [self._too_long(prompt, row) for prompt, row in zip(prompts, tokens, strict=True)]
+
     @torch.no_grad()
     def embed_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, list[bool]]:
-        """Return unit embeddings `[B, D]`, and which prompts lost their end to the context limit.
-
-        A prompt that was asked for recently does not pass the tower again. One that is too long keeps its first
-        tokens and the end-of-text token, at which the embedding is read.
-        """
+        """Return what `embed_texts` does, without a graph and keeping what was asked for recently."""
         weight = self.model.token_embedding.weight
         kind = weight.device.type
         half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -87,9 +93,7 @@ class Towers:
             found = {p: self._prompts[key] for p, key in keys.items() if key in self._prompts}
             new = [p for p in keys if p not in found]
             if new:
-                tokens = self.tokenizer(new, context_length=self.model.context_length)
-                embedded = F.normalize(_at_least_float32(self.model.encode_text(tokens.to(weight.device))), dim=-1)
-                found |= {p: (row, self._too_long(p, t)) for p, row, t in zip(new, embedded, tokens, strict=True)}
+                found |= {p: one for p, *one in zip(new, *self.embed_texts(new), strict=True)}
             for prompt, key in keys.items():
                 self._prompts[key] = found[prompt]
                 self._prompts.move_to_end(key)
@@ -109,10 +113,15 @@ _LOADED: weakref.WeakValueDictionary[tuple[str, ...], Towers] = weakref.WeakValu
 _LOADING = threading.Lock()
 
 
-def load_towers(path: Path, architecture: str, *, quick_gelu: bool, placement: Placement) -> Towers:
+def load_towers(
+    path: Path, architecture: str, *, quick_gelu: bool, placement: Placement, shared: bool = True
+) -> Towers:
     """Return the towers of a file, or a folder, of weights; those that are in use already, where it is the same.
 
     The model is built without memory, so that its weights are written once, by the file.
+
+    Args:
+        shared: False gives towers of the caller's own, which it may change.
 
     Raises:
         ModelError: an unknown architecture, weights of another one, or one with the wrong activation.
@@ -121,16 +130,57 @@ def load_towers(path: Path, architecture: str, *, quick_gelu: bool, placement: P
         raise ModelError("The weights are not there", where=str(path), why="there is no such file or folder")
     key = (weights_sha256(path), architecture, str(placement.rest), str(placement.device))
     with _LOADING:
-        towers = _LOADED.get(key)
+        towers = _LOADED.get(key) if shared else None
         if towers is None:
             model = build_model(architecture)
             require_activation(model, quick_gelu, architecture)
             load_into(model, _read(path), str(path))
             length = model.context_length
             model.attn_mask = torch.full((length, length), float("-inf")).triu_(1)  # in no file
-            towers = _LOADED[key] = Towers(placement.settle(model), open_clip.get_tokenizer(architecture))
+            towers = Towers(placement.settle(model), open_clip.get_tokenizer(architecture))
+            if shared:
+                _LOADED[key] = towers
     require_activation(towers.model, quick_gelu, architecture)
     return towers
+
+
+def unfreeze(model: Any, image_blocks: int, text_blocks: int) -> dict[str, nn.Parameter]:
+    """Have the last blocks of each tower train, with the norm and the projection after them; return their weights.
+
+    Args:
+        model: of towers that are not shared.
+        image_blocks, text_blocks: how many; 0 leaves that tower frozen as a whole.
+
+    Raises:
+        ConfigError: more blocks than a tower has.
+    """
+    sides = (
+        ("unfreeze_image", "visual.transformer.resblocks", image_blocks, ("visual.ln_post.", "visual.proj")),
+        ("unfreeze_text", "transformer.resblocks", text_blocks, ("ln_final.", "text_projection")),
+    )
+    found = {}
+    for key, stack, blocks, ends in sides:
+        depth = len(model.get_submodule(stack))
+        if blocks > depth:
+            raise ConfigError("The tower has fewer blocks", where=f"model.{key} {blocks}", why=f"it has {depth}")
+        starts = tuple(f"{stack}.{i}." for i in range(depth - blocks, depth))
+        for name, parameter in model.named_parameters() if blocks else ():
+            if name.startswith((*starts, *ends)):
+                found[name] = parameter.requires_grad_(True)
+    return found
+
+
+def overlay(model: Any, trained: Mapping[str, Tensor], where: str) -> None:
+    """Write trained weights over those of towers that are not shared.
+
+    Raises:
+        ModelError: a tensor that has no place.
+    """
+    own = dict(model.named_parameters())
+    for name, value in trained.items():
+        if name not in own or own[name].shape != value.shape:
+            raise ModelError("Trained weights do not belong to these towers", where=where, why=f"{name} has no place")
+        own[name].data.copy_(value)
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from align.feedback.events import Item, content_id
 from align.preferences import parse_row, prompt_key
 from align.prompts import read_rows, short_repr
 from align.scoretable import FLAGS, WORDS, components_of, read_scores
-from rewards.fit import sample_of
+from rewards.outputs import sample_of
 from rewards.sources import Source
 
 FORMATS = (".jsonl", ".csv", ".parquet")

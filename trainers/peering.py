@@ -30,6 +30,7 @@ from align.feedback.bias import spearman
 from align.feedback.consistency import consistency
 from align.feedback.events import FeedbackEvent, Item
 from align.feedback.exchange import Reading, read_feedback
+from align.feedback.overview import plain
 from align.feedback.protocol_world import ProtocolWorld
 from align.feedback.protocols import PairRow, to_pairs
 from align.feedback.store import Store
@@ -43,8 +44,9 @@ from align.seeding import uniform
 from align.tracking import replace_text
 from rewards.base import get_reward
 from rewards.evaluate import pair_accuracy
-from rewards.fit import fit_reward, plain, sample_of
+from rewards.fit import fit_reward
 from rewards.fit_data import load_data, split_rows
+from rewards.outputs import sample_of
 from rewards.scoring import score_sources
 from rewards.sources import Source
 from trainers.candidates import read_candidates

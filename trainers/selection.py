@@ -35,6 +35,7 @@ import numpy as np
 
 from align.config import PanelConfig, RewardConfig
 from align.errors import ConfigError, DataError, RewardError
+from align.feedback.overview import plain
 from align.groupstats import bootstrap_mean
 from align.registry import suggest
 from align.scoretable import Row, read_scores
@@ -42,7 +43,6 @@ from align.seeding import uniform
 from align.tracking import replace_text
 from align.types import Scores
 from rewards.compose import allowed_missing, worst_missing
-from rewards.fit import plain
 from rewards.panel import Panel
 from rewards.scoring import score_sources
 from trainers.advantages import group_advantages

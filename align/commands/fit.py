@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from align.output import add_dry_run, add_json, add_out, add_seed, give, table
 INTERRUPTED = 130
 
 
-def fit(options: argparse.Namespace) -> int:
-    """Fit a reward as a config says."""
+def fit(options: argparse.Namespace, launch: Callable[..., int]) -> int:
+    """Fit a reward as a config says; `launch` runs `align` in several processes."""
     from align.checks import require_valid
     from align.config import load_config
     from align.fit_config import FitConfig
@@ -25,24 +26,47 @@ def fit(options: argparse.Namespace) -> int:
     out = options.out or Path("runs") / config.name
     if options.dry_run:
         return give(options, _plan(config, out), _plan_text(config, out))
-    return fit_into(options, config, out, overwrite=options.overwrite)
+    again = ["fit", options.config, *options.overrides, *seed, "--out", str(out)]
+    again += ["--overwrite"] if options.overwrite else []
+    return fit_into(options, config, out, again, launch, overwrite=options.overwrite)
 
 
-def fit_into(options: argparse.Namespace, config: Any, out: Path, *, overwrite: bool = False) -> int:
-    """Fit a reward into a folder, or go on with the one that is there, and write its page."""
+def fit_into(
+    options: argparse.Namespace, config: Any, out: Path, again: Sequence[str], launch: Callable[..., int], *,
+    overwrite: bool = False,
+) -> int:  # fmt: skip
+    """Fit a reward into a folder, or go on with the one that is there, and write its page.
+
+    Args:
+        again: the arguments that do so, for the processes that `launch` starts.
+    """
+    from align.launch import asked_to_stop, leave_world, require_launcher
     from align.reports.training import write_report
-    from rewards.fit import fit_reward
+    from align.run import require_directory
+    from rewards.fit import fit_reward, require_launchable
 
-    result = fit_reward(config, out, overwrite=overwrite)
+    if options.launch:
+        require_launcher(options.launch)
+        require_launchable(config, options.nproc)
+        require_directory(out, config, overwrite=overwrite)
+        return launch(options, list(again), out, config)
+    result = fit_reward(config, out, overwrite=overwrite, deepspeed=options.deepspeed)
     found: dict[str, Any] = {"directory": str(result.directory), "status": result.status}
+    if os.environ.get("RANK", "0") != "0":
+        leave_world()  # waits for the process that still writes
+        return 0
     if result.status == "stopped":
+        # Who asked a launch to stop reads how it went in run.json; a launcher takes any other code than 0 for a crash.
         give(options, found, f"stopped; `align resume {result.directory}` goes on")
-        return INTERRUPTED
+        leave_world()
+        return 0 if asked_to_stop() else INTERRUPTED
     for warning in result.card["warnings"]:
         sys.stderr.write(f"align: Warning: {warning}.\n")
     report = write_report(result.directory)
     found |= {"reward": str(result.directory / "reward"), "report": str(report), "card": result.card}
-    return give(options, found, _card_text(result.card, result.directory, report))
+    give(options, found, _card_text(result.card, result.directory, report))
+    leave_world()
+    return 0
 
 
 def fit_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from align.commands import rewards
 from align.errors import AlignError, ConfigError
 from align.output import add_dry_run, add_json, add_out, add_seed, dry, give, number, positive, share, table, word
 
@@ -21,6 +22,7 @@ IMAGE_FLAGS = {
 }  # fmt: skip
 """Arguments of the Python functions, which are keys of `sampler` but for a few, to their flags."""
 TEXT_FLAGS = ("temperature", "top_p", "max_new_tokens", "chat", "base", "data", "trained_with")
+SOURCES = "a run folder, a checkpoint folder, a model folder, a language recipe, digits, or tiny"
 SHOWN = 12
 """Answers that the terminal shows; the file has them all."""
 
@@ -49,11 +51,13 @@ def sample(options: argparse.Namespace) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    """Measure a model of images with rewards, or a language model on held-out rows."""
+    """Measure a model of images with rewards, a language model on held-out rows, or rewards on feedback."""
+    if rewards.is_asked(options):
+        return rewards.evaluate(options)
     from align.config import load_rewards
 
-    rewards = [*(options.reward or ()), *(load_rewards(options.config) if options.config else ())]
-    call: dict[str, Any] = {"samples": options.samples, "rewards": rewards or None}
+    named = [*(options.reward or ()), *(load_rewards(options.config) if options.config else ())]
+    call: dict[str, Any] = {"samples": options.samples, "rewards": named or None}
     language = _is_language(options)
     if language:
         call |= {name: getattr(options, name) for name in ("seed", "data", *_DRAWN)}
@@ -246,11 +250,8 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else word(value)
 
 
-_SOURCES = "a run folder, a checkpoint folder, a model folder, a language recipe, digits, or tiny"
-
-
-def _add_sampling(parser: argparse.ArgumentParser, sources: str = _SOURCES) -> None:
-    parser.add_argument("source", metavar="SOURCE", help=sources)
+def _add_sampling(parser: argparse.ArgumentParser, source: str, nargs: str | None = None) -> None:
+    parser.add_argument("source", metavar="SOURCE", nargs=nargs, help=source)
     parser.add_argument(
         "--prompts", metavar="FILE", help="a txt, JSONL, CSV or Parquet file (default: the run's held-out prompts)"
     )
@@ -298,7 +299,7 @@ def _add_text(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 def sample_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `align sample`."""
-    _add_sampling(parser)
+    _add_sampling(parser, SOURCES)
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given again")
     parser.add_argument(
         "--count", type=positive, metavar="N", help="images (default: 4) or answers (default: 1) of each prompt"
@@ -315,22 +316,26 @@ def sample_arguments(parser: argparse.ArgumentParser) -> None:
 
 def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `align evaluate`."""
-    _add_sampling(parser)
+    _add_sampling(parser, f"{SOURCES}; or a fit, whose reward is measured on feedback", "?")
     parser.add_argument(
         "--samples", type=positive, metavar="N",
         help="images in all (default: 256), or answers (default: 64 with rewards, else evaluation.prompts)",
     )  # fmt: skip
     parser.add_argument(
         "--reward", action="append", metavar="NAME",
-        help="a reward; may be given again (default: of images the held-out ones, of text none)",
+        help="a reward; may be given again (default: of images the held-out ones, of text none); without SOURCE, "
+        "rewards are measured on feedback",
     )  # fmt: skip
     parser.add_argument("--config", metavar="FILE", help="a YAML file whose list `rewards` names more, with args")
     texts = _add_text(parser)
-    texts.add_argument("--data", metavar="FILE", help="rows to measure (default: the run's held-out ones)")
+    texts.add_argument(
+        "--data", metavar="FILE", help="rows to measure, of feedback for rewards (default: the run's held-out ones)"
+    )
     texts.add_argument(
         "--trained-with", metavar="CONFIG", help="the config of a model that lies outside of its run folder"
     )
-    add_out(parser, "one JSON line a sample")
+    rewards.add_arguments(parser)
+    add_out(parser, "one JSON line a sample; of rewards, the page (default: evaluation.html)")
     add_dry_run(parser)
     add_json(parser)
 

@@ -12,6 +12,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from align.errors import DataError
 from align.types import Samples
 from rewards import evaluate as ev
+from rewards import probes
 from rewards.base import FunctionReward, RewardCard, get_reward
 
 SAID = np.array([1, -1, 0] * 3)
@@ -93,32 +94,28 @@ def test_what_is_no_number_is_refused():
 
 def test_probes_see_length_brightness_and_prompts():
     texts = [f"{'word ' * n}" for n in range(1, 20)]
-    assert ev.probe_length(np.arange(19.0), texts)["spearman"] == pytest.approx(1)
+    assert probes.probe_length(np.arange(19.0), texts)["spearman"] == pytest.approx(1)
     images = torch.rand(12, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 0.6
     samples = Samples([f"a handwritten {'seven' if i % 2 else 'two'}" for i in range(12)], images=images)
     ink = get_reward("digits/raw_ink")
-    found = ev.probe_brightness(ink, samples)
+    found = probes.probe_brightness(ink, samples)
     assert found["x0.8"] < -1 < 1 < found["x1.25"]
-    blind = ev.probe_prompts(ink, samples)
+    blind = probes.probe_prompts(ink, samples)
     assert blind["changed"] == 0 and blind["lose"] == 0.5
 
     def reads(samples: Samples) -> list[float]:
         return [float(("seven" if i % 2 else "two") in p) for i, p in enumerate(samples.prompts)]
 
-    seeing = ev.probe_prompts(FunctionReward(RewardCard("reads", "d", "0 or 1"), reads), samples)
+    seeing = probes.probe_prompts(FunctionReward(RewardCard("reads", "d", "0 or 1"), reads), samples)
     assert seeing["own"] == 1 > seeing["other"] and seeing["lose"] > 0.5
-    with pytest.raises(DataError, match="two samples"):
-        ev.probe_prompts(ink, samples.select([0]))
+    with pytest.raises(DataError, match="two prompts"):
+        probes.probe_prompts(ink, samples.select([0]))
     with pytest.raises(DataError, match="images"):
-        ev.probe_brightness(ink, Samples(["a"], texts=["b"]))
+        probes.probe_brightness(ink, Samples(["a"], texts=["b"]))
 
 
-def test_protocols_are_compared():
-    scores = {"rated": np.array([0.0, 1, 2]), "ranked": np.array([2.0, 1, 0])}
-    pairs = {
-        "ratings": (np.array([2, 1]), np.array([0, 0]), np.array([1, 1]), np.array([0, 1])),
-        "rankings": (np.array([0, 1]), np.array([2, 2]), np.array([1, 1]), np.array([0, 1])),
-    }
-    found = ev.compare_protocols(scores, pairs)
-    assert found["rated"]["ratings"]["without_ties"] == 1 and found["rated"]["rankings"]["without_ties"] == 0
-    assert found["ranked"]["rankings"]["without_ties"] == 1
+def test_another_prompt_is_the_same_one_for_all_samples_of_a_prompt():
+    samples = Samples(["a", "a", "b", "c", "b"], texts=list("vwxyz"))
+    swapped = list(probes.swap_prompts(samples).prompts)
+    assert all(x != y for x, y in zip(swapped, samples.prompts, strict=True))
+    assert swapped[0] == swapped[1] and swapped[2] == swapped[4] and set(swapped) == {"a", "b", "c"}
