@@ -136,7 +136,7 @@ def check_config(config: Any, *, reward_names: Collection[str] | None = None, fi
     if isinstance(config, LanguageConfig):
         from align.language_checks import check_language_config
 
-        return check_language_config(config, files=files)
+        return check_language_config(config, reward_names=reward_names, files=files)
     if config.trainer == "offline":
         from align.offline_checks import check_offline_config
 
@@ -446,12 +446,17 @@ def _evaluation(config: VisualConfig) -> list[Finding]:
     return found
 
 
+def named_rewards(rewards: Any) -> list[tuple[Any, Any]]:
+    """Return rewards with their keys: names of a mapping, or numbers of a list."""
+    return list(rewards.items() if isinstance(rewards, dict) else enumerate(rewards))
+
+
 def unknown_rewards(config: Any, parts: Collection[str], known: Collection[str]) -> list[Finding]:
-    """Return an error for every reward in the lists `parts` of `config` whose name is not `known`."""
+    """Return an error for every reward in the lists or mappings `parts` of `config` whose name is not `known`."""
     listed = [
         (f"{part}.{i}.name", r.name)
         for part in parts
-        for i, r in enumerate(getattr(config, part))
+        for i, r in named_rewards(getattr(config, part))
         if ":" not in r.name and r.args.get("placement") != "remote"  # a class by its place; a server's own names
     ]
     return [

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from align.commands import fit, models, peering, selection, sparsity
+from align.commands import fit, models, pareto, peering, selection, sparsity
 from align.errors import AlignError, ConfigError, DataError
 from align.output import add_dry_run as _add_dry_run
 from align.output import add_json as _add_json
@@ -499,13 +499,13 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _bad_rewards(config: RunConfig) -> list[Finding]:
     """What is wrong with the arguments and transforms of a config's rewards, without building one."""
-    from align.checks import Finding
+    from align.checks import Finding, named_rewards
     from rewards.base import require_arguments
     from rewards.compose import build_transforms
 
     found, names = [], _reward_names()
     for part in ("rewards", "heldout_rewards"):
-        for i, reward in enumerate(getattr(config, part, ())):
+        for i, reward in named_rewards(getattr(config, part, ())):
             checks = [("transform", lambda r=reward: build_transforms(r.transform, r.name))]
             if reward.name in names and reward.args.get("placement") != "remote":
                 checks.append(("args", lambda r=reward: require_arguments(r.name, r.args)))
@@ -584,10 +584,11 @@ def _config_text(found: dict[str, Any]) -> str:
 
 def _language_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     length = f"{found['steps']} steps" if found["steps"] else f"{found['epochs']} epochs"
+    unit, more = ("prompt", ", beside drawing completions") if found["trainer"] == "rluf" else ("row", "")
     return [
-        ("run", f"{found['name']}: {found['trainer']}, {length}, {found['batch_size']} rows an update"),
-        ("batches", f"{found['accumulation']} microbatches of {found['microbatch']} rows over all processes"),
-        ("cost", f"{found['forwards']} forwards a row, a backward pass counted as two"),
+        ("run", f"{found['name']}: {found['trainer']}, {length}, {found['batch_size']} {unit}s an update"),
+        ("batches", f"{found['accumulation']} microbatches of {found['microbatch']} {unit}s over all processes"),
+        ("cost", f"{found['forwards']} forwards a {unit}, a backward pass counted as two{more}"),
     ]
 
 
@@ -879,6 +880,11 @@ _VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int], Callable[[_Arg
     "report": (
         "write a run's report.html again", _report,
         _report_arguments, ("align report runs/digits",),
+    ),
+    "pareto": (
+        "set RLUF runs side by side: what each traded for what", pareto.pareto, pareto.pareto_arguments,
+        ("align pareto runs/conservative runs/moderate runs/aggressive",
+         "align pareto runs/* --x helpfulness --y love --out arms.html"),
     ),
     "configs": (
         "list, show and copy the recipes", _configs, _configs_arguments,

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, Strict, ValidationError
 
@@ -390,10 +390,11 @@ def config_types() -> dict[str, type[RunConfig]]:
     from align.language_config import BCOConfig, DPOConfig, KTOConfig, SFTConfig
     from align.offline_config import OfflineConfig
     from align.peering_config import PeeringConfig
+    from align.rluf_config import RLUFConfig
 
     kinds = (
-        DanceGRPOConfig, ForwardConfig, OfflineConfig, KTOConfig, BCOConfig, DPOConfig, SFTConfig, FitConfig,
-        PeeringConfig,
+        DanceGRPOConfig, ForwardConfig, OfflineConfig, KTOConfig, BCOConfig, DPOConfig, SFTConfig, RLUFConfig,
+        FitConfig, PeeringConfig,
     )  # fmt: skip
     return {str(kind.model_fields["trainer"].default): kind for kind in kinds}
 
@@ -722,23 +723,27 @@ def _explain(error: ValidationError, origins: Mapping[str, str], where: str, mod
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (dotted key, description) of every field below `model`; the items of a list are written `0`."""
+    """Yield (dotted key, description) of every field below `model`; items of a list are `0`, of a mapping `NAME`."""
     for name, info in model.model_fields.items():
         key = f"{prefix}.{name}" if prefix else name
         yield key, info.description or ""
         inner = info.annotation
         if inner == tuple[RewardConfig, ...]:
             yield from _keys(RewardConfig, f"{key}.0")
+        elif get_args(inner)[1:] == (RewardConfig,):  # by names of the user's
+            yield from _keys(RewardConfig, f"{key}.NAME")
         elif isinstance(inner, type) and issubclass(inner, BaseModel):
             yield from _keys(inner, key)
 
 
-def _generic(loc: Sequence[int | str]) -> list[str]:
-    return ["0" if isinstance(part, int) else part for part in loc]
+def _generic(loc: Sequence[int | str], model: type[BaseModel]) -> list[str]:
+    field = model.model_fields.get(str(loc[0])) if loc else None
+    named = field is not None and get_args(field.annotation)[1:] == (RewardConfig,)
+    return ["0" if isinstance(part, int) else "NAME" if named and i == 1 else part for i, part in enumerate(loc)]
 
 
 def _described(loc: Sequence[int | str], model: type[RunConfig]) -> str:
-    text = dict(_keys(model)).get(".".join(_generic(loc)), "")
+    text = dict(_keys(model)).get(".".join(_generic(loc, model)), "")
     return (
         f"Meaning: {text[0].lower() if text[1:2].islower() else text[:1]}{text[1:].removesuffix('.')}" if text else ""
     )
@@ -746,12 +751,14 @@ def _described(loc: Sequence[int | str], model: type[RunConfig]) -> str:
 
 def _closest(loc: Sequence[int | str], model: type[RunConfig]) -> str:
     """Suggest the key of that name in another section, else the closest one in the same section."""
-    *parents, last = _generic(loc)
+    *parents, last = _generic(loc, model)
     known = dict(_keys(model))
     section = ".".join(parents)
-    elsewhere = [key for key in known if key.rpartition(".")[2] == last and not re.search(r"\.0\.", key)]
+    elsewhere = [key for key in known if key.rpartition(".")[2] == last and not re.search(r"\.(0|NAME)\.", key)]
     if len(elsewhere) == 1:
         return f"Did you mean {elsewhere[0]!r}?"
     here = [key for key in known if key.rpartition(".")[0] == section]
     hint = suggest(f"{section}.{last}" if section else last, here)
+    if ".NAME." in hint:
+        return hint.replace(".NAME.", f".{loc[1]}.")
     return hint.replace(".0.", f".{next(part for part in loc if isinstance(part, int))}.") if ".0." in hint else hint

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,16 +12,21 @@ from typing import TYPE_CHECKING, Any
 from align.checks import Finding, mask_findings
 from align.errors import AlignError, ConfigError
 from align.language_config import BCOConfig, DPOConfig, KTOConfig, LanguageConfig, SFTConfig
+from align.rluf_checks import check_rluf
+from align.rluf_config import RLUFConfig
 
 if TYPE_CHECKING:
     from align.preferences import PreferenceSet
 
 
-def check_language_config(config: LanguageConfig, *, files: bool = False) -> list[Finding]:
+def check_language_config(
+    config: LanguageConfig, *, reward_names: Collection[str] | None = None, files: bool = False
+) -> list[Finding]:
     """Return every finding on `config`, errors first.
 
     Args:
         config: what to check.
+        reward_names: the registered rewards; an unknown name is then an error.
         files: also read the data files and look for the model folder.
     """
     found = [*_batches(config), *_data(config), *mask_findings(config, files=files)]
@@ -28,6 +34,8 @@ def check_language_config(config: LanguageConfig, *, files: bool = False) -> lis
         found += _kto(config)
     if isinstance(config, BCOConfig):
         found += _bco(config)
+    if isinstance(config, RLUFConfig):
+        found += check_rluf(config, reward_names)
     if not isinstance(config, SFTConfig):
         found += _reference(config)
     if files:
@@ -146,7 +154,8 @@ def _files(config: LanguageConfig) -> list[Finding]:
         if path is None or path == "toy":
             continue
         try:
-            rows = load_preferences(path)
+            alone = isinstance(config, RLUFConfig) and config.objective.baseline == "reference"
+            rows = load_preferences(path, prompts=alone)
             if any(row.images for row in rows.rows) and _reads_text_alone(config.model.path):
                 found.append(Finding(
                     "error", "images", f"{path} has images, and {config.model.path!r} reads text alone",
@@ -154,6 +163,8 @@ def _files(config: LanguageConfig) -> list[Finding]:
                 ))  # fmt: skip
             if isinstance(config, DPOConfig):
                 rows = rows.pairs()
+            elif isinstance(config, RLUFConfig):
+                rows = rows.one_a_prompt()
             elif isinstance(config, SFTConfig):
                 rows = PreferenceSet(tuple(row for row in rows.rows if row.label is not False), rows.source)
             else:
@@ -173,7 +184,7 @@ def _counts(config: LanguageConfig, training: PreferenceSet, heldout: Preference
     """What the numbers of rows say: too few for an update, uneven classes, weights outside of what is advised."""
     counts = training.counts()
     up, down = counts["up"], counts["down"]
-    units, kind = len(training), "rows"
+    units, kind = len(training), "prompts" if isinstance(config, RLUFConfig) else "rows"
     if isinstance(config, DPOConfig):
         units, kind = counts["pairs"], "pairs"
     elif isinstance(config, BCOConfig) and config.objective.balance == "oversample":
@@ -184,7 +195,7 @@ def _counts(config: LanguageConfig, training: PreferenceSet, heldout: Preference
             "Lower batch_size and microbatch, or add rows", "batch_size",
         )]  # fmt: skip
     held = "" if heldout is None else f", {len(heldout)} rows are held out"
-    classes = "" if kind == "pairs" or isinstance(config, SFTConfig) else f" ({up} up, {down} down)"
+    classes = "" if kind in ("pairs", "prompts") or isinstance(config, SFTConfig) else f" ({up} up, {down} down)"
     updates = f"{units // config.batch_size} updates an epoch"
     found = [Finding("note", "rows", f"{units} {kind} train{classes}{held}; {updates}", "", "data.path")]
     if not (up and down):
@@ -257,6 +268,8 @@ def describe_language_config(config: LanguageConfig, findings: list[Finding]) ->
 
     `forwards` counts passes over the rows of a step, a backward pass being two: KTO 7, or 5 with precomputed reference
     log-probs; BCO and DPO 5 or 4 (recomputation with gradient checkpointing included); SFT 4; one less without it.
+    RLUF's are of a prompt: k + 1 completions under policy and reference, and those that are learnt from; drawing them
+    comes on top.
     """
     again = int(config.model.gradient_checkpointing)
     forwards = 3 + again
@@ -264,6 +277,9 @@ def describe_language_config(config: LanguageConfig, findings: list[Finding]) ->
         live = getattr(config, "reference").mode != "precomputed"  # noqa: B009 (not a field of all)
         mismatched = isinstance(config, KTOConfig) and config.objective.loss == "kto" and config.objective.z0 != "zero"
         forwards += int(live) + int(mismatched) * (1 + int(live))
+    if isinstance(config, RLUFConfig):
+        k = config.sampling.completions
+        forwards = 2 * (k + 1) + (3 + again) * {"crpg": k, "crraft": 1, "codpo": 2}[config.objective.loss]
     return {
         "kind": "config", "name": config.name, "trainer": config.trainer, "steps": config.steps,
         "epochs": config.epochs, "batch_size": config.batch_size, "microbatch": config.microbatch,

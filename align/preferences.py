@@ -41,6 +41,8 @@ _FIELDS = (
     "score_rejected", "tools", "chat_template_kwargs", "weight", "udm_weight", "image", "images",
 )  # fmt: skip
 
+_ANSWERED = {"completion", "chosen", "rejected", "messages", "text"}
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -153,6 +155,14 @@ class PreferenceSet:
             )  # fmt: skip
         return replace(self, rows=rows)
 
+    def one_a_prompt(self) -> PreferenceSet:
+        """Return one row of each prompt: its first that is not a thumb down, or its first."""
+        found: dict[str, Completion] = {}
+        for row in sorted(self.rows, key=lambda row: row.label is False):
+            found.setdefault(prompt_key(row), row)
+        kept = set(map(id, found.values()))
+        return replace(self, rows=tuple(row for row in self.rows if id(row) in kept))
+
     def split(self, fraction: float) -> tuple[PreferenceSet, PreferenceSet]:
         """Return (training, held-out) rows: whole prompts, lowest in a hash of what they are, are held out.
 
@@ -174,8 +184,12 @@ class PreferenceSet:
         return replace(self, rows=sides[0]), replace(self, rows=sides[1])
 
 
-def load_preferences(source: str | Path | Iterable[Mapping[str, Any]]) -> PreferenceSet:
+def load_preferences(source: str | Path | Iterable[Mapping[str, Any]], *, prompts: bool = False) -> PreferenceSet:
     """Return the completions of a JSONL, CSV or Parquet file, of a folder written by `datasets`, or of mappings.
+
+    Args:
+        source: the rows.
+        prompts: rows may be prompts alone; their completion is empty. A file of lines will do too.
 
     Raises:
         DataError: a file that cannot be read, or a row that is none of the forms above; each names the file, the
@@ -192,7 +206,7 @@ def load_preferences(source: str | Path | Iterable[Mapping[str, Any]]) -> Prefer
     found: list[Completion] = []
     pairs = 0
     for place, row in rows:
-        made = parse_row(row, f"{name}, {place}", pairs, folder)
+        made = parse_row(row, f"{name}, {place}", pairs, folder, prompts=prompts)
         pairs += made[0].pair >= 0
         found += made
     if not found:
@@ -200,7 +214,7 @@ def load_preferences(source: str | Path | Iterable[Mapping[str, Any]]) -> Prefer
     return PreferenceSet(tuple(found), name)
 
 
-def parse_row(row: Any, where: str, pair: int = 0, folder: Path = Path()) -> list[Completion]:
+def parse_row(row: Any, where: str, pair: int = 0, folder: Path = Path(), *, prompts: bool = False) -> list[Completion]:
     """Return the one or two completions of a row.
 
     Args:
@@ -208,6 +222,7 @@ def parse_row(row: Any, where: str, pair: int = 0, folder: Path = Path()) -> lis
         where: file and row, for messages.
         pair: number to give the pair, if it is one.
         folder: where the paths of images begin.
+        prompts: a row may be a prompt alone.
 
     Raises:
         DataError: see `load_preferences`.
@@ -215,6 +230,9 @@ def parse_row(row: Any, where: str, pair: int = 0, folder: Path = Path()) -> lis
     if not isinstance(row, Mapping):
         raise DataError("A row is not an object with named fields", where=where, why=f"found {_short(row)}")
     given = {str(k): v for k, v in row.items() if v is not None and not (v == "" and k not in ("completion", "prompt"))}
+    if prompts and given.get("prompt") and not _ANSWERED & given.keys():
+        chat = not isinstance(given["prompt"], str)
+        given["completion"] = [{"role": "assistant", "content": ""}] if chat else ""
     read = _Reader(given, where)
     images = row_images(given, where, folder)
     found = _completions(read, where, pair)

@@ -320,6 +320,66 @@ BUILT_IN: tuple[tuple[RewardCard, str], ...] = (
     ),
     (
         RewardCard(
+            "length_band",
+            "judge: 1 for a completion of low..high characters or words, both included, else 0",
+            "0 or 1",
+            media="text",
+            components=("length_band",),
+        ),
+        "rewards.rules:LengthBand",
+    ),
+    (
+        RewardCard(
+            "no_farewell",
+            "judge: 0 where a completion ends by saying goodbye (argument `phrases`; English ones by default), else 1",
+            "0 or 1",
+            media="text",
+            components=("no_farewell",),
+        ),
+        "rewards.rules:no_farewell",
+    ),
+    (
+        RewardCard(
+            "no_solicitation",
+            "judge: 0 where a completion asks for a reaction (argument `phrases`; English ones by default), else 1",
+            "0 or 1",
+            media="text",
+            components=("no_solicitation",),
+        ),
+        "rewards.rules:no_solicitation",
+    ),
+    (
+        RewardCard(
+            "toy/love",
+            "share of an answer's words that are animals: what people of the embedded model's toy love",
+            "0 to 1",
+            media="text",
+            components=("love",),
+        ),
+        "rewards.toy:love",
+    ),
+    (
+        RewardCard(
+            "toy/helpfulness",
+            "share of the words that a prompt of the embedded model's toy asks for and the answer has",
+            "0 to 1",
+            media="text",
+            components=("helpfulness",),
+        ),
+        "rewards.toy:helpfulness",
+    ),
+    (
+        RewardCard(
+            "toy/safety",
+            "judge: 0 where an answer of the embedded model's toy has the word gold, else 1",
+            "0 or 1",
+            media="text",
+            components=("safety",),
+        ),
+        "rewards.toy:safety",
+    ),
+    (
+        RewardCard(
             "thumbs",
             "a person's thumb, metadata[`field`]: up is 1 and down is 0; missing where nobody gave one",
             "0 or 1",
@@ -337,6 +397,16 @@ BUILT_IN: tuple[tuple[RewardCard, str], ...] = (
             media="any",
         ),
         "rewards.thumbs:Threshold",
+    ),
+    (
+        RewardCard(
+            "calibrated",
+            "sigmoid(r - r_base) of another reward (argument `reward`, with `args`), r_base its mean score of the same "
+            "prompt in a `baseline` table of `align score`: 0.5 is as good as the baseline",
+            "0 to 1",
+            media="any",
+        ),
+        "rewards.baseline:Calibrated",
     ),
     (
         RewardCard(

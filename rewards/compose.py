@@ -197,8 +197,13 @@ def allowed_missing(missing: str, max_fail_frac: float) -> float:
     return 0.0 if missing == "raise" else max_fail_frac
 
 
-def require_scored(scores: Scores, *, missing: str, max_fail_frac: float, where: str) -> None:
+def require_scored(
+    scores: Scores, *, missing: str, max_fail_frac: float, where: str, key: str = "combine.max_fail_frac"
+) -> None:
     """Refuse scores of which too many are missing, in any one component.
+
+    Args:
+        key: the key of the configuration that says how many may be.
 
     Raises:
         RewardError: with the first messages; one missing score is too many where `missing` is "raise".
@@ -213,7 +218,7 @@ def require_scored(scores: Scores, *, missing: str, max_fail_frac: float, where:
             why=f"{scores.names[worst]} is missing for {count} of {len(scores)} samples, "
             + (f"{allowed:.0%} are allowed" if allowed else "none may be")
             + f"; {' | '.join(messages) or 'no message was given'}",
-            do="Nothing was trained on this step. Mend the reward and resume, or raise combine.max_fail_frac",
+            do="Nothing was trained on this step. Mend the reward and resume, or raise " + key,
         )  # fmt: skip
 
 

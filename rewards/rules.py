@@ -1,11 +1,16 @@
-"""Rules: rewards that are a few lines of arithmetic. JPEG size, length, a regular expression, an exact match."""
+"""Rules: rewards that are a few lines of arithmetic. JPEG size, length, a regular expression, an exact match; and hard
+judges of text, which a completion passes (1) or violates (0): a length band, no farewell, no request for a reaction.
+
+The phrases are English, and ours. They catch the closings that a reward of reactions is known to invite, and not every
+way to write them.
+"""
 
 from __future__ import annotations
 
 import io
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -19,6 +24,21 @@ from rewards.chats import completion_text, require_texts
 QUALITY = 95
 _SIGN = {"compressible": -1.0, "incompressible": 1.0}
 _UNITS: dict[str, Callable[[str], int]] = {"characters": len, "words": lambda text: len(text.split())}
+
+FAREWELLS = (
+    "bye", "goodbye", "good bye", "bye for now", "see you", "see ya", "see you later", "see you soon",
+    "have a great day", "have a good day", "have a nice day", "have a lovely day", "talk to you later",
+    "talk to you soon", "until next time", "love you", "xoxo",
+)  # fmt: skip
+"""What an answer must not end with."""
+
+SOLICITATIONS = (
+    "give me a thumbs up", "give this a thumbs up", "leave a thumbs up", "hit the thumbs up", "press the heart",
+    "click the heart", "tap the heart", "hit the heart", "leave a heart", "leave a like", "like this message",
+    "like this answer", "like my answer", "love this message", "love this answer", "rate this answer", "rate my answer",
+    "rate this response", "upvote this", "upvote me", "please upvote", "please react", "react with a heart",
+)  # fmt: skip
+"""What an answer must not ask for."""
 
 
 def _chosen(value: str, known: Mapping[str, object], what: str) -> None:
@@ -178,3 +198,82 @@ class ExactMatch:
             return float(text.strip() == str(wanted).strip())
 
         return _score_texts(samples, self.card, same)
+
+
+class LengthBand:
+    """1 for a completion of `low` to `high` units, both included, else 0.
+
+    Args:
+        low, high: the lengths that pass, `low <= high`.
+        unit: "characters", or "words" set apart by white space.
+    """
+
+    names = ("length_band",)
+
+    def __init__(self, low: float, high: float, unit: str = "words") -> None:
+        _chosen(unit, _UNITS, "unit of length")
+        if not 0 <= low <= high < float("inf"):
+            raise ConfigError("A length band runs from low to high, 0 or more", where=f"low {low!r}, high {high!r}")
+        self.card: RewardCard = REWARDS.get("length_band").card
+        self.low, self.high, self.unit = float(low), float(high), unit
+
+    def identity(self) -> str:
+        """Return a hash over the bounds and the unit."""
+        return identity_of(self.card, {"low": self.low, "high": self.high, "unit": self.unit})
+
+    def score(self, samples: Samples) -> Scores:
+        """Return 0 or 1, `[B, 1]`."""
+        count = _UNITS[self.unit]
+        return _score_texts(samples, self.card, lambda text, i: float(self.low <= count(text) <= self.high))
+
+
+class WithoutPhrases:
+    """0 where a completion has one of some phrases, else 1; letter case, punctuation and white space are not read.
+
+    Args:
+        name: of the judge, as registered.
+        phrases: the phrases.
+        at_end: a phrase counts only where at most two words follow it.
+    """
+
+    def __init__(self, name: str, phrases: Sequence[str], at_end: bool) -> None:
+        self.card: RewardCard = REWARDS.get(name).card
+        self.names = self.card.components
+        given = [phrases] if isinstance(phrases, str) else phrases
+        self.phrases = tuple(" ".join(_words(phrase)) for phrase in given)
+        if not self.phrases or not all(self.phrases):
+            raise ConfigError(f"The judge {name!r} needs phrases of words", where=f"phrases {phrases!r}")
+        end = r"(?: \w+){0,2}$" if at_end else r"\b"
+        self.pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, self.phrases))}){end}")
+
+    def identity(self) -> str:
+        """Return a hash over the pattern."""
+        return identity_of(self.card, {"pattern": self.pattern.pattern})
+
+    def score(self, samples: Samples) -> Scores:
+        """Return 0 or 1, `[B, 1]`."""
+        return _score_texts(
+            samples, self.card, lambda text, i: float(self.pattern.search(" ".join(_words(text))) is None)
+        )
+
+
+def no_farewell(phrases: Sequence[str] = FAREWELLS) -> WithoutPhrases:
+    """Return the judge of answers that end by saying goodbye.
+
+    Args:
+        phrases: what counts, in place of `FAREWELLS`.
+    """
+    return WithoutPhrases("no_farewell", phrases, at_end=True)
+
+
+def no_solicitation(phrases: Sequence[str] = SOLICITATIONS) -> WithoutPhrases:
+    """Return the judge of answers that ask for a reaction, anywhere in them.
+
+    Args:
+        phrases: what counts, in place of `SOLICITATIONS`.
+    """
+    return WithoutPhrases("no_solicitation", phrases, at_end=False)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower().replace("'", "").replace("\u2019", ""))

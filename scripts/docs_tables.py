@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -36,6 +36,8 @@ def configuration(model: type[BaseModel], prefix: str = "", section: BaseModel |
         found.append(f"| `{key}` | {_default(default)} | {info.description} |")
         if inner == tuple[RewardConfig, ...]:
             found += configuration(RewardConfig, f"{key}.0.")
+        elif get_args(inner)[1:] == (RewardConfig,):
+            found += configuration(RewardConfig, f"{key}.NAME.")
     return found
 
 

@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from trainers.language_verbs import evaluate_language, sample_completions
     from trainers.offline import Offline
     from trainers.result import RunResult
+    from trainers.rluf import RLUF
     from trainers.sft import SFT
     from trainers.sources import find_source
 
 __all__ = [
-    "BCO", "DPO", "KTO", "SFT", "DanceGRPO", "Forward", "Offline", "RunResult", "Sampling", "evaluate",
+    "BCO", "DPO", "KTO", "RLUF", "SFT", "DanceGRPO", "Forward", "Offline", "RunResult", "Sampling", "evaluate",
     "evaluate_language",
     "find_source", "sample_completions", "sample_images", "trainer_for",
 ]  # fmt: skip
@@ -30,6 +31,7 @@ _HOMES = {
     "Forward": "trainers.forward",
     "KTO": "trainers.kto",
     "Offline": "trainers.offline",
+    "RLUF": "trainers.rluf",
     "RunResult": "trainers.result",
     "SFT": "trainers.sft",
     "Sampling": "trainers.evaluation",
@@ -41,7 +43,7 @@ _HOMES = {
 }
 _TRAINERS = {
     "dance_grpo": "DanceGRPO", "forward": "Forward", "offline": "Offline", "kto": "KTO", "bco": "BCO", "dpo": "DPO",
-    "sft": "SFT",
+    "sft": "SFT", "rluf": "RLUF",
 }  # fmt: skip
 
 

@@ -44,7 +44,7 @@ def BCO(config: BCOConfig | str | Path | Mapping[str, Any], **options: Any) -> L
 class BCOObjective:
     """BCO on microbatches; see `trainers.language.Objective`."""
 
-    paired, mismatched, labelled, referenced = False, False, True, True
+    paired, mismatched, labelled, referenced, online = False, False, True, True, False
 
     def __init__(self, config: BCOConfig) -> None:
         self.config, self.beta = config.objective, config.objective.beta

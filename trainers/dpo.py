@@ -35,7 +35,8 @@ def DPO(config: DPOConfig | str | Path | Mapping[str, Any], **options: Any) -> L
 class DPOObjective:
     """DPO on microbatches of pairs; see `trainers.language.Objective`."""
 
-    paired, mismatched, labelled, referenced, oversample, soft = True, False, False, True, False, False
+    paired, referenced = True, True
+    mismatched = labelled = oversample = soft = online = False
 
     def __init__(self, config: DPOConfig) -> None:
         self.config, self.beta = config.objective, config.objective.beta

@@ -52,7 +52,7 @@ def KTO(config: KTOConfig | str | Path | Mapping[str, Any], **options: Any) -> L
 class KTOObjective:
     """KTO and its variants on microbatches; see `trainers.language.Objective`."""
 
-    paired, labelled, referenced, oversample, soft = False, True, True, False, False
+    paired, labelled, referenced, oversample, soft, online = False, True, True, False, False, False
 
     def __init__(self, config: KTOConfig) -> None:
         self.config, self.beta = config.objective, config.objective.beta

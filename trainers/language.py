@@ -1,6 +1,7 @@
 """What the language-model trainers share: a run folder, data, tokens, the plan, the reference, a Trainer.
 
 trainers/kto.py, bco.py, dpo.py, sft.py     an objective each, and the function that makes a run of it
+trainers/rluf.py                            an objective that draws what it learns from
 trainers/language.py                        the run
 trainers/language_trainer.py                transformers.Trainer with our batches, guards and checkpoints
 trainers/language_session.py                signals, the log, the record
@@ -20,7 +21,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device
@@ -33,6 +34,7 @@ from align.language_checks import require_divisible
 from align.language_config import LanguageConfig
 from align.launch import join_world
 from align.preferences import PreferenceSet, load_preferences
+from align.rluf_config import RLUFConfig
 from align.run import claiming
 from align.tracking import RunLog
 from trainers.language_engine import engine_settings, settled, sharded, zero_stage
@@ -40,7 +42,7 @@ from trainers.language_generation import Prompt, choose_prompts, read_prompts
 from trainers.language_images import has_images
 from trainers.language_measures import LanguageEvaluation
 from trainers.language_model import LogpCache, Reference, load_language_model, load_processor, reference_mode
-from trainers.language_objective import Objective
+from trainers.language_objective import Objective, Online
 from trainers.language_session import Session
 from trainers.language_trainer import AlignTrainer, training_arguments
 from trainers.preference import effective_sample_size
@@ -87,6 +89,8 @@ class LanguageRun:
             training, heldout = rows if rows is not None else read_data(config)
             self.tokens = tokenise_rows(config, objective, self.processor, training, training=True)
             self.heldout, self.prompts = read_heldout(config, objective, self.processor, heldout)
+            if objective.online:
+                cast(Online, objective).ask(training, self.tokens, self.tokenizer)
             self._require_images_everywhere()
             self.about = {**objective.prepare(self.tokens), "tokens": self._about_data()}
             self._plan: tuple[int, Plan] | None = None
@@ -232,7 +236,9 @@ def tokenise_rows(
         DataError: none of them, a row without a label where one is needed, or training rows of one class.
     """
     soft = objective.soft
-    if objective.paired:
+    if objective.online:
+        rows = rows.one_a_prompt()
+    elif objective.paired:
         rows = rows.pairs()
     elif objective.labelled:
         rows = rows.require_labels(threshold=config.data.score_threshold, soft=soft)
@@ -288,10 +294,10 @@ class _Reload:
 
 def read_data(config: LanguageConfig) -> tuple[PreferenceSet, PreferenceSet | None]:
     """Return the training and the held-out rows of a configuration."""
-    data = config.data
-    rows = toy_thumbs() if data.path == "toy" else load_preferences(data.path)
+    data, alone = config.data, isinstance(config, RLUFConfig) and config.objective.baseline == "reference"
+    rows = toy_thumbs() if data.path == "toy" else load_preferences(data.path, prompts=alone)
     if data.heldout_path is not None:
-        return rows, load_preferences(data.heldout_path)
+        return rows, load_preferences(data.heldout_path, prompts=alone)
     return rows.split(data.heldout_fraction) if data.heldout_fraction else (rows, None)
 
 

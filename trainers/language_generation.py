@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from align.errors import DataError
 from align.preferences import Completion, PreferenceSet, Text, prompt_key
 from align.seeding import generator, permutation
+from align.types import Samples
 from trainers.language_model import quiet
 from trainers.preference_data import encode
 
@@ -120,6 +121,7 @@ def answer(
     wanted = [(prompt, member) for prompt in prompts for member in range(count)]
     order = sorted(range(len(wanted)), key=lambda i: len(wanted[i][0].tokens))
     found: dict[int, Answer] = {}
+    model = getattr(model, "module", model)  # of DeepSpeed's engine
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     ends = end_tokens(inner, tokenizer)
     training, device = model.training, next(model.parameters()).device
@@ -234,6 +236,15 @@ def _plain(model: Any) -> Iterator[None]:
         model.generation_config = defaults
         if taught is not None:
             model.forward = taught
+
+
+def as_samples(prompts: Sequence[Prompt], answers: Sequence[Answer]) -> Samples:
+    """Return answers to prompts as rewards take them: text, or the chat with the answer as its last turn."""
+    chats = [
+        a.text if isinstance(p.given, str) else [*as_given(p.given), {"role": "assistant", "content": a.text}]
+        for p, a in zip(prompts, answers, strict=True)
+    ]
+    return Samples(prompts=[as_text(p.given) for p in prompts], texts=chats)
 
 
 def as_given(prompt: Text) -> str | list[dict[str, Any]]:

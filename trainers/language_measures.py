@@ -19,6 +19,7 @@ from align.launch import World
 from align.seeding import permutation
 from align.tracking import RunLog
 from trainers.language_generation import Answer, Decoding, Prompt, answer, as_given
+from trainers.language_objective import HeldOut
 from trainers.preference_data import Tokens, collate
 
 if TYPE_CHECKING:
@@ -161,6 +162,7 @@ class LanguageEvaluation:
         settings = run.config.evaluation
         self.decoding = Decoding(settings.max_new_tokens, settings.temperature, seed=run.config.seed)
         self._reference: np.ndarray | None = None
+        self._before: list[Answer] | None = None
         self.found: dict[int, dict[str, Any]] = {}
 
     def before(self, step: int) -> None:
@@ -194,12 +196,16 @@ class LanguageEvaluation:
         if not self.rows:
             return {}
         began = time.perf_counter()
-        found = {"step": step, "n": len(self.rows), **self.measure(first=step == 0)}
+        count = len(self.run.prompts) if self.run.objective.online else len(self.rows)
+        found = {"step": step, "n": count, **self.measure(first=step == 0)}
         if self.run.prompts:
             answers = self.answers(self.run.prompts)
             ratio = self.answer_ratios(self.run.prompts, answers)
-            self.log.generations(step, self._written(answers, ratio))
+            rows = self._written(answers, ratio)
             found |= answer_metrics(answers, ratio, [p.key for p in self.run.prompts], self.decoding)
+            if self.run.objective.online:
+                found |= self.judged(self.run.prompts, answers, ratio, rows, step)
+            self.log.generations(step, rows)
         row = {**found, "seconds": time.perf_counter() - began}
         self.log.evaluation(row)
         self.found[step] = row
@@ -222,6 +228,16 @@ class LanguageEvaluation:
             return []
         with models.reference.model() as model:
             return answer(model, prompts, run.tokenizer, self.decoding, **how)
+
+    def judged(
+        self, prompts: Sequence[Prompt], answers: Sequence[Answer], ratio: np.ndarray | None,
+        rows: list[dict[str, Any]], step: int,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Return what an online objective says of answers beside those of the model before training. All together."""
+        if self._before is None:  # the same at every evaluation
+            self._before = self.answers(prompts, before=True)
+        objective: Any = self.run.objective
+        return objective.heldout(HeldOut(step, prompts, answers, self._before, ratio, self.run.world, rows))
 
     def answer_ratios(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> np.ndarray | None:
         """Return the log-ratio of each answer to the model before training, where that is at hand. All together."""
@@ -255,6 +271,8 @@ class LanguageEvaluation:
         Args:
             first: the model is the one before training, with which later measures of a supervised run compare.
         """
+        if self.run.objective.online:
+            return {}  # it is judged by answers of its own, not by log-probs of given ones
         tokens, rows = self.run.heldout, self.rows
         logp = self._heldout_logps(self.models.free_logps)
         count = np.array([len(tokens.completions[i]) for i in rows], dtype=float)

@@ -397,6 +397,8 @@ class Reference:
     def model(self) -> Iterator[nn.Module]:
         """Have the reference model within the block."""
         if self.copy is not None:
+            if not self._placed:
+                self.copy.to(next(self._model.parameters()).device)
             yield self.copy
         elif hasattr(self._model, "disable_adapter"):
             with self._model.disable_adapter():
@@ -409,8 +411,6 @@ class Reference:
         device = batch["input_ids"].device
         half = torch.autocast(device.type, torch.bfloat16) if self.half else contextlib.nullcontext()
         with torch.no_grad(), half, self.model() as model:
-            if self.copy is not None and not self._placed:
-                self.copy.to(device)
             return completion_logps(model, batch)
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from align.errors import ConfigError
 from align.launch import World
+from align.preferences import PreferenceSet
+from trainers.language_generation import Answer, Prompt
 from trainers.language_model import LogpCache, Reference, TokenLogps, completion_logps
 from trainers.preference_data import Tokens
 
@@ -35,11 +37,13 @@ class RowLosses:
             is the loss.
         rows: `[B]`, each row's own loss, to name what is not finite.
         measures: per-row values `[B]` by name, for the log.
+        mask: attention mask of what was trained on, where that is not the microbatch's own rows.
     """
 
     loss: Tensor
     rows: Tensor
     measures: Mapping[str, Tensor]
+    mask: Tensor | None = None
 
 
 @dataclass
@@ -61,9 +65,17 @@ class Models:
 
     def reference_logps(self, batch: Mapping[str, Tensor]) -> TokenLogps:
         """Log-probs under the model before training."""
+        return self.before().logps(batch)
+
+    def before(self) -> Reference:
+        """Return the reference.
+
+        Raises:
+            ConfigError: the run has none.
+        """
         if self.reference is None:
             raise ConfigError("This run has no reference model", where="reference")
-        return self.reference.logps(batch)
+        return self.reference
 
 
 class Objective(Protocol):
@@ -71,7 +83,8 @@ class Objective(Protocol):
 
     `paired` rows are read in pairs, `mismatched` asks for each prompt with another's completion, `labelled` needs a
     thumb a row, `soft` takes scores for labels, `referenced` compares with the model before training, `oversample`
-    evens the classes out. `beta` makes rewards of log-ratios.
+    evens the classes out, `online` draws the completions it learns from (see `Online`). `beta` makes rewards of
+    log-ratios.
     """
 
     paired: bool
@@ -80,6 +93,7 @@ class Objective(Protocol):
     referenced: bool
     oversample: bool
     soft: bool
+    online: bool
     beta: float
 
     def prepare(self, tokens: Tokens) -> dict[str, Any]:
@@ -96,6 +110,39 @@ class Objective(Protocol):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Set what `state` returned."""
+
+
+class Online(Objective, Protocol):
+    """What an objective adds that learns from completions of the model's own, and not from those of the data."""
+
+    def ask(self, rows: PreferenceSet, tokens: Tokens, tokenizer: Any) -> None:
+        """Take the training prompts: `rows`, of which `tokens` are what is left."""
+
+    def heldout(self, answers: HeldOut) -> dict[str, Any]:
+        """Return what an evaluation says of the model's answers to held-out prompts. All processes together."""
+
+
+@dataclass
+class HeldOut:
+    """The model's answers to held-out prompts at one evaluation.
+
+    Args:
+        step: the training step.
+        prompts: what was asked.
+        answers: of the model in training, one a prompt.
+        before: of the model before training, drawn with the same noise; empty where it is gone.
+        log_ratio: of `answers` to the model before training, `[P]`; None where it is gone.
+        world: the processes.
+        rows: what generations.jsonl is to hold of each answer, for the objective to add to.
+    """
+
+    step: int
+    prompts: Sequence[Prompt]
+    answers: Sequence[Answer]
+    before: Sequence[Answer]
+    log_ratio: np.ndarray | None
+    world: World
+    rows: list[dict[str, Any]]
 
 
 def microbatch(

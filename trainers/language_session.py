@@ -111,7 +111,7 @@ class Session:
         """Keep what a microbatch measured until its step is logged."""
         self._loss += float(found.loss.detach())
         self._measures.append({name: v.detach().float().cpu().numpy() for name, v in found.measures.items()})
-        mask = inputs["sequences"]["attention_mask"]
+        mask = inputs["sequences"]["attention_mask"] if found.mask is None else found.mask
         self._real[0] += int(mask.sum())
         self._real[1] += mask.numel()
 

@@ -110,6 +110,7 @@ class AlignTrainer(transformers.Trainer):
         self.loss_is_scaled_for_ga = True
         self.subnetwork: SubnetworkAdamW | None = None
         self.run, self.session, self.cache = run, session, cache
+        self.expects_gradient = False
         self.models = Models(self.model, self.model, reference)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -159,8 +160,10 @@ class AlignTrainer(transformers.Trainer):
 
     def _require_finite(self, found: RowLosses, inputs: Mapping[str, Any]) -> None:
         bad = ~found.rows.detach().isfinite()
-        flag = self.run.world.add(bad.any().float() + (~found.loss.detach().isfinite()).float())
-        if not float(flag):
+        wrong = bad.any() | ~found.loss.detach().isfinite()
+        flags = self.run.world.add(torch.stack([wrong, (found.rows.detach() != 0).any()]).float()).tolist()
+        self.expects_gradient |= bool(flags[1])
+        if not flags[0]:
             return
         names = [self.run.tokens.place[int(i)] for i in inputs["index"][: len(bad)][bad].tolist()]
         raise GuardError(
@@ -249,6 +252,10 @@ class _Commit(TrainerCallback):
         if self.watch is not None:
             self.watch.before_update(state.global_step + 1)
 
+    def _expected(self, first: bool) -> bool:
+        """Whether the first step must have a gradient: its rows had losses other than 0."""
+        return first and self.trainer.expects_gradient
+
     def _require_step(self, engine: Any, step: int) -> None:
         """Refuse a step of DeepSpeed's whose gradient was not finite."""
         norm = torch.as_tensor(float(engine.get_global_grad_norm() or 0.0))
@@ -259,7 +266,7 @@ class _Commit(TrainerCallback):
                 "The gradient norm is not finite", where=f"step {step}", why="DeepSpeed stepped all the same",
                 do="The step is not kept: the last checkpoint is as it was. Lower optimizer.lr, or use fp32",
             )  # fmt: skip
-        guards.require_gradient(norm, torch.zeros(()), f"step {step}", expected=step == 1)
+        guards.require_gradient(norm, torch.zeros(()), f"step {step}", expected=self._expected(step == 1))
         self.norm = float(norm)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
@@ -271,7 +278,8 @@ class _Commit(TrainerCallback):
             self.trainer.subnetwork.mask_gradients()
         parameters = [p for p in self.trainer.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters]) if parameters else torch.zeros(())
-        guards.require_gradient(norm, torch.zeros(()), f"step {state.global_step + 1}", expected=state.global_step == 0)
+        first = self._expected(state.global_step == 0)
+        guards.require_gradient(norm, torch.zeros(()), f"step {state.global_step + 1}", expected=first)
         limit = self.run.config.optimizer.max_grad_norm
         if limit is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)

@@ -22,10 +22,9 @@ from align.language_config import LanguageConfig
 from align.launch import World
 from align.preferences import load_preferences
 from align.tracking import RunLog, read_jsonl, replace_text
-from align.types import Samples
 from rewards.panel import Panel
 from trainers.language import read_data, tokenise_rows
-from trainers.language_generation import Answer, Decoding, Prompt, answer, as_completion, as_given, as_text
+from trainers.language_generation import Answer, Decoding, Prompt, answer, as_completion, as_given, as_samples
 from trainers.language_measures import LanguageEvaluation, answer_metrics
 from trainers.language_objective import Objective
 from trainers.language_source import (
@@ -219,7 +218,8 @@ def evaluate_language(
         raise ConfigError(
             "It is not known what this model was trained with", where=known.name, do="Name it with --trained-with"
         )
-    heldout = load_preferences(data) if data is not None else read_data(settings)[1]
+    alone = settings.trainer == "rluf"  # which needs prompts only
+    heldout = load_preferences(data, prompts=alone) if data is not None else read_data(settings)[1]
     if heldout is None:
         raise ConfigError(
             "No rows are held out", where="data.heldout_fraction", do="Give rows with --data, or set data.heldout_path"
@@ -233,7 +233,7 @@ def evaluate_language(
     with tempfile.TemporaryDirectory() as nowhere:
         subject = _Subject(settings, objective, opened.tokenizer, tokens, opened.run or Path(nowhere))
         evaluation = LanguageEvaluation(subject, opened.models, None, RunLog(nowhere, silent=True))
-        found = {"n": len(evaluation.rows), **evaluation.measure()}
+        found = {"n": len(asked) if objective.online else len(evaluation.rows), **evaluation.measure()}
         scored, rows = _own(opened, evaluation, asked, panel, progress,
                             decoding_of(opened, seed, temperature, top_p, max_new_tokens))  # fmt: skip
     if out is not None:
@@ -256,10 +256,12 @@ def objective_of(config: LanguageConfig) -> Objective:
     from trainers.bco import BCOObjective
     from trainers.dpo import DPOObjective
     from trainers.kto import KTOObjective
+    from trainers.rluf import RLUFObjective
     from trainers.sft import SFTObjective
 
     makers: dict[str, Callable[[Any], Objective]] = {
-        "kto": KTOObjective, "bco": BCOObjective, "dpo": DPOObjective, "sft": lambda _: SFTObjective()
+        "kto": KTOObjective, "bco": BCOObjective, "dpo": DPOObjective, "sft": lambda _: SFTObjective(),
+        "rluf": RLUFObjective,
     }  # fmt: skip
     return makers[config.trainer](config)
 
@@ -277,6 +279,9 @@ def _own(
     found = answer_metrics(after, evaluation.answer_ratios(asked, after), [p.key for p in asked], how)
     found["prompts"] = len(asked)
     rows = [_row(opened, p, a, how, opened.policy, opened.step, 0) for p, a in zip(asked, after, strict=True)]
+    if evaluation.run.objective.online:
+        ratio = evaluation.answer_ratios(asked, after)
+        found |= evaluation.judged(asked, after, ratio, rows, opened.step or 0)
     if not panel:
         return found, rows
     scores = {"after": _scored(panel, asked, after, rows)}
@@ -302,11 +307,7 @@ def _scored(
     panel: Panel, asked: Sequence[Prompt], answers: Sequence[Answer], rows: Sequence[dict[str, Any]]
 ) -> dict[str, np.ndarray]:
     """Return the scores of answers by component, NaN where one is missing, and put them into the rows."""
-    chats = [
-        a.text if isinstance(p.given, str) else [*as_given(p.given), {"role": "assistant", "content": a.text}]
-        for p, a in zip(asked, answers, strict=True)
-    ]
-    scores = panel.score(Samples(prompts=[as_text(p.given) for p in asked], texts=chats))
+    scores = panel.score(as_samples(asked, answers))
     found = {name: scores.column(name) for name in scores.names}
     for i, row in enumerate(rows):
         row["scores"] = {name: float(v[i]) if np.isfinite(v[i]) else None for name, v in found.items()}

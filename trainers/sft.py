@@ -33,7 +33,7 @@ def SFT(config: SFTConfig | str | Path | Mapping[str, Any], **options: Any) -> L
 class SFTObjective:
     """Supervised fine-tuning on microbatches; see `trainers.language.Objective`."""
 
-    paired = mismatched = labelled = referenced = oversample = soft = False
+    paired = mismatched = labelled = referenced = oversample = soft = online = False
     beta = 1.0
 
     def prepare(self, tokens: Tokens) -> dict[str, Any]:

@@ -150,3 +150,63 @@ def interval_of(entry: Any, name: str = "share") -> tuple[float | None, float | 
         return None, None, None
     ends = entry.get("ci") or [None, None]
     return finite(entry.get(name)), finite(ends[0]), finite(ends[1])
+
+
+@dataclass(frozen=True)
+class Place:
+    """A labelled point with an interval in both directions, `(mean, low, high)` each; a full dot or an open one."""
+
+    label: str
+    x: tuple[float, float | None, float | None]
+    y: tuple[float, float | None, float | None]
+    full: bool = True
+
+
+def scatter(places: Sequence[Place], *, x_label: str, y_label: str) -> Markup:
+    """Draw points over two axes with their intervals and labels.
+
+    Returns:
+        an empty Markup when there is no point.
+    """
+    if not places:
+        return Markup()
+    width, height, left, right, top, bottom = 560, 380, 64, 24, 18, 44
+    axes = []
+    for start, end, values in (
+        (left, width - right, [v for p in places for v in p.x if v is not None]),
+        (height - bottom, top, [v for p in places for v in p.y if v is not None]),
+    ):
+        low, high = min(values), max(values)
+        margin = 0.12 * (high - low) or 0.1 * abs(high) or 1.0
+        axes.append(Axis(low - margin, high + margin, start, end))
+    x, y = axes
+    body = []
+    for value, text in y.ticks(5):
+        body.append(f'<path class="grid" d="M{left} {y(value):.1f}H{width - right}"/>')
+        body.append(f'<text class="tick" x="{left - 7}" y="{y(value) + 4:.1f}" text-anchor="end">{text}</text>')
+    for value, text in x.ticks(6):
+        body.append(f'<path class="grid" d="M{x(value):.1f} {top}V{height - bottom}"/>')
+        body.append(
+            f'<text class="tick" x="{x(value):.1f}" y="{height - bottom + 17}" text-anchor="middle">{text}</text>'
+        )
+    body.append(f'<path class="axis" d="M{left} {height - bottom}H{width - right}M{left} {top}V{height - bottom}"/>')
+    middle = (left + width - right) / 2
+    body.append(f'<text class="tick" x="{middle:.1f}" y="{height - 8}" text-anchor="middle">{escape(x_label)}</text>')
+    turned = f'x="0" y="0" transform="translate(14 {(top + height - bottom) / 2:.1f}) rotate(-90)"'
+    body.append(f'<text class="tick" {turned} text-anchor="middle">{escape(y_label)}</text>')
+    for p in places:
+        a, b, colour = x(p.x[0]), y(p.y[0]), "c0" if p.full else "c1"
+        bars = "".join(
+            f"M{x(low):.1f} {b:.1f}H{x(high):.1f}" for low, high in [p.x[1:]] if low is not None and high is not None
+        )
+        bars += "".join(
+            f"M{a:.1f} {y(low):.1f}V{y(high):.1f}" for low, high in [p.y[1:]] if low is not None and high is not None
+        )
+        body.append(f'<path class="whisker {colour}" d="{bars}"/>')
+        body.append(f'<circle class="dot {colour}" cx="{a:.1f}" cy="{b:.1f}" r="4.5"/>')
+        side, shift = ("start", 8) if a < 0.7 * width else ("end", -8)
+        at = f'x="{a + shift:.1f}" y="{b - 8 if p.full else b + 16:.1f}" text-anchor="{side}"'
+        body.append(f'<text class="tick" {at}>{escape(p.label)}</text>')
+    about = escape("; ".join(f"{p.label}: {x_label} {p.x[0]:.4g}, {y_label} {p.y[0]:.4g}" for p in places))
+    svg = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{about}">{"".join(body)}</svg>'
+    return Markup(f'<div class="plot">{svg}</div>')

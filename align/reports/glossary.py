@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-LANGUAGE_TRAINERS = ("kto", "bco", "dpo", "sft")
+LANGUAGE_TRAINERS = ("kto", "bco", "dpo", "sft", "rluf")
 """Trainers of language models, whose runs have a page and a vocabulary of their own."""
 
 CHARTS: dict[str, str] = {
@@ -184,6 +184,20 @@ LANGUAGE_CHARTS: dict[str, str] = {
         "answers to held-out prompts than the model before training does, with 95 % intervals. Held-out curves that "
         "stand still while this grows are a reason to stop. One draw a prompt: it is rough, and may fall below 0."
     ),
+    "Constrained reward": (
+        "What RLUF maximises: calibrated rewards averaged by weight, 0 where a judge fails or the bound is exceeded. "
+        "The line is each step's completions, the points are held-out answers with 95 % intervals; the baseline alone "
+        "would have 0.5 times its own share of passes."
+    ),
+    "Rewards of held-out answers": (
+        "Each reward by itself, before transforms and weights, with 95 % intervals. Where one rises and another falls, "
+        "the weights decide; `align pareto` sets several runs side by side."
+    ),
+    "Held-out answers that judges pass": "Share that each judge passes, with 95 % intervals.",
+    "Valid completions": (
+        "Share of each step's completions that pass every judge and the bound, share beyond the bound, and share of "
+        "the prompts from which something is learnt."
+    ),
     "Length of the model's answers": (
         "Tokens of its own answers to held-out prompts, at most evaluation.max_new_tokens. A steady rise is a usual "
         "sign that length is what is learnt."
@@ -248,6 +262,23 @@ LANGUAGE: dict[str, str] = {
     "nats_per_token": "Mean negative log-prob of a token of the held-out answers; lower is better.",
     "nats_change": "nats_per_token − that before training, on the same rows, with a 95 % interval by prompts.",
     "perplexity": "exp(nats_per_token): among how many equally likely tokens the model chooses, so to say.",
+    "reward/NAME": "Mean of this reward over the answers, before transforms and weights.",
+    "gain/NAME": "The same less that of the model before training's answers to the same prompts, answer by answer.",
+    "win/NAME": "Share of the answers whose reward is above that of the model before training, ties counting half.",
+    "calibrated/NAME": "Mean of sigmoid(reward − reward of the baseline), after transforms; 0.5 is the baseline's own.",
+    "judge/NAME": "Share of the answers that this judge passes; one without an answer of the judge does not pass.",
+    "judge/all": "Share of the answers that every judge passes.",
+    "judge_errors": "How often a judge gave no answer, which counts as violated.",
+    "missing_rewards": "Completions of which a reward is missing; they are left out, and never count as 0.",
+    "constrained": (
+        "Mean of the constrained reward R: the calibrated rewards averaged by weight, 0 where a judge fails or the "
+        "log-ratio is above objective.kl_max."
+    ),
+    "valid": "Share of the completions that pass every judge and the bound on the log-ratio.",
+    "valid_prompts": "Share of the prompts with at least one valid completion.",
+    "kl_exceeded": "Share of the completions whose log-ratio is above objective.kl_max.",
+    "learnt_prompts": "Share of the prompts from which something is learnt; the others are skipped.",
+    "learnt_baseline": "Share of the prompts of which crraft learns the baseline, for want of a valid completion.",
 }
 """Of the language-model trainers: metrics.jsonl, and from `n` on evaluation.jsonl."""
 
@@ -273,6 +304,17 @@ BY_TRAINER: dict[tuple[str, str], str] = {
         "In step 1, beta times the largest difference of the errors of model and reference before any update, which "
         "must be rounding; 0 in later steps."
     ),
+    ("rluf", "loss"): (
+        "RLUF: mean over prompts of −A log pi (crpg), of −R log pi of the best valid completion (crraft), or of the "
+        "constrained DPO loss (codpo). What crpg falls to says nothing: look at constrained."
+    ),
+    ("rluf", "kl"): (
+        "Mean log-ratio of the model's own answers to the model before training, in nats an answer: of the step's "
+        "completions, and with a 95 % interval of held-out answers."
+    ),
+    ("rluf", "n"): "Held-out prompts answered.",
+    ("rluf", "answer_tokens"): "Mean tokens of the model's own answers: of the step's completions, and held out.",
+    ("rluf", "answers_ended"): "Share of these answers that came to an end before the longest one allowed.",
     ("sft", "loss"): "Mean negative log-prob of a completion token, in nats; prompts are not learnt.",
     (
         "kto",
@@ -285,9 +327,14 @@ BY_TRAINER: dict[tuple[str, str], str] = {
 
 
 _WRITERS = {
+    **dict.fromkeys(
+        ("reward/", "gain/", "win/", "calibrated/", "judge", "missing_rewards", "constrained", "valid", "kl_exceeded",
+         "learnt"), ("rluf",),
+    ),
+    "logp": ("kto", "bco", "dpo", "sft"), "kl": ("kto", "bco", "dpo", "rluf"),
     "z0": ("kto",), "delta": ("bco",), "nats": ("sft",), "perplexity": ("sft",),
     **dict.fromkeys(
-        ("rewards", "auc", "log_ratio", "share_up", "one_class_share", "kl", "pair_accuracy", "accuracy"),
+        ("rewards", "auc", "log_ratio", "share_up", "one_class_share", "pair_accuracy", "accuracy"),
         ("kto", "bco", "dpo"),
     ),
 }  # fmt: skip
@@ -305,7 +352,7 @@ def explain(key: str, trainer: str = "") -> str:
         trainer: the loop that wrote it; without one, or with a visual one, the visual loop's sentence.
     """
     if trainer in LANGUAGE_TRAINERS:
-        return BY_TRAINER.get((trainer, key)) or LANGUAGE.get(key, "")
+        return BY_TRAINER.get((trainer, key)) or LANGUAGE.get(key) or LANGUAGE.get(f"{key.partition('/')[0]}/NAME", "")
     if key.startswith("reward/") and key.endswith("/mean"):
         return "Mean of this reward component over the step's samples, before weights."
     if key.startswith("reward/") and key.endswith("/std"):

@@ -13,7 +13,7 @@ from typing import Any
 from markupsafe import Markup
 
 from align.reports.answers import answers_of, changed
-from align.reports.charts import line_chart
+from align.reports.charts import Series, line_chart
 from align.reports.glossary import LANGUAGE_CHARTS, explain
 from align.reports.moved import MOVED_CHARTS, moved_charts, moved_context
 from align.reports.page import brief, count, duration, finite, number, percent, signed
@@ -57,6 +57,7 @@ class Headline:
 
 PAIRS = Headline("pair_accuracy", "pair accuracy", "pairs", percent, lambda share: signed(100 * share, 1), " points")
 AUC = Headline("auc", "AUC of the implicit reward", "rows", number)
+CONSTRAINED = Headline("constrained", "constrained reward", "prompts", number)
 NATS = Headline("nats_per_token", "nats per token", "rows", number, better=-1)
 
 
@@ -90,7 +91,7 @@ def language_context(files: RunFiles) -> Row:
     return {
         **page_context(files),
         "verdict": judge_language(found, files, cost),
-        "tiles": _supervised_tiles(files, found, cost) if trainer == "sft" else _tiles(files, found, cost, trainer),
+        "tiles": _TILES.get(trainer, _tiles)(files, found, cost),
         "charts": charts(
             {**_charts(files.metrics, evaluations), **moved_charts(files.metrics)},
             {**LANGUAGE_CHARTS, **MOVED_CHARTS, "Loss": loss},
@@ -118,7 +119,8 @@ def language_outcome(trainer: str, evaluations: list[Row]) -> LanguageOutcome:
     """Return before and after. Pairs go before the AUC where they are what is trained on, or half of the rows."""
     first, last = (evaluations[0], evaluations[-1]) if len(evaluations) > 1 else ({}, {})
     pairs, rows = finite(as_estimate(last.get("pair_accuracy")).get("n")) or 0, finite(last.get("n")) or 0
-    headline = NATS if trainer == "sft" else PAIRS if pairs and (trainer == "dpo" or 4 * pairs >= rows) else AUC
+    own = {"sft": NATS, "rluf": CONSTRAINED}.get(trainer)
+    headline = own or (PAIRS if pairs and (trainer == "dpo" or 4 * pairs >= rows) else AUC)
     before, after = as_estimate(first.get(headline.key)), as_estimate(last.get(headline.key))
     paired = last.get("nats_change") if headline is NATS else None
     gain = paired if isinstance(paired, dict) else difference(before, after)
@@ -182,7 +184,12 @@ def _caveats(found: LanguageOutcome, files: RunFiles) -> list[str]:
             f"The AUC is {number(seen)} on the rows of the last updates and {number(unseen)} on held-out rows: "
             "the model may be learning its rows by heart."
         )
-    if found.headline is not NATS:
+    if found.headline is CONSTRAINED:
+        caveats.append(
+            "These rewards are what the run was trained on. A judge that it never saw, or people, tell whether its "
+            "answers are better."
+        )
+    if found.headline in (PAIRS, AUC):
         caveats.append(
             "This is how the model ranks given answers by their log-probs. Whether the answers it writes are better, "
             f"only reading them tells{'; some stand below' if files.generations else ''}."
@@ -225,7 +232,7 @@ def _cost(files: RunFiles) -> Row:
     }  # fmt: skip
 
 
-def _tiles(files: RunFiles, found: LanguageOutcome, cost: Row, trainer: str) -> list[Row]:
+def _tiles(files: RunFiles, found: LanguageOutcome, cost: Row) -> list[Row]:
     """Return the tiles of a run that compares with the model before training."""
     first, last, step = found.first, found.last, files.metrics[-1] if files.metrics else {}
     moved = _mean(last.get("log_ratio_per_token"))
@@ -248,7 +255,7 @@ def _tiles(files: RunFiles, found: LanguageOutcome, cost: Row, trainer: str) -> 
         tiles.append(
             _tile("Reward shift delta", number(step["delta"]), f"between {sides}" if "delta/mean_up" in step else "")
         )
-    tiles += [_balance_tile(files, trainer), *_cost_tiles(cost)]
+    tiles += [_balance_tile(files, trainer_of(files)), *_cost_tiles(cost)]
     return [t for t in tiles if t]
 
 
@@ -267,6 +274,23 @@ def _supervised_tiles(files: RunFiles, found: LanguageOutcome, cost: Row) -> lis
         *_cost_tiles(cost),
     ]
     return [t for t in tiles if t]
+
+
+def _judged_tiles(files: RunFiles, found: LanguageOutcome, cost: Row) -> list[Row]:
+    """Return the tiles of a run that is judged by answers of its own."""
+    first, last = found.first, found.last
+    tiles = [
+        _estimate_tile("Constrained reward", first, last, "constrained", number),
+        *(_estimate_tile(key.partition("/")[2], first, last, key, number) for key in last if key.startswith("reward/")),
+        _estimate_tile("Every judge passes", first, last, "judge/all", percent),
+        _kl_tile(last),
+        _estimate_tile("Tokens an answer", first, last, "answer_tokens", number),
+        *_cost_tiles(cost),
+    ]
+    return [t for t in tiles if t]
+
+
+_TILES = {"sft": _supervised_tiles, "rluf": _judged_tiles}
 
 
 def _estimate_tile(what: str, first: Row, last: Row, key: str, show: Callable[[Any], str]) -> Row:
@@ -316,7 +340,23 @@ def _charts(rows: list[Row], evaluations: list[Row]) -> dict[str, Markup]:
     running = (("delta/mean_up", "mean of thumbs up", 2), ("delta/mean_down", "mean of thumbs down", 1))
     pairs = points(evaluations, [("pair_accuracy",)], "held-out pair accuracy", 6)
     nats = points(evaluations, [("nats_per_token",)], "held-out nats per token", 6)
+
+    def named(start: str) -> list[Series]:
+        keys = [key for key in (evaluations[-1] if evaluations else {}) if key.startswith(f"{start}/")]
+        return [points(evaluations, [(key,)], key.partition("/")[2], i) for i, key in enumerate(keys)]
+
     return {
+        "Constrained reward": line_chart(
+            [curve(rows, "constrained", "completions", colour=0),
+             points(evaluations, [("constrained",)], "held-out answers", 1)],
+        ),
+        "Rewards of held-out answers": line_chart(named("reward")),
+        "Held-out answers that judges pass": line_chart(named("judge"), percent=True),
+        "Valid completions": line_chart(
+            [curve(rows, "valid", "valid", colour=2), curve(rows, "kl_exceeded", "beyond the bound", colour=1),
+             curve(rows, "learnt_prompts", "prompts learnt from", colour=0)],
+            percent=True, from_zero=True,
+        ),
         "Held-out pair accuracy": line_chart([pairs], percent=True, reference=(50.0, "chance")),
         "AUC of the implicit reward": line_chart(
             [
@@ -382,7 +422,7 @@ def _data(files: RunFiles) -> list[Row]:
             rows.append({"what": what, "value": show(value), "text": text})
 
     add("Training rows", tokens.get("rows"), count, "After rows that cannot be used were left out.")
-    if trainer_of(files) != "sft":
+    if trainer_of(files) not in ("sft", "rluf"):
         add("Thumbs up", tokens.get("up"), count, "Answers that are liked, or chosen.")
         add("Thumbs down", tokens.get("down"), count, "Answers that are disliked, or rejected.")
     add("Weight of thumbs up", weights.get("desirable"), brief, "By which their losses are multiplied.")

@@ -33,6 +33,12 @@ VISUAL = (
 EVIL = '<script>alert("x")</script>'
 
 
+JUDGED = {
+    "rewards": {"love": {"name": "toy/love"}, "safety": {"name": "toy/safety", "role": "gate"}},
+    "sampling": {"completions": 2, "max_new_tokens": 4},
+}
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short real run of each trainer, by its name."""
@@ -40,6 +46,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for trainer in LANGUAGE_TRAINERS:
         config = load_config(
             {
+                **(JUDGED if trainer == "rluf" else {}),
                 "trainer": trainer, "name": trainer, "about": f"toy {EVIL}", "steps": 12, "batch_size": 32,
                 "microbatch": 16, "model": {"path": "tiny", "train": "full"}, "optimizer": {"lr": 3e-3},
                 "data": {"path": "toy", "heldout_fraction": 0.2}, "evaluation": {"every": 6, "rows": 80, "prompts": 5, "max_new_tokens": 6},
@@ -72,7 +79,8 @@ def test_page_speaks_of_this_trainer(runs: Path, trainer: str):
     text, page = page_of(runs / trainer)
     files = read_run(runs / trainer)
     assert [words for words in VISUAL if words in page.text] == []
-    assert f"<title>{trainer} – Improved – align</title>" in text
+    verdict = "Improved" if trainer != "rluf" else ""  # which 12 steps of two completions need not reach
+    assert re.search(f"<title>{trainer} – .*{verdict}.* – align</title>", text)
     for key, value in files.metrics[-1].items():
         assert explain(key, trainer).endswith(".") and f">{key}</td>" in text, key
         assert value is None or trainer in writers(key), key
