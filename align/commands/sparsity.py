@@ -42,6 +42,15 @@ def _overlap(options: argparse.Namespace) -> int:
     return give(options, found, as_text(found))
 
 
+def _rank(options: argparse.Namespace) -> int:
+    from align.sparsity.ranks import as_text, rank
+
+    if options.dry_run:
+        return _plan(options, "measure the ranks of", {"base": options.base, "tuned": options.tuned})
+    found = rank(options.base, options.tuned, level=options.level)
+    return give(options, found, as_text(found))
+
+
 def _delta(options: argparse.Namespace) -> int:
     from align.sparsity.delta import write_delta
 
@@ -69,11 +78,13 @@ def _apply(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     out = options.out or Path("sparsity.html")
     call = {"base": options.base, "tuned": options.tuned, "other_runs": options.other, "out": str(out)}
+    call["rank"] = options.rank
     if options.dry_run:
         return _plan(options, "report on", call)
     from align.reports.sparsity import write_report
 
-    found = write_report(options.base, options.tuned, out, others=options.other or ())
+    level = None if options.rank == "none" else options.rank
+    found = write_report(options.base, options.tuned, out, others=options.other or (), rank_level=level)
     rows = [(kind, str(path)) for kind, path in found["files"].items()]
     return give(options, {**found["result"], "files": {k: str(p) for k, p in found["files"].items()}}, table(rows))
 
@@ -110,6 +121,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     overlap.add_argument("runs", metavar="RUN", nargs="+", help="checkpoints of runs from one base, or mask files")
     overlap.add_argument("--base", metavar="BASE", help="their common start; not needed where all runs are mask files")
 
+    rank = action("rank", "count the directions of an update that stand above rounding noise", _rank)
+    _add_sides(rank)
+    rank.add_argument(
+        "--level",
+        choices=("fast", "full"),
+        default="fast",
+        help="full: also all singular values, principal angles and the spectral shift (default: fast)",
+    )
+
     delta = action("delta", "write what turns a base into a tuned model, bit for bit", _delta)
     _add_sides(delta)
     add_out(delta, "the delta (default: delta.safetensors)")
@@ -126,6 +146,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="RUN",
         help="another run from the same base, for its overlap; may be given again",
+    )
+    report.add_argument(
+        "--rank",
+        choices=("none", "fast", "full"),
+        default="fast",
+        help="how much is said of ranks and spectra; fast takes seconds for a matrix of 4096 x 4096 (default: fast)",
     )
     add_out(report, "the page; Markdown and JSON lie beside it (default: sparsity.html)")
 
