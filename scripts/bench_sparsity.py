@@ -1,6 +1,6 @@
 """How fast checkpoints are compared, against what reading them costs and against the script behind the first paper.
 
-    python scripts/bench_sparsity.py --json bench.json [--millions 96] [--scale 1.2e-5]
+    OMP_NUM_THREADS=1 python scripts/bench_sparsity.py --json bench.json [--sections compare,rank,overlap]
 
 bits_over_limit      CPU time of summing both mapped files / of counting different codes, with numba   (>= .85)
 battery_over_limit   the same of the whole comparison                                                  (>= .10)
@@ -8,11 +8,15 @@ battery_over_limit   the same of the whole comparison                           
 two_threads          wall-clock of the comparison with one thread / with two                           (>= 1.6)
 peak_anonymous_mb    anonymous memory of a whole `align sparsity compare` process                      (<= 300)
 cpu_vs_authors       CPU time of their method, written again from its description / ours               (>= 100, 20)
-overlap_vs_torch     time of counting common bits in torch bool masks / in packed masks                (>= 20)
 delta_ratio          bytes of the bf16 weights / of their sparse delta
 delta_table          the same of 33.5 million weights at five densities, and over the prototype's (>= .9)
+rank                 CPU time of svdvals of a 4096 x 4096 delta / of a certified count above the noise edge    (>= 8)
+overlap              CPU time of counting common bits of two torch bool masks of 785 million / in packed masks (>= 20)
 
 Weights are N(0, 0.02) in bf16, the update is N(0, scale), everything lies in the page cache, one thread unless said.
+`rank` sees a planted update of rank 16, and a dense one, through bf16; its arms alternate, and `whole` has in it what
+`align sparsity rank` does besides: reading, the edge, and the 64 largest values. `overlap` also says the z of two
+independent dense updates by each null, and with powers of two left in the strata of their neighbours.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +38,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from align.run import describe_machine
+from align.sparsity import spectrum
 from align.sparsity.compare import compare
 from align.sparsity.delta import write_delta
+from align.sparsity.formats import FORMATS
 from align.sparsity.masks import count_overlap
+from align.sparsity.nulls import overlap_null
+from align.sparsity.pairs import load_pair
+from align.sparsity.ranks import MOST_VALUES, rank_of, read_update
 
 TENSOR = 1 << 24
 PROTOTYPE = {1e-7: 558, 1e-6: 109, 3e-6: 46, 1e-5: 17, 3e-5: 7.8}
@@ -141,15 +150,99 @@ def measure(paths: tuple[Path, Path], folder: Path) -> dict[str, Any]:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     whole = json.loads(file.read_text(encoding="utf-8"))
     found |= {key: whole[key] for key in ("peak_anonymous_mb", "density", "parameters")}
-    rng = np.random.default_rng(0)
-    bits = [rng.integers(0, 256, whole["parameters"] // 8, np.uint8) for _ in range(2)]
-    bools = [torch.from_numpy(np.unpackbits(b)).bool() for b in bits]
-    packed = cpu_seconds(lambda: count_overlap(*bits))
-    found["overlap_vs_torch"] = cpu_seconds(lambda: (bools[0] & bools[1]).count_nonzero()) / packed
     delta = write_delta(*paths, folder / "delta.safetensors")
     (folder / "table").mkdir()
     table = delta_table(folder / "table")
     return found | {"delta_ratio": delta["ratio"], "delta_codec": delta["codec"], "delta_table": table}
+
+
+def write_delta_pair(folder: Path, kind: str, side: int) -> tuple[Path, Path]:
+    """Save one square matrix before and after an update of rank 16, of 3e-5 an entry, or a dense one of 1e-4."""
+    made = torch.Generator().manual_seed(0)
+    weight = (0.02 * torch.randn(side, side, generator=made)).bfloat16()
+    if kind == "planted":
+        up, down = torch.randn(side, 16, generator=made), torch.randn(16, side, generator=made)
+        update = 3e-5 / 4 * up @ down
+    else:
+        update = 1e-4 * torch.randn(side, side, generator=made)
+    paths = (folder / f"{kind}-base.safetensors", folder / f"{kind}-tuned.safetensors")
+    save_file({"w": weight}, paths[0])
+    save_file({"w": (weight.float() + update).bfloat16()}, paths[1])
+    return paths
+
+
+def rank_figures(folder: Path, kinds: Sequence[str], side: int, rounds: int) -> dict[str, Any]:
+    """Return what a count of singular values above the noise edge costs, beside all singular values."""
+    found: dict[str, Any] = {"side": side}
+    for kind in kinds:
+        (pair,) = load_pair(*write_delta_pair(folder, kind, side)).pairs
+        update = read_update(pair)
+        if isinstance(update, str):
+            raise SystemExit(update)
+        matrix, edge, row = update.matrix, update.edge, rank_of(pair)
+        many = row["above_edge"] >= MOST_VALUES
+
+        def count(matrix: Any = matrix, edge: float = edge, many: bool = many) -> spectrum.Count:
+            scaled, scale = spectrum.unit_scaled(matrix)
+            return spectrum.count_above(scaled, edge * scale, many=many)
+
+        arms: dict[str, Callable[[], Any]] = {
+            "count": count, "whole": lambda pair=pair: rank_of(pair),
+            "torch": lambda matrix=matrix: torch.linalg.svdvals(torch.from_numpy(matrix)),
+        }  # fmt: skip
+        taken: dict[str, list[float]] = {name: [] for name in arms}
+        for _ in range(rounds):
+            for name, work in arms.items():
+                began = time.process_time()
+                values = work()
+                taken[name].append(time.process_time() - began)
+        seconds = {name: statistics.median(times) for name, times in taken.items()}
+        proved = count()
+        found[kind] = {
+            "density": float(np.mean(matrix != 0)), "above_edge": proved.above, "certificate": proved.certificate,
+            "proof": proved.proof, "svdvals_above_edge": int(np.sum(values.numpy() > edge)),
+            "svdvals_over_count": statistics.median(a / b for a, b in zip(taken["torch"], taken["count"], strict=True)),
+            "cpu_seconds": seconds,
+        }  # fmt: skip
+    return found
+
+
+def overlap_figures(millions: int, rounds: int) -> dict[str, Any]:
+    """Return what counting the common bits of two masks costs, and z of two independent dense updates."""
+    rng = np.random.default_rng(0)
+    bits = [rng.integers(0, 256, round(millions * 1e6) // 8, np.uint8) for _ in range(2)]
+    bools = [torch.from_numpy(np.unpackbits(b).view(np.bool_)) for b in bits]
+    if count_overlap(*bits) != int((bools[0] & bools[1]).count_nonzero()):
+        raise SystemExit("packed and torch masks disagree")
+    taken = []
+    for _ in range(rounds):
+        packed = cpu_seconds(lambda: count_overlap(*bits), 1)
+        taken.append((packed, cpu_seconds(lambda: (bools[0] & bools[1]).count_nonzero(), 1)))
+    seconds = {name: statistics.median(t[i] for t in taken) for i, name in enumerate(("packed", "torch"))}
+    return {
+        "millions": millions,
+        "torch_over_packed": statistics.median(b / a for a, b in taken),
+        "cpu_seconds": seconds,
+    }
+
+
+def independent_z(seed: int, size: int = 1 << 24) -> dict[str, float]:
+    """Return z of the overlap of two dense updates that share nothing but their base, by each null."""
+    form, rng = FORMATS["BF16"], np.random.default_rng(seed)
+    old = form.encode(rng.standard_normal(size, np.float32) * np.float32(0.02))
+    values = form.values(old).astype(np.float32)
+    masks = [form.encode(values + np.float32(s) * rng.standard_normal(size, np.float32)) != old for s in (1.5e-5, 3e-5)]
+    held = 2 * form.exponent(old) + (old & 127 == 0)
+    strata = [np.bincount(held[m], minlength=512) for m in (np.ones(size, bool), *masks)]
+    nulls = {
+        "by_magnitude": strata, "powers_of_two_not_apart": [s.reshape(-1, 2).sum(1) for s in strata],
+        "uniform": [s.sum(keepdims=True) for s in strata],
+    }  # fmt: skip
+    both, found = int(np.count_nonzero(masks[0] & masks[1])), {}
+    for name, null in nulls.items():
+        mean, variance = overlap_null([(null[0], null[1], null[2])])
+        found[name] = (both - mean) / variance**0.5
+    return found
 
 
 def main() -> int:
@@ -158,11 +251,23 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", help="where to write the figures")
     parser.add_argument("--millions", type=int, default=96, help="weights of the pair, in millions (default: 96)")
     parser.add_argument("--scale", type=float, default=1.2e-5, help="standard deviation of the update")
+    parser.add_argument("--sections", default="compare,rank,overlap", help="what to measure (default: all)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of rank and overlap (default: 3)")
+    parser.add_argument("--kinds", default="planted,dense", help="updates whose rank is measured (default: both)")
+    parser.add_argument("--side", type=int, default=4096, help="rows and columns of the delta (default: 4096)")
+    parser.add_argument("--mask-millions", type=int, default=785, help="bits of a mask, in millions (default: 785)")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    sections, found = options.sections.split(","), {}
     with tempfile.TemporaryDirectory() as folder:
-        paths = write_pair(Path(folder), options.millions, options.scale)
-        found = measure(paths, Path(folder)) | {"machine": describe_machine()}
+        if "compare" in sections:
+            found |= measure(write_pair(Path(folder), options.millions, options.scale), Path(folder))
+        if "rank" in sections:
+            found["rank"] = rank_figures(Path(folder), options.kinds.split(","), options.side, options.rounds)
+        if "overlap" in sections:
+            found["overlap"] = overlap_figures(options.mask_millions, options.rounds)
+            found["independent"] = [independent_z(seed) for seed in range(4)]
+    found["machine"] = describe_machine()
     text = json.dumps(found, indent=2)
     if options.json:
         Path(options.json).write_text(text + "\n", encoding="utf-8")

@@ -74,6 +74,15 @@ def _equal(options: argparse.Namespace) -> int:
     return give(options, found, as_text(found))
 
 
+def _rank(options: argparse.Namespace) -> int:
+    from align.sparsity.ranks import as_text, rank
+
+    if options.dry_run:
+        return _plan(options, "measure the ranks of", {"base": options.base, "tuned": options.tuned})
+    found = rank(options.base, options.tuned, level=options.level)
+    return give(options, found, as_text(found))
+
+
 def _delta(options: argparse.Namespace) -> int:
     from align.sparsity.delta import write_delta
 
@@ -101,11 +110,13 @@ def _apply(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     out = options.out or Path("sparsity.html")
     call = {"base": options.base, "tuned": options.tuned, "other_runs": options.other, "out": str(out)}
+    call["rank"] = options.rank
     if options.dry_run:
         return _plan(options, "report on", call)
     from align.reports.sparsity import write_report
 
-    found = write_report(options.base, options.tuned, out, others=options.other or ())
+    level = None if options.rank == "none" else options.rank
+    found = write_report(options.base, options.tuned, out, others=options.other or (), rank_level=level)
     rows = [(kind, str(path)) for kind, path in found["files"].items()]
     return give(options, {**found["result"], "files": {k: str(p) for k, p in found["files"].items()}}, table(rows))
 
@@ -165,6 +176,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     equal.add_argument("--init", metavar="I", required=True, help="the model before training")
     equal.add_argument("--full", metavar="F", help="the fine-tune of all weights (default: A)")
 
+    rank = action("rank", "count the directions of an update that stand above rounding noise", _rank)
+    _add_sides(rank)
+    rank.add_argument(
+        "--level",
+        choices=("fast", "full"),
+        default="fast",
+        help="full: also all singular values, principal angles and the spectral shift (default: fast)",
+    )
+
     delta = action("delta", "write what turns a base into a tuned model, bit for bit", _delta)
     _add_sides(delta)
     add_out(delta, "the delta (default: delta.safetensors)")
@@ -181,6 +201,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="RUN",
         help="another run from the same base, for its overlap; may be given again",
+    )
+    report.add_argument(
+        "--rank",
+        choices=("none", "fast", "full"),
+        default="fast",
+        help="how much is said of ranks and spectra; fast takes seconds for a matrix of 4096 x 4096 (default: fast)",
     )
     add_out(report, "the page; Markdown and JSON lie beside it (default: sparsity.html)")
 

@@ -14,11 +14,12 @@ from typing import Any
 
 from align.errors import ConfigError
 from align.reports.page import brief, count, percent, render
-from align.reports.sparsity_charts import bars, heat_map, tolerance_chart
+from align.reports.sparsity_charts import bars, heat_map, spectrum_chart, tolerance_chart
 from align.sparsity.compare import BLIND, compare, layer_of
 from align.sparsity.formats import FORMATS
 from align.sparsity.masks import overlap
 from align.sparsity.masters import masters_as_text
+from align.sparsity.ranks import rank
 from align.sparsity.structure import structure_as_text
 
 NEAR = 0.01
@@ -27,16 +28,22 @@ MOST_ROWS = 40
 
 
 def write_report(
-    base: str | Path, tuned: str | Path, path: str | Path, *, others: Sequence[str | Path] = ()
+    base: str | Path,
+    tuned: str | Path,
+    path: str | Path,
+    *,
+    others: Sequence[str | Path] = (),
+    rank_level: str | None = None,
 ) -> dict[str, Any]:
     """Compare two checkpoints and write the page, Markdown and JSON lines.
 
     Args:
         path: the page, ending in .html; the other files take its name.
         others: further runs from `base`, for the overlap of what they moved.
+        rank_level: how much is said of ranks and spectra, see `align.sparsity.ranks.rank`; nothing by default.
 
     Returns:
-        `files` by kind, and the `result` of the comparison, with `overlap` where there are others.
+        `files` by kind, and the `result` of the comparison, with `overlap` where there are others, and `rank`.
 
     Raises:
         ModelError: a side that cannot be read, or different models.
@@ -48,9 +55,15 @@ def write_report(
     result = compare(base, tuned, structure=True).as_dict()
     if others:
         result["overlap"] = overlap(base, [tuned, *others])
-    rows = result["per_tensor"]
+    rows, spectra = result["per_tensor"], {}
     summary = {key: value for key, value in result.items() if key != "per_tensor"}
-    lines = [json.dumps(row, default=str) for row in (summary, *rows)]
+    if rank_level is not None:
+        result["rank"] = rank(base, tuned, level=rank_level)
+        spectra = {row["name"]: {"spectrum": row} for row in result["rank"]["matrices"]}
+        summary["rank"] = {key: value for key, value in result["rank"].items() if key != "matrices"}
+    lines = [
+        json.dumps(row, default=str) for row in (summary, *({**row, **spectra.get(row["name"], {})} for row in rows))
+    ]
     texts = {
         "page": render("sparsity.html", page_of(result)),
         "markdown": markdown(result),
@@ -77,7 +90,7 @@ def page_of(result: dict[str, Any]) -> dict[str, Any]:
         "heat": heat_map(_cells(result)), "curve": tolerance_chart(result), "ulp": bars(result["ulp_histogram"]),
         "tensors": shown, "hidden": len(result["per_tensor"]) - len(shown),
         "unmatched": [(key.replace("_", " "), _names(value)) for key, value in result["keys"].items() if value],
-        "overlap": result.get("overlap"),
+        "overlap": result.get("overlap"), "rank": rank_of_page(result),
         "coarse": FORMATS[result["dtype"]].bits == 16,
         "heads": [(role, heat_map(cells)) for role, cells in _head_cells(result).items()],
     }  # fmt: skip
@@ -131,6 +144,45 @@ def read_plainly(result: dict[str, Any]) -> tuple[str, list[str]]:
             "Norm weights near 1 are spaced 0.004 to 0.008 apart in bf16, so they look untouched whatever training did."
         )
     return words, reading
+
+
+def rank_of_page(result: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what the page says of ranks: rows by how far they stand above the edge, and a chart of some of them."""
+    if "rank" not in result:
+        return None
+    rows = [{**row, "over_edge": over_edge(row)} for row in result["rank"]["matrices"]]
+    ordered = sorted(rows, key=lambda row: -(row["over_edge"] or 0.0))
+    said = [f"{count(n)} {status}" for status, n in result["rank"]["summary"]["status"].items() if n]
+    return {
+        "rows": ordered[:MOST_ROWS], "hidden": max(0, len(ordered) - MOST_ROWS), "said": ", ".join(said),
+        "full": any("nss" in row for row in rows), "chart": spectrum_chart(ordered), **result["rank"],
+    }  # fmt: skip
+
+
+def over_edge(row: dict[str, Any]) -> float | None:
+    """Return the largest singular value over the noise edge."""
+    return (
+        row["singular_values"][0][1] / row["noise_edge"] if row.get("singular_values") and row["noise_edge"] else None
+    )
+
+
+def _rank_lines(result: dict[str, Any]) -> list[str]:
+    ranks = rank_of_page(result)
+    if ranks is None:
+        return []
+    lines = [
+        "", f"Rank of the update: {ranks['said']}.", "",
+        "| matrix | above the noise edge | certificate | stable rank | energy in 1 / 8 / 64 | s1 over edge |",
+        "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in ranks["rows"]:
+        above = "below precision floor" if row["status"].startswith("below") else brief(row.get("above_edge"))
+        energy = " / ".join(percent(row.get("top_energy", {}).get(k), 0) for k in ("1", "8", "64"))
+        cells = (row["name"], above if "singular_values" in row else row["status"], row.get("certificate", "–"))
+        lines.append(
+            f"| {' | '.join(cells)} | {brief(row.get('stable_rank'), 3)} | {energy} | {brief(row['over_edge'], 3)} |"
+        )
+    return [*lines, "", *(f"- {note}" for note in ranks["notes"])]
 
 
 def _names(value: Any) -> str:
@@ -197,6 +249,7 @@ def markdown(result: dict[str, Any]) -> str:
         *(f"- {line}" for line in (structure_as_text(result["structure"]) if result["structure"] else [])),
         *(f"- {note}" for note in (*reading[1:], *result["notes"])),
     ]  # fmt: skip
+    lines += _rank_lines(result)
     for pair in (result.get("overlap") or {}).get("pairs", ()):
         null = pair["nulls"]["by_magnitude"]
         seen, chance = (" / ".join(percent(v) for v in part["one_sided"]) for part in (pair, null))

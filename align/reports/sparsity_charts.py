@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup, escape
 
-from align.reports.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis
+from align.reports.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, Series, line_chart
 
 ROW, MOST_LAYERS = 17, 120
 
@@ -128,6 +128,26 @@ def tolerance_chart(result: Mapping[str, Any]) -> Markup:
         f'<div class="legend">{keys}</div><div class="plot"><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="share of entries within a tolerance">{"".join(body)}</svg></div>'
     )
+
+
+def spectrum_chart(rows: Sequence[Mapping[str, Any]], most: int = 4) -> Markup:
+    """Draw singular values over the noise edge, of some matrices from the one that rises highest to the lowest.
+
+    Args:
+        rows: of `align.sparsity.ranks.rank`, the highest first.
+    """
+    there = [row for row in rows if row.get("singular_values")]
+    places = sorted({round(i * (len(there) - 1) / max(most - 1, 1)) for i in range(most)}) if there else []
+    series = [
+        Series(
+            _short(row["name"], 44),
+            [i for i, _ in row["singular_values"]],
+            [v / row["noise_edge"] for _, v in row["singular_values"]],
+        )
+        for row in (there[i] for i in places)
+    ]
+    label = "index of the singular value"
+    return line_chart(series, log=True, reference=(1.0, "edge of rounding noise"), x_label=label)
 
 
 def _label(x: float, y: float, text: str, anchor: str) -> str:

@@ -118,4 +118,4 @@ def _merge(base: Entry, down: Entry, up: Entry, scale: float, transposed: bool, 
         delta = (b[first:last] @ a).reshape(-1)[start - first * columns : stop - first * columns]
         return form.encode(stored.values(base.read(start, stop)).astype(np.float32) + delta)
 
-    return Entry(base.name, form.name, base.shape, down.file, down.offset, read)
+    return Entry(base.name, form.name, base.shape, down.file, down.offset, read, factors=(b, a))

@@ -1,8 +1,10 @@
 """Which weights moved, as bits on the disk; how two runs' masks overlap, and how much they would by chance.
 
 Of every tensor a mask file holds `NAME` (bits, lowest first, of entries whose code changed), `NAME::up` (of those
-that grew), `NAME::exponents` (entries of W0 by biased exponent, and those of them that changed), `NAME::format` they
-were compared in, and `NAME::sha256` of W0 in it. The two histograms are all that the null by magnitude needs.
+that grew), `NAME::exponents` (entries of W0 by biased exponent, and those of them that changed), `NAME::powers` (the
+same of powers of two alone), `NAME::format` they were compared in, and `NAME::sha256` of W0 in it. The histograms are
+all that the null by magnitude needs. Powers of two are strata of their own: the value next to them towards zero is only
+half a spacing away, so every run moves them more often than their neighbours of the same exponent.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ class MaskSink:
     def begin(self, pair: TensorPair) -> None:
         """A tensor begins."""
         self._pair, self._up, self._sha = pair, [], hashlib.sha256()
+        self._powers = np.zeros((2, pair.format.exponents), np.int64)
         self._writer.begin(pair.name, "U8", (-(-pair.count // 8),))
 
     def add(self, old: Codes, new: Codes) -> None:
@@ -51,6 +54,9 @@ class MaskSink:
         self._sha.update(np.ascontiguousarray(old).tobytes())
         self._writer.write(np.packbits(old != new, bitorder="little"))
         form = self._pair.format
+        power = (old & old.dtype.type((1 << form.mantissa) - 1)) == 0
+        for row, held in enumerate((power, power & (old != new))):
+            self._powers[row] += np.bincount(form.exponent(old[held]), minlength=form.exponents)
         low, high = form.magnitude(old), form.magnitude(new)
         below, under = old >> (form.bits - 1) != 0, new >> (form.bits - 1) != 0
         grew = np.where(below, ~under & ((low | high) != 0) | under & (high < low), ~under & (high > low))
@@ -61,6 +67,7 @@ class MaskSink:
         name = self._pair.name
         self._writer.add(f"{name}::up", np.concatenate([np.empty(0, np.uint8), *self._up]))
         self._writer.add(f"{name}::exponents", np.stack([found.exponents, found.exponents_changed]))
+        self._writer.add(f"{name}::powers", self._powers)
         self._writer.add_bytes(f"{name}::format", self._pair.format.name.encode())
         self._writer.add(f"{name}::sha256", np.frombuffer(self._sha.digest(), np.uint8))
 
@@ -145,7 +152,15 @@ class Mask:
 
     def exponents(self, name: str) -> NDArray[np.int64]:
         """Return entries of W0, and those that changed, by biased exponent."""
-        entry = self.source.entries[f"{name}::exponents"]
+        return self._table(f"{name}::exponents")
+
+    def strata(self, name: str) -> NDArray[np.int64]:
+        """Return the same by exponent, powers of two apart."""
+        powers = self._table(f"{name}::powers")
+        return np.concatenate([self.exponents(name) - powers, powers], axis=1)
+
+    def _table(self, key: str) -> NDArray[np.int64]:
+        entry = self.source.entries[key]
         return whole(entry).view(np.int64).reshape(entry.shape)
 
     def format(self, name: str) -> Format:
@@ -212,9 +227,10 @@ def overlap(base: str | Path | None, runs: Sequence[str | Path]) -> dict[str, An
     """Compare which weights two or more runs from one base moved.
 
     One-sided |I1 n I2| / |I1| and / |I2|, Jaccard |I1 n I2| / |I1 u I2|, Dice 2 |I1 n I2| / (|I1| + |I2|), the share of
-    common entries that moved the same way, and, of checkpoints, the cosine of the two visible updates. Each
-    overlap stands beside what independent masks of the same densities would have, uniformly, within each tensor,
-    and within each tensor and exponent of W0, with z = (n12 - E) / sqrt(Var).
+    common entries that moved the same way, the mask drift |I1 xor I2| / n (SAD), and, of checkpoints, the cosine of the
+    two visible updates, over all entries (`cosine`) and over the common ones (`cosine_common`). Each overlap stands
+    beside what independent masks of the same densities would have, uniformly, within each tensor, and within each
+    tensor and exponent of W0 (powers of two apart), with z = (n12 - E) / sqrt(Var).
 
     Args:
         base: the common start; not needed where all `runs` are mask files.
@@ -240,8 +256,11 @@ def overlap(base: str | Path | None, runs: Sequence[str | Path]) -> dict[str, An
         pairs = []
         for i, j in itertools.combinations(range(len(masks)), 2):
             found = _overlap(masks[i], masks[j])
-            cosine = _cosine(base, runs[i], runs[j]) if base and {i, j} <= set(checkpoints) else None
-            pairs.append({"first": str(runs[i]), "second": str(runs[j]), **found, "cosine": cosine})
+            known = base is not None and {i, j} <= set(checkpoints)
+            whole_, common = _cosines(base, runs[i], runs[j]) if known else (None, None)  # type: ignore[arg-type]
+            pairs.append(
+                {"first": str(runs[i]), "second": str(runs[j]), **found, "cosine": whole_, "cosine_common": common}
+            )
     return {"base": None if base is None else str(base), "runs": [str(run) for run in runs], "pairs": pairs}
 
 
@@ -274,8 +293,9 @@ def _overlap(first: Mask, second: Mask) -> dict[str, Any]:
                 start, stop
             )
             same += bits_set(common & ~up)
-        n, n1 = first.exponents(name)
-        strata.append((n, n1, second.exponents(name)[1]))
+        apart = all(f"{name}::powers" in mask.source.entries for mask in (first, second))
+        (n, n1), (_, theirs) = (mask.strata(name) if apart else mask.exponents(name) for mask in (first, second))
+        strata.append((n, n1, theirs))
     if not strata:
         raise DataError("Two masks have no tensor in common", where=f"{first.path} and {second.path}")
     n, n1, n2 = (int(sum(s[k].sum() for s in strata)) for k in range(3))
@@ -299,11 +319,11 @@ def _of(part: float, whole_: float) -> float | None:
     return part / whole_ if whole_ else None
 
 
-def _cosine(base: str | Path, first: str | Path, second: str | Path) -> float | None:
-    """Return the cosine of two visible updates, over finite entries."""
+def _cosines(base: str | Path, first: str | Path, second: str | Path) -> tuple[float | None, float | None]:
+    """Return the cosine of two visible updates, over finite entries, and that over entries which both changed."""
     one, two = load_pair(base, first), load_pair(base, second)
     others = {pair.name: pair for pair in two.pairs}
-    dot = a2 = b2 = 0.0
+    dot, squares = 0.0, np.zeros(4)
     for pair in one.iter_tensors():
         other = others.get(pair.name)
         if other is None or other.count != pair.count:
@@ -315,10 +335,12 @@ def _cosine(base: str | Path, first: str | Path, second: str | Path) -> float | 
                 d, e = x - w, y - v
             held = np.isfinite(d) & np.isfinite(e)
             d, e = d[held], e[held]
-            dot, a2, b2 = dot + float(d @ e), a2 + float(d @ d), b2 + float(e @ e)
+            both = (d != 0) & (e != 0)
+            dot, squares = dot + float(d @ e), squares + np.array([d @ d, e @ e, d[both] @ d[both], e[both] @ e[both]])
         pair.release()
         other.release()
-    return dot / math.sqrt(a2 * b2) if a2 and b2 else None
+    norms = np.sqrt([squares[0] * squares[1], squares[2] * squares[3]])
+    return tuple(float(dot / norm) if norm else None for norm in norms)  # type: ignore[return-value]
 
 
 def as_text(found: dict[str, Any]) -> str:
@@ -335,6 +357,8 @@ def as_text(found: dict[str, Any]) -> str:
         agree, cosine = pair["sign_agreement"], pair["cosine"]
         lines.append(
             f"  same direction {'–' if agree is None else f'{100 * agree:.1f} %'}, Jaccard {pair['jaccard'] or 0:.3f}, "
-            f"Dice {pair['dice'] or 0:.3f}" + ("" if cosine is None else f", cosine {cosine:.4f}")
+            f"Dice {pair['dice'] or 0:.3f}, masks differ at {100 * (pair['mask_drift'] or 0):.2f} %"
+            + ("" if cosine is None else f", cosine {cosine:.4f}")
+            + ("" if pair["cosine_common"] is None else f" ({pair['cosine_common']:.4f} of common entries)")
         )
     return "\n".join(lines)

@@ -36,6 +36,7 @@ class Entry:
     Args:
         read: returns the codes of entries [start, stop) of the flattened tensor.
         release: lets the pages of the tensor go.
+        factors: of a merged adapter, what was added: the product of these two.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Entry:
     offset: int
     read: Callable[[int, int], NDArray[Any]]
     release: Callable[[], None] = lambda: None
+    factors: tuple[NDArray[Any], NDArray[Any]] | None = None
 
     @property
     def count(self) -> int:
