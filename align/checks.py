@@ -381,6 +381,11 @@ def _rewards(config: VisualConfig) -> list[Finding]:
             "Add a second reward, heldout_rewards to see it happen, and optimizer.ema_decay against it",
             "heldout_rewards",
         ))  # fmt: skip
+    elif not config.heldout_rewards and config.monitor.action != "off":
+        found.append(Finding(
+            "note", "no_judge", "The hack monitor has no judge and cannot see a hacked reward",
+            "Add heldout_rewards that nothing is trained on", "heldout_rewards",
+        ))  # fmt: skip
     identities = {_identity(reward) for reward in config.rewards}
     for i, reward in enumerate(config.heldout_rewards):
         if _identity(reward) in identities:

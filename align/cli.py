@@ -1,6 +1,7 @@
 """`align <verb>`: with align/commands/ all of align/ that knows rewards/ and trainers/. A verb is one call in Python.
 
-Exit codes: 0 done; 2 bad input, said in one sentence on stderr; 130 interrupted; 1 a defect, with its traceback.
+Exit codes: 0 done; 2 bad input, said in one sentence on stderr; 3 stopped by the hack monitor; 130 interrupted;
+1 a defect, with its traceback.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
     from align.checks import Finding
     from align.config import DanceGRPOConfig, RunConfig
 
-INTERRUPTED = 130
+INTERRUPTED, HACKED = 130, 3
+_ENDS = {"stopped": INTERRUPTED, "hacked": HACKED}
 _EXTRAS = {
     "torch": "diffusion", "diffusers": "diffusion", "transformers": "diffusion", "peft": "diffusion",
     "sklearn": "diffusion", "datasets": "llm", "deepspeed": "llm", "open_clip": "rewards", "httpx": "rewards",
@@ -199,8 +201,8 @@ def _launch(options: argparse.Namespace, arguments: list[str], out: Path, config
     before = read_record(out)
     code = run_launched(command, environment)
     record = read_record(out)
-    if record != before and record.get("status") == "stopped":
-        return INTERRUPTED
+    if record != before and record.get("status") in _ENDS:
+        return _ENDS[record["status"]]
     if code == 0:
         return 0
     saved = max(checkpoints(out / "checkpoints"), default=None)
@@ -238,14 +240,14 @@ def _fit(options: argparse.Namespace) -> int:
 
 
 def _finished(options: argparse.Namespace, result: Any) -> int:
-    from align.launch import asked_to_stop, leave_world
+    from align.launch import leave_world, supervised
     from align.reports.training import write_report
 
-    # Who asked a launch to stop reads how it went in run.json; a launcher takes any other code than 0 for a crash.
-    interrupted = 0 if asked_to_stop() else INTERRUPTED
+    # Who supervises a launch reads how it went in run.json; a launcher takes any other code than 0 for a crash.
+    code = 0 if supervised() else _ENDS.get(result.status, 0)
     if not _leads():
         leave_world()  # waits for the process that still writes
-        return interrupted if result.status == "stopped" else 0
+        return code
     report = write_report(result.directory)
     found = {
         "directory": str(result.directory),
@@ -253,13 +255,22 @@ def _finished(options: argparse.Namespace, result: Any) -> int:
         "report": str(report),
         "summary": result.summary,
     }
-    if result.status == "stopped":
-        _give(options, found, f"stopped; `align resume {result.directory}` goes on\nreport: {report}")
-    else:
-        moved = (result.summary.get("sparsity") or {}).get("sentence", "")
-        _give(options, found, "\n".join(filter(None, (result.status, moved, f"report: {report}"))))
+    moved = (result.summary.get("sparsity") or {}).get("sentence", "")
+    _give(options, found, "\n".join(filter(None, (_ended(result), moved, f"report: {report}"))))
     leave_world()
-    return interrupted if result.status == "stopped" else 0
+    return code
+
+
+def _ended(result: Any) -> str:
+    """Return how a run ended, and what to do about it."""
+    if result.status == "stopped":
+        return f"stopped; `align resume {result.directory}` goes on"
+    if result.status == "hacked":
+        return (
+            f"stopped by the hack monitor at step {result.summary['steps']}; the checkpoint of that step is kept\n"
+            "look at the report; change the rewards, or go on past the alarm with monitor.action=warn --fork"
+        )
+    return str(result.status)
 
 
 def _score(options: argparse.Namespace) -> int:

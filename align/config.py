@@ -18,9 +18,10 @@ from align.textfiles import Document, dump_value, parse_scalar, parse_yaml, read
 
 __all__ = [
     "AdvantageConfig", "BatchConfig", "CheckpointConfig", "CombineConfig", "DanceGRPOConfig", "EvaluationConfig",
-    "LoraConfig", "ModelConfig", "ObjectiveConfig", "OptimizerConfig", "PromptsConfig", "RewardConfig", "RunConfig",
-    "SamplerConfig", "Section", "SparsityConfig", "TrackingConfig", "TrainedStepsConfig", "VisualConfig",
-    "config_origins", "config_types", "diff_configs", "list_recipes", "load_config", "save_config",
+    "LoraConfig", "ModelConfig", "MonitorConfig", "ObjectiveConfig", "OptimizerConfig", "PromptsConfig", "RewardConfig",
+    "RunConfig", "SamplerConfig", "Section", "SparsityConfig", "TextMonitorConfig", "TrackingConfig",
+    "TrainedStepsConfig", "VisualConfig", "config_origins", "config_types", "diff_configs", "list_recipes", "load_config",
+    "save_config",
 ]  # fmt: skip
 
 
@@ -337,6 +338,31 @@ class SparsityConfig(Section):
     )
 
 
+class MonitorConfig(Section):
+    """The hack monitor, which compares held-out samples at each evaluation with those before training."""
+
+    action: Annotated[Literal["stop", "warn", "off"], BeforeValidator(_word)] = Field(
+        default="stop",
+        description="When the optimised reward rises and the frozen judge falls: stop the run, say so and go on, "
+        "or do not look.",
+    )
+    rise: Float = Field(
+        default=2.0, ge=0, description="Standard errors by which the optimised reward must have risen for a verdict."
+    )
+
+
+class TextMonitorConfig(MonitorConfig):
+    """The hack monitor of a language model, which reads its answers besides."""
+
+    factor: Float = Field(
+        default=4.0, gt=1,
+        description="A phrase or a habit trips when answers have it so many times as often as before training.",
+    )  # fmt: skip
+    least: Float = Field(
+        default=0.3, gt=0, le=1, description="Share of the answers, and five of them, that must have it to trip."
+    )
+
+
 class VisualConfig(RunConfig):
     """What the online visual trainers share.
 
@@ -365,6 +391,7 @@ class VisualConfig(RunConfig):
     optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="The optimizer.")
     evaluation: EvaluationConfig = Field(default=EvaluationConfig(), description="The evaluation.")
     batch: BatchConfig = Field(default=BatchConfig(), description="The derived batch sizes.")
+    monitor: MonitorConfig = Field(default=MonitorConfig(), description="The hack monitor.")
     checkpoint: CheckpointConfig = Field(default=CheckpointConfig(), description="The checkpoints.")
     tracking: TrackingConfig = Field(default=TrackingConfig(), description="The tracking.")
     sparsity: SparsityConfig = Field(default=SparsityConfig(), description="Which weights move.")

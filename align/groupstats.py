@@ -39,6 +39,18 @@ class Estimate:
         return {"mean": self.mean, "ci_low": self.ci_low, "ci_high": self.ci_high, "n": self.n}
 
 
+def standard_error(values: np.ndarray, clusters: np.ndarray) -> float:
+    """Return the standard error of a mean of N values, `sqrt(I / (I - 1) sum over I clusters of S^2) / N`.
+
+    S is a cluster's sum of `v - mean v`: values of one cluster (a prompt, a user) are not independent. NaN with one.
+    """
+    _, index = np.unique(clusters, return_inverse=True)
+    if not len(values) or index.max() == 0:
+        return float("nan")
+    sums = np.bincount(index, weights=values - np.mean(values))
+    return float(np.sqrt(len(sums) / (len(sums) - 1) * (sums**2).sum()) / len(values))
+
+
 def bootstrap_mean(
     values: np.ndarray, clusters: np.ndarray | None = None, *, draws: int = 2000, level: float = 0.95, seed: int = 0
 ) -> Estimate:

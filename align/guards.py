@@ -1,9 +1,11 @@
-"""Invariants that stop a run before it harms the weights: finite numbers, a first ratio of 1, drift, saturation."""
+"""Invariants that stop a run before it harms the weights: finite numbers, a first ratio of 1, saturation.
+
+Whether the reward is being hacked is `trainers.monitor`'s to say.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from align.errors import GuardError
@@ -11,8 +13,6 @@ from align.errors import GuardError
 if TYPE_CHECKING:
     import numpy as np
     import torch
-
-    from align.groupstats import Estimate
 
 FIRST_RATIO_TOLERANCE = {"fp32": 1e-6, "bf16": 1e-3}
 """Largest |log ratio| (nats per latent entry) before the first update, by compute precision."""
@@ -94,27 +94,6 @@ def require_reference(worst: float, tolerance: float, where: str) -> None:
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Drift:
-    """A drift verdict: `hacked` when the trained reward rose while the held-out one fell."""
-
-    hacked: bool
-    message: str
-
-
-def drift(reward_gain: float, heldout_gain: Estimate) -> Drift:
-    """Compare the change of the trained reward with the paired change of a reward never trained on.
-
-    Alarm when the trained reward rose and the upper end of the held-out change's interval is below 0.
-    """
-    hacked = reward_gain > 0 and heldout_gain.n > 0 and heldout_gain.ci_high < 0
-    message = (
-        f"the trained reward changed by {reward_gain:+.3f} and the held-out reward by {heldout_gain.mean:+.3f} "
-        f"(95 % CI {heldout_gain.ci_low:+.3f} to {heldout_gain.ci_high:+.3f})"
-    )
-    return Drift(hacked, ("Reward hacking: " + message) if hacked else message)
-
-
 def saturated(values: np.ndarray, calibration: np.ndarray, share: float = 0.25) -> str:
     """Return a message when more than `share` of the values lie above the 99.9 percentile of the calibration set.
 
@@ -131,6 +110,20 @@ def saturated(values: np.ndarray, calibration: np.ndarray, share: float = 0.25) 
     if beyond <= share:
         return ""
     return f"{beyond:.0%} of the samples score above {edge:.3g}, which 1 in 1,000 did before training"
+
+
+def repeated(distances: np.ndarray, base: np.ndarray, share: float = 0.25) -> str:
+    """Return a message when more than `share` of samples are as near to another as 1 in 100 was before training."""
+    import numpy as np
+
+    seen, now = base[np.isfinite(base)], distances[np.isfinite(distances)]
+    if len(seen) < 20 or not len(now):
+        return ""
+    edge = float(np.quantile(seen, 0.01))
+    beyond = float((now < edge).mean())
+    if beyond <= share:
+        return ""
+    return f"{beyond:.0%} of the samples are within {edge:.3g} of another of their prompt; 1 in 100 was before training"
 
 
 def displaced(values: np.ndarray, base: np.ndarray) -> str:

@@ -241,6 +241,11 @@ def asked_to_stop() -> bool:
     return os.path.exists(os.environ.get(_STOP_FILE, ""))
 
 
+def supervised() -> bool:
+    """Whether `run_launched` started this process: how a run went it reads in run.json."""
+    return _STOP_FILE in os.environ
+
+
 def shown(command: Sequence[str], environment: dict[str, str]) -> str:
     """Return a command as one line for a shell."""
     return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in environment.items()), shlex.join(command)])

@@ -194,7 +194,7 @@ class Run:
         self.average = None if decay is None else Average(self.parameters, decay)
         self.averages = {**kept, **({} if self.average is None else {"average": self.average})}
         self.log = RunLog(self.directory, tensorboard=config.tracking.tensorboard, silent=not world.leads)
-        self.stopping = ""
+        self.stopping, self.hacked = "", ""
         self._signal = ""
         self._loss_check: torch.Tensor | None = None
         self.counters: dict[str, float] = {}
@@ -250,7 +250,8 @@ class Run:
 
     def _agree_to_stop(self) -> str:
         """Stop on all processes when one was asked to."""
-        self.stopping = self.world.first([self._signal or ("launcher" if launch.asked_to_stop() else "")])
+        asked = self._signal or ("launcher" if launch.asked_to_stop() else "")
+        self.stopping = self.world.first([asked]) or ("monitor" if self.hacked else "")
         return self.stopping
 
     def _restore(self) -> None:
@@ -266,6 +267,13 @@ class Run:
                 "A checkpoint is not one of a training run", where=str(self.directory / "checkpoints"),
                 why=f"step {found.step} lacks {absent[0] if absent else 'its counters or random state'}",
                 do="Remove that step's folder; the run then goes on from the one before",
+            )  # fmt: skip
+        if found.state.get("hacked") and found.state["config"] == self.config.model_dump(mode="json"):
+            raise ConfigError(
+                "The hack monitor stopped this run", where=f"{self.directory}, step {found.step}",
+                why=found.state["hacked"],
+                do="Look at its report; then go on from there with other rewards, or past the alarm with "
+                f"`align train CONFIG monitor.action=warn --out {self.directory} --fork`",
             )  # fmt: skip
         self.step, self.counters = found.step, dict(found.state["counters"])
         model = found.tensors["model"]
@@ -333,6 +341,18 @@ class Run:
         self.log.warn(step, "note", code, message)
         self._progress.say(message)
 
+    def alarm(self, step: int, code: str, message: str, *, stop: bool) -> None:
+        """Say what is wrong and keep it in the log; with `stop`, the run ends after this step. Every process alike."""
+        self.log.warn(step, "alarm", code, message)
+        self._progress.say(f"step {step}: {message}")
+        if stop:
+            self.hacked = message
+
+    @property
+    def outcome(self) -> str:
+        """How a run that measured its end has ended: complete, or hacked where the monitor stopped it."""
+        return "hacked" if self.hacked else "complete"
+
     def stop_uncommitted(self) -> None:
         """Stop in the middle of a step: what was last committed is kept. Every process must call it."""
         self._agree_to_stop()
@@ -398,7 +418,7 @@ class Run:
             "rng": {"torch": torch.get_rng_state()},
         }
         tensors |= {group: average.values for group, average in self.averages.items()}
-        state = {"counters": self.counters, "config": self.config.model_dump(mode="json")}
+        state = {"counters": self.counters, "config": self.config.model_dump(mode="json"), "hacked": self.hacked}
         root, keep = self.directory / "checkpoints", self.config.checkpoint.keep
         self.world.led(lambda: checkpoint.save(root, self.step, tensors, state, keep=keep))
 
@@ -411,7 +431,7 @@ class Run:
         return self._elapsed[1] + time.process_time()
 
     def finish(self, status: str) -> None:
-        """Record how the run ended: complete, stopped or failed."""
+        """Record how the run ended: complete, hacked, stopped or failed."""
         self.record.update(status=status, finished=_now())
         self.log.write_run(self.record)
 

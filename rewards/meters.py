@@ -2,12 +2,15 @@
 
 Pixels in [0, 1], gray ones are equal channels. Each is one number an image:
 
+    brightness   mean of the luminance Y = .299 R + .587 G + .114 B; of the digits, which are gray, their ink
     saturation   mean over pixels of max_c - min_c: 0 is gray
     clipped      share of pixel values within 1/255 of 0 or 1
-    contrast     standard deviation of the luminance Y = .299 R + .587 G + .114 B
+    contrast     standard deviation of Y
     sharpness    mean square of the 4-neighbour Laplacian of Y
     edges        mean absolute difference of Y to the right and lower neighbours
     border       mean absolute difference of Y between the outermost ring of pixels and the next one
+    distance     root mean square difference, at 32 pixels a side at most, from the next sample of the same prompt, the
+                 last being before the first: near 0 they are duplicates; missing for a prompt's only sample
 """
 
 from __future__ import annotations
@@ -16,11 +19,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from align.types import Samples
 
-NAMES = ("saturation", "clipped", "contrast", "sharpness", "edges", "border")
+SMALL = 32
+NAMES = ("brightness", "saturation", "clipped", "contrast", "sharpness", "edges", "border")
 
 
 def measure_images(images: Tensor | Sequence[Tensor]) -> dict[str, np.ndarray]:
@@ -36,9 +41,28 @@ def measure_images(images: Tensor | Sequence[Tensor]) -> dict[str, np.ndarray]:
 def measure_pixels(samples: Samples, frames: int = 8) -> dict[str, np.ndarray]:
     """Return every meter of B samples, float64 `[B]`: of images, or the mean over up to `frames` frames of a video."""
     if samples.videos is None:
-        return measure_images(samples.images)
-    parts = [measure_images(video.spread(frames)) for video in samples.videos]
-    return {name: np.array([part[name].mean() for part in parts]) for name in NAMES}
+        shown = [image[None] for image in samples.images]
+    else:
+        shown = [video.spread(frames) for video in samples.videos]
+    parts = [measure_images(pixels) for pixels in shown]
+    found = {name: np.array([part[name].mean() for part in parts]) for name in NAMES}
+    return {**found, "distance": _distances(shown, [str(prompt) for prompt in samples.prompts])}
+
+
+def _distances(shown: Sequence[Tensor], prompts: Sequence[str]) -> np.ndarray:
+    small = [
+        F.adaptive_avg_pool2d(pixels.detach().float(), [min(SMALL, side) for side in pixels.shape[-2:]]).flatten()
+        for pixels in shown
+    ]
+    groups: dict[str, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(i)
+    found = np.full(len(small), np.nan)
+    for rows in groups.values():
+        for i, j in zip(rows, rows[1:] + rows[:1], strict=True):
+            if i != j and small[i].shape == small[j].shape:
+                found[i] = float((small[i] - small[j]).square().mean().sqrt())
+    return found
 
 
 def _meters(image: Tensor) -> list[float]:
@@ -49,7 +73,7 @@ def _meters(image: Tensor) -> list[float]:
     ring = torch.cat([across[:, 0], across[:, -1], down[0], down[-1]])
     clipped = ((rgb <= 1 / 255) | (rgb >= 254 / 255)).double().mean()
     values = (
-        rgb.amax(0).sub(rgb.amin(0)).mean(), clipped, y.std(unbiased=False), laplacian.square().mean(),
+        y.mean(), rgb.amax(0).sub(rgb.amin(0)).mean(), clipped, y.std(unbiased=False), laplacian.square().mean(),
         torch.cat([across.flatten(), down.flatten()]).mean(), ring.mean(),
     )  # fmt: skip
     finite = bool(image.isfinite().all())

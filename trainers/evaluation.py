@@ -114,12 +114,14 @@ class Measurement:
         """Return the mean of a value with an interval clustered by prompt."""
         return bootstrap_mean(self.values[name], np.asarray(self.prompts))
 
+    def before(self, base: Measurement, name: str) -> np.ndarray:
+        """Return what `base` has of these samples, `[N]`; NaN where it has them not."""
+        found = dict(zip(zip(base.prompts, base.members, strict=True), base.values[name], strict=True))
+        return np.array([found.get(key, np.nan) for key in zip(self.prompts, self.members, strict=True)])
+
     def gain(self, base: Measurement, name: str) -> Estimate:
         """Return the paired difference `self - base` on the samples both have, clustered by prompt."""
-        before = dict(zip(zip(base.prompts, base.members, strict=True), base.values[name], strict=True))
-        keys = list(zip(self.prompts, self.members, strict=True))
-        difference = np.array([v - before.get(k, np.nan) for k, v in zip(keys, self.values[name], strict=True)])
-        return bootstrap_mean(difference, np.asarray(self.prompts))
+        return bootstrap_mean(self.values[name] - self.before(base, name), np.asarray(self.prompts))
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one JSON-ready object a sample; a missing value is null."""

@@ -442,13 +442,13 @@ def describe_model(policy: Policy, config: Any) -> dict[str, Any]:
 
 
 def finish(run: Run, receipt: Receipt) -> RunResult:
-    """End a run that was stopped, or measure and end one that is complete."""
-    if run.stopping and run.step < run.config.steps:
+    """End a run that was stopped, or measure and end one that is complete or that the hack monitor stopped."""
+    if run.stopping not in ("", "monitor") and run.step < run.config.steps:
         run.finish("stopped")
         return RunResult(run.directory, "stopped", {})
     summary = receipt.after()
-    run.finish("complete")
-    return RunResult(run.directory, "complete", summary)
+    run.finish(run.outcome)
+    return RunResult(run.directory, run.outcome, summary)
 
 
 def config_to_resume(directory: str | Path) -> Any:

@@ -21,6 +21,7 @@ from align.types import Prompt, text_of
 from align.videos import STRIP_WIDTH, save_video, still_images
 from rewards.panel import Panel
 from trainers.evaluation import Measurement, generate, measure, members_for, read_rows, write_rows
+from trainers.monitor import Monitor, Verdict
 from trainers.sparsity import end_with_receipt, open_tracker
 
 GRID_PROMPTS, GRID_MEMBERS = 8, 6  # of a video, one member
@@ -57,6 +58,8 @@ class Receipt:
             "shift": self.config.sampler.shift,
         }
         self._base: Measurement | None = None
+        self._verdict: Verdict | None = None
+        self._alarm: Verdict | None = None
 
     @property
     def base_path(self) -> Path:
@@ -85,7 +88,7 @@ class Receipt:
         return live_source(self.policy.trainable(), {"lora_alpha": self.config.model.lora.alpha})
 
     def during(self, step: int) -> dict[str, float]:
-        """Evaluate and draw when due; raise the drift alarm when the rewards part ways."""
+        """Evaluate and draw when due; have the run stop when the monitor says that the reward is hacked."""
         began, found = time.perf_counter(), {}
         evaluation, last = self.config.evaluation, step == self.config.steps
         if evaluation.every and step % evaluation.every == 0 and not last:
@@ -102,16 +105,20 @@ class Receipt:
 
         Every process takes part in measuring; the first one returns the summary.
         """
-        base, final = self._base, self._evaluate(self.config.steps, self.config.evaluation.final_samples)
+        step = self.run.step
+        base, final = self._base, self._evaluate(step, self.config.evaluation.final_samples)
+        if not self.run.hacked:
+            self._watch(step, final)
         if not self.run.world.leads:
             return {}
-        write_rows(self.run.directory / "evaluations" / f"step_{self.config.steps:06d}.jsonl", final)
-        self._watch(self.config.steps, final)
+        write_rows(self.run.directory / "evaluations" / f"step_{step:06d}.jsonl", final)
         rows = self.run.log.read_metrics()
         first = [row for row in read_jsonl(self.run.directory / "evaluation.jsonl")[0] if row["step"] == 0][-1]
         summary = {
             "name": self.config.name,
-            "steps": self.config.steps,
+            "steps": step,
+            "status": self.run.outcome,
+            "monitor": self._monitored(),
             **self._changes(base, final),
             **{f"{key}_before": first[key] for key in ("heldout_accuracy", "diversity") if key in first},
             **{f"{key}_after": value for key, value in self._facts(final).items() if key in first},
@@ -167,6 +174,7 @@ class Receipt:
             **({} if self._implicit is None else {"implicit": self._learnt.as_dict()}),
             "components": {name: measured.estimate(name).as_dict() for name in measured.values if "/" in name},
             **self._facts(measured),
+            **self._observed(step, measured),
             "meters": {
                 name.removeprefix("meter/"): float(np.nanmean(value))
                 for name, value in measured.extras.items()
@@ -177,15 +185,38 @@ class Receipt:
         self.run.log.evaluation(row)
         return measured
 
+    def _observed(self, step: int, now: Measurement) -> dict[str, Any]:
+        """Return what the hack monitor sees in an evaluation, and keep its verdict."""
+        if self._base is None or "reward" not in self.panels or self.config.monitor.action == "off":
+            return {}
+        judge = "heldout" if "heldout" in self.panels else None
+        before = Monitor(
+            self.config.monitor, now.prompts, now.before(self._base, "reward"),
+            None if judge is None else now.before(self._base, judge),
+        )  # fmt: skip
+        self._verdict = before.observe(step, now.values["reward"], None if judge is None else now.values[judge])
+        return {"monitor": self._verdict.as_dict()}
+
+    def _monitored(self) -> dict[str, Any] | None:
+        """Return what the summary says of the hack monitor: its last alarm, or its last verdict; None where off."""
+        said = self._alarm or self._verdict
+        if said is None:
+            return None
+        return {"action": self.config.monitor.action, "step": said.step, "message": said.message, **said.as_dict()}
+
     def _watch(self, step: int, now: Measurement) -> None:
-        if "reward" in self.panels:
-            gain = now.gain(self._base, "reward")
-            verdict = guards.drift(gain.mean, now.gain(self._base, self.heldout))
-            if verdict.hacked:
-                self.run.log.warn(step, "alarm", "drift", verdict.message)
+        """Raise the monitor's alarm, have the run stop where it is to, and warn of what left its range."""
+        verdict = self._verdict
+        if verdict is not None and verdict.hacked:
+            self._alarm = verdict
+            self.run.alarm(step, "drift", verdict.message, stop=verdict.stops)
         trained = [name for name in now.values if name.startswith("reward/")]
         watched = [(name, "saturation", guards.saturated) for name in trained]
-        watched += [(name, "meter", guards.displaced) for name in now.extras if name.startswith("meter/")]
+        watched += [
+            (name, "meter", guards.repeated if name == "meter/distance" else guards.displaced)
+            for name in now.extras
+            if name.startswith("meter/")
+        ]
         for name, code, check in watched:
             message = check(now.column(name), self._base.column(name))
             if message and not self.run.counters.get(f"warned/{name}"):

@@ -9,7 +9,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended: its folder, its status ("complete" or "stopped") and its summary, if complete."""
+    """How a run ended: its folder, its status and its summary, which a run that was stopped has not.
+
+    Status: "complete", "stopped", or "hacked" where the hack monitor stopped it.
+    """
 
     directory: Path
     status: str

@@ -6,6 +6,7 @@ Here every response has a latent quality, every user an effect, and reacting has
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -75,7 +76,7 @@ def simulate(config: SimulationConfig | None = None) -> Simulation:
     config = config or SimulationConfig()
     rng = np.random.default_rng(config.seed)
     items, quality, by_prompt = _content(config, rng)
-    users = {f"user-{u:04d}": float(e) for u, e in enumerate(rng.normal(0, config.user_spread, config.users))}
+    users = _users(config, rng)
     events = _reactions(config, rng, by_prompt, quality, users)
     severity = {f"rater-{r}": float(s) for r, s in enumerate(rng.normal(0, config.severity, config.raters))}
     for name, shift in severity.items():
@@ -90,6 +91,26 @@ def simulate(config: SimulationConfig | None = None) -> Simulation:
     for r in range(config.coordinated):
         events += [_rating(names[p], script[names[p]], f"copy-{r}", 400 * i + 7 * r) for i, p in enumerate(shared)]
     return Simulation(items, events, quality, users, severity)
+
+
+def simulate_reactions(
+    by_prompt: Sequence[Sequence[str]], quality: Mapping[str, float], config: SimulationConfig | None = None
+) -> tuple[list[FeedbackEvent], dict[str, float]]:
+    """Return what users see and say of items that are there already, and the users' effects.
+
+    Args:
+        by_prompt: ids of the items of each prompt.
+        quality: latent quality of each item, in the units of a user's effect.
+        config: of its users and their reactions; it has no say in the items.
+    """
+    config = config or SimulationConfig()
+    rng = np.random.default_rng(config.seed)
+    users = _users(config, rng)
+    return _reactions(config, rng, by_prompt, quality, users), users
+
+
+def _users(config: SimulationConfig, rng: np.random.Generator) -> dict[str, float]:
+    return {f"user-{u:04d}": float(e) for u, e in enumerate(rng.normal(0, config.user_spread, config.users))}
 
 
 def _content(
@@ -113,8 +134,8 @@ def _content(
 
 
 def _reactions(
-    config: SimulationConfig, rng: np.random.Generator, by_prompt: list[list[str]], quality: dict[str, float],
-    users: dict[str, float],
+    config: SimulationConfig, rng: np.random.Generator, by_prompt: Sequence[Sequence[str]],
+    quality: Mapping[str, float], users: Mapping[str, float],
 ) -> list[FeedbackEvent]:  # fmt: skip
     base, events = np.log(config.reaction_rate / (1 - config.reaction_rate)), []
     for user, effect in users.items():

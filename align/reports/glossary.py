@@ -47,9 +47,15 @@ CHARTS: dict[str, str] = {
         "Pixel standard deviation between images of one prompt. A fall towards 0 means that the model makes "
         "one image a prompt."
     ),
+    "Hack monitor": (
+        "How often the frozen judge prefers a held-out sample to the one of the same prompt and noise before training; "
+        "ties count half. The run stops where the whole interval is below 50 %, and that of the judge's mean change "
+        "below 0, while the trained reward has risen."
+    ),
     "Image meters": (
-        "What a hacked reward usually bends, as multiples of the untrained model's: colour saturation, clipped pixels, "
-        "contrast, sharpness, edges, border. Nothing rewards them; a sudden turn is worth a look at the samples."
+        "What a hacked reward usually bends, as multiples of the untrained model's: brightness, colour saturation, "
+        "clipped pixels, contrast, sharpness, edges, border, distance between samples of a prompt. Nothing rewards "
+        "them; a sudden turn is worth a look at the samples."
     ),
 }
 

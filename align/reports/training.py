@@ -180,6 +180,11 @@ def _charts(files: RunFiles) -> list[Row]:
         "Distance moved in a step": line_chart([curve(rows, "approx_kl", "approximate KL", colour=4)], from_zero=True),
         "Gradient norm": line_chart([curve(rows, "grad_norm", "gradient norm", colour=5)], from_zero=True),
         "Diversity": line_chart([spread], from_zero=True, reference=_least_diversity(evaluations)),
+        "Hack monitor": line_chart(
+            [points(evaluations, [("monitor", "win_rate")], "judge's win rate", 2)],
+            percent=True,
+            reference=(50.0, "as before training"),
+        ),
         "Image meters": line_chart(_meters(evaluations), reference=(1.0, "before training")),
         **moved_charts(rows),
     }

@@ -99,7 +99,10 @@ def how_it_ended(record: Row, done: Any) -> list[str]:
     status = record.get("status")
     if status == "complete":
         return []
-    how = {"running": "was still running, or died without a word,", "stopped": "was stopped", "failed": "failed"}
+    how = {
+        "running": "was still running, or died without a word,", "stopped": "was stopped", "failed": "failed",
+        "hacked": "was stopped by the hack monitor",
+    }  # fmt: skip
     end = how.get(str(status), "has no recorded end; it stood")
     return [f"The run {end} at step {done} of {record.get('steps_planned') or 'an unknown number'}."]
 

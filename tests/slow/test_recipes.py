@@ -15,7 +15,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_hacked_hacks_and_trips_the_alarm(tmp_path):
-    config = load_config("digits/hacked", ["steps=20", "evaluation.final_samples=200", "evaluation.samples=100"])
+    small = ["steps=20", "evaluation.final_samples=200", "evaluation.samples=100", "monitor.action=warn"]
+    config = load_config("digits/hacked", small)
     summary = DanceGRPO(config, out=tmp_path / "run").train().summary
     assert summary["reward_after"]["ci_low"] > summary["reward_before"]["ci_high"]
     assert summary["heldout_gain"]["ci_high"] < 0

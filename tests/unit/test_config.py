@@ -418,8 +418,8 @@ def test_each_finding_is_found_and_leaves_when_its_cause_does(overrides: list[st
 
 
 def test_a_sound_config_has_no_errors_and_one_note():
-    assert codes() == {"off_policy": "note", "steps_mismatch": "note"}
-    assert codes("updates_per_step=1", "evaluation.solver_steps=16") == {}
+    assert codes() == {"off_policy": "note", "steps_mismatch": "note", "no_judge": "note"}
+    assert codes("updates_per_step=1", "evaluation.solver_steps=16") == {"no_judge": "note"}
 
 
 def test_an_error_is_raised_with_key_origin_and_advice():

@@ -26,7 +26,7 @@ from align.feedback.audit import (
 from align.feedback.bias import bias_report, choice_bias, has_emoji, has_list, says_its_name
 from align.feedback.events import FeedbackEvent, Item
 from align.feedback.signals import SignalGates, require_trainable, select_signal
-from align.feedback.simulate import Simulation, SimulationConfig, simulate
+from align.feedback.simulate import Simulation, SimulationConfig, simulate, simulate_reactions
 from align.feedback.store import Store
 from align.feedback.views import Shown, answers_of, comparisons_of, shown_of
 
@@ -71,6 +71,19 @@ def tiny() -> tuple[dict[str, Item], list[FeedbackEvent]]:
     events += [FeedbackEvent("binary", (d,), True, key="thumb", annotator="w")]
     events += [FeedbackEvent("binary", (d,), True, key="thumb", annotator="x", exposure="shown")]
     return items, events
+
+
+def test_users_react_to_items_that_are_there_already():
+    quality = {f"item-{i}": 3.0 if i % 2 else -3.0 for i in range(8)}
+    by_prompt = [[f"item-{i}" for i in range(4)], [f"item-{i}" for i in range(4, 8)]]
+    world = SimulationConfig(users=50, shown_per_user=20, reaction_rate=0.3, user_spread=0.1)
+    events, effects = simulate_reactions(by_prompt, quality, world)
+    assert (events, effects) == simulate_reactions(by_prompt, quality, world) and len(effects) == 50
+    seen = [event for event in events if event.kind == "exposure"]
+    thumbs = [event for event in events if event.kind == "binary"]
+    assert len(seen) == 1000 and len(seen) + len(thumbs) == len(events) and 200 < len(thumbs) < 400
+    assert {event.items[0] for event in seen} == set(quality)
+    assert all(event.value == (quality[event.items[0]] > 0) for event in thumbs), "six standard deviations apart"
 
 
 def test_rates_are_of_what_was_shown_and_silence_is_not_a_dislike():
