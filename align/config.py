@@ -20,8 +20,8 @@ __all__ = [
     "AdvantageConfig", "BatchConfig", "CheckpointConfig", "CombineConfig", "DanceGRPOConfig", "EvaluationConfig",
     "LoraConfig", "ModelConfig", "MonitorConfig", "ObjectiveConfig", "OptimizerConfig", "PromptsConfig", "RewardConfig",
     "RunConfig", "SamplerConfig", "Section", "SparsityConfig", "TextMonitorConfig", "TrackingConfig",
-    "TrainedStepsConfig", "VisualConfig", "config_origins", "config_types", "diff_configs", "list_recipes", "load_config",
-    "save_config",
+    "TrainedStepsConfig", "VisualConfig", "config_origins", "config_types", "diff_configs", "list_recipes",
+    "load_config", "save_config",
 ]  # fmt: skip
 
 
