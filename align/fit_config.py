@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -118,6 +118,10 @@ class FitObjectiveConfig(Section):
     rho_down: Float = Field(
         default=0.0, ge=0, lt=1, description="Share of those who do not like an output that are seen to."
     )
+    mistakes: Literal["given", "fitted"] = Field(
+        default="given",
+        description="Whether rho_up and rho_down are known, or fitted with the reward, starting from what is given.",
+    )
 
 
 class FitUsersConfig(Section):
@@ -127,9 +131,14 @@ class FitUsersConfig(Section):
         default=False,
         description="Fit an effect a person, shrunk to 0 by its fitted variance; outputs are scored at 0.",
     )
-    trim: Float = Field(
-        default=0.0, ge=0, lt=0.5,
-        description="Share of people left out, whose thumbs a model of the others finds least likely.",
+    trim: Annotated[Float, Field(ge=0, lt=0.5)] | Literal["auto"] = Field(
+        default=0.0,
+        description="Who is left out: auto lists accounts that act together and say nothing of the outputs; a number is"
+        " the share of people whose thumbs a model of the others finds least likely.",
+    )
+    false_discovery: Float = Field(
+        default=0.1, gt=0, lt=1,
+        description="With trim auto, the largest expected share of wrongly listed accounts (Benjamini-Hochberg).",
     )  # fmt: skip
 
 
@@ -196,11 +205,11 @@ def require_fit(config: FitConfig) -> None:
             do="Give it, and fit with several to see what depends on it",
         )  # fmt: skip
     if config.data.silence == "unlabelled" and (
-        config.data.negative_share < 1 or objective.rho_up or objective.rho_down
+        config.data.negative_share < 1 or objective.rho_up or objective.rho_down or objective.mistakes == "fitted"
     ):
         raise ConfigError(
             "Silence that is unlabelled has no negatives to subsample or correct", where="data.silence",
-            do="Use silence: negative, or leave negative_share, rho_up and rho_down out",
+            do="Use silence: negative, or leave negative_share, rho_up, rho_down and mistakes out",
         )  # fmt: skip
     if objective.rho_up + objective.rho_down >= 1:
         raise ConfigError("Rates of mistakes are below 1 together", where="objective.rho_up")

@@ -39,9 +39,11 @@ from align.sparsity.receipt import write_receipt
 from align.tracking import replace_text
 from align.types import Samples, StepStats
 from rewards import fit_losses, plove
+from rewards.campaigns import find_campaigns
 from rewards.classifier import Classifier, Encoded
 from rewards.embeddings import build_embedder, clip_features, clip_towers, embed_all
 from rewards.fit_data import (
+    PARTS,
     FitData,
     Observation,
     load_data,
@@ -302,6 +304,9 @@ class Answers(nn.Module):
             self.thumb_bias = _number(math.log(clean / (1 - clean)))
             if compared:
                 self.thumb_log_scale = _number(0.0)
+            if self.objective.mistakes == "fitted":
+                start = torch.tensor([self.objective.rho_up, self.objective.rho_down]).clamp(0.02, 0.48)
+                self.mistakes = nn.Parameter(torch.logit(2 * start))
         if levels:
             ordinal = self.objective.ratings == "ordinal"
             spread = torch.logit(torch.arange(1, levels) / levels)
@@ -314,9 +319,9 @@ class Answers(nn.Module):
         if "comparison" in kinds and self.objective.comparisons in ("rao_kupper", "davidson"):
             self.tie = _number(0.0)
         self.variance = None if effects is None else effects[1]
+        self.rows = max(1, int((train.kind_N == "thumb").sum() + (train.kind_N == "silence").sum()))
         if effects is not None:
             self.effect = nn.Parameter(torch.from_numpy(effects[0]).float())
-            self.rows = max(1, int((train.kind_N == "thumb").sum() + (train.kind_N == "silence").sum()))
 
     def thumb_scale(self) -> Tensor:
         """Return s of thumbs, 1 where no comparisons set the unit."""
@@ -333,6 +338,13 @@ class Answers(nn.Module):
             return logit
         return logit + torch.where(user >= 0, self.effect[user.clamp(min=0)], torch.zeros_like(latent))
 
+    def mistake_rates(self) -> tuple[Tensor | float, Tensor | float]:
+        """Return rho_up and rho_down, as given or as fitted so far."""
+        if not hasattr(self, "mistakes"):
+            return self.objective.rho_up, self.objective.rho_down
+        up, down = plove.mistake_rates(self.mistakes)
+        return up, down
+
     def thresholds(self) -> Tensor:
         """Return the thresholds of ratings, rising."""
         return fit_losses.ordered(self.rating_first, self.rating_gaps)
@@ -343,7 +355,7 @@ class Answers(nn.Module):
         objective = self.objective
         if kind == "thumb":
             logit = self.thumb_logit(first, rows.user_N[pick])
-            return plove.forward_corrected(logit, said, objective.rho_up, objective.rho_down, self.shift)
+            return plove.forward_corrected(logit, said, *self.mistake_rates(), self.shift)
         if kind == "rating":
             score = self.rating_scale() * first
             if objective.ratings == "ordinal":
@@ -374,8 +386,16 @@ class Answers(nn.Module):
         return plove.nnpu(up, silent, prior, loss=plove.logistic_loss)[1]
 
     def penalty(self) -> Tensor:
-        """Return minus the log-prior of people's effects, a share of it a row: `sum b_u^2 / (2 tau^2 N)`."""
-        return self.effect.square().sum() / (2 * float(self.variance or 1) * self.rows)
+        """Return minus the log-prior of people's effects and of mistakes, a share of it a row of N.
+
+        `(sum b_u^2 / (2 tau^2) - log Beta(rho)) / N`
+        """
+        total = torch.zeros(())
+        if self.variance is not None:
+            total = total + self.effect.square().sum() / (2 * float(self.variance or 1))
+        if hasattr(self, "mistakes"):
+            total = total + plove.mistake_prior(plove.mistake_rates(self.mistakes))
+        return total / self.rows
 
 
 def _number(value: float) -> nn.Parameter:
@@ -431,7 +451,7 @@ def batch_loss(
             stats["loss/unlabelled"] = float(risk.detach())
             total = total + risk * count
     loss = total / weight.clamp(min=1e-9)
-    if world.leads and answers.variance is not None:
+    if world.leads and (answers.variance is not None or hasattr(answers, "mistakes")):
         loss = loss + answers.penalty()
     if world.leads and latent.penalty is not None:
         loss = loss + latent.penalty()
@@ -442,7 +462,12 @@ def batch_loss(
 
 
 def fit_reward(
-    config: FitConfig, out: str | Path | None = None, *, overwrite: bool = False, deepspeed: str | None = None
+    config: FitConfig,
+    out: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    deepspeed: str | None = None,
+    data: FitData | None = None,
 ) -> FitResult:
     """Fit a reward, resuming what an earlier call with the same configuration left in the folder.
 
@@ -453,6 +478,7 @@ def fit_reward(
         config: of `align.load_config`.
         out: the run folder, runs/NAME when None.
         deepspeed: ZeRO settings, see `align.engine.DeepSpeedEngine`; None holds all weights in every process.
+        data: what people said, in place of what `config.data.paths` name; to resume, give the same again.
 
     Returns:
         the folder, whose `reward` holds the artefact, and the card in it.
@@ -469,7 +495,7 @@ def fit_reward(
     if world.size > 1 or deepspeed is not None:
         require_launchable(config, world.size)
     directory = Path(out) if out is not None else Path("runs") / config.name
-    data = load_data(config.data.paths, config.data)
+    data = load_data(config.data.paths, config.data) if data is None else data
     parts, dropped = _parts(config, data)
     train_rows, share, left = thin(parts["train"], config)
     notes = warnings_on(train_rows, config)
@@ -488,9 +514,18 @@ def fit_reward(
         latent = _frozen(config, data, items, trained_on)
     if world.leads:
         world.wait()
-    trimmed: list[str] = []
+    trimmed: list[dict[str, Any]] = []
     if config.users.trim:
-        train_rows, trimmed = _trimmed(train_rows, latent, places, config)
+        screened = [row for name in _screened(config) for row in parts[name]]
+        trimmed = _trimmed(thin(screened, config)[0], latent, places, config)
+        gone = {row["account"] for row in trimmed}
+        for name in _screened(config):
+            kept = [row for row in parts[name] if row.user not in gone]
+            left[f"of trimmed people, in {name}"] = len(parts[name]) - len(kept)
+            parts[name] = kept
+        train_rows = [row for row in train_rows if row.user not in gone]
+        notes = [*warnings_on(train_rows, config), *_trim_notes(trimmed, config)]
+    notes += _calibration_notes(parts["calibration"], config)
     users = {name: i for i, name in enumerate(sorted({row.user for row in train_rows if row.user}))}
     train = pack(train_rows, places, users, config)
     levels = next((row.value[1] for rows in parts.values() for row in rows if row.kind == "rating"), 0)
@@ -596,29 +631,67 @@ def _rows_at(step: int, count: int, config: FitConfig) -> list[int]:
     return found
 
 
+def _screened(config: FitConfig) -> tuple[str, ...]:
+    """Return the parts in which people are looked for, and from which those found are left out.
+
+    A campaign is nobody's opinion in any part. People who only cost much stay where the reward is calibrated and
+    reported: without them it would look better than it is.
+    """
+    return PARTS if config.users.trim == "auto" else ("train",)
+
+
 def _trimmed(
-    rows: list[Observation], latent: Latent, places: Mapping[str, int], config: FitConfig
-) -> tuple[list[Observation], list[str]]:
-    """Leave out the people whose thumbs a model of the others finds least likely."""
+    rows: Sequence[Observation], latent: Latent, places: Mapping[str, int], config: FitConfig
+) -> list[dict[str, Any]]:
+    """Return who is left out and why: accounts that act together, or the share whose thumbs are the least likely."""
     if latent.features is None:
         raise DataError("People are trimmed on frozen embeddings", where="users.trim", do="Choose another backbone")
-    thumbs = [i for i, row in enumerate(rows) if row.kind == "thumb" and row.user]
-    names = sorted({rows[i].user for i in thumbs})
+    thumbs = [row for row in rows if row.kind == "thumb" and row.user]
+    names = sorted({row.user for row in thumbs})
     if len(names) < 2 * FOLDS:
         raise DataError(
             "There are too few people to trim any", where="users.trim", why=f"{len(names)} gave thumbs",
             do=f"Set users.trim: 0, or collect from {2 * FOLDS} or more",
         )  # fmt: skip
     index = {name: i for i, name in enumerate(names)}
-    user = np.array([index[rows[i].user] for i in thumbs])
-    features = latent.features[[places[rows[i].items[0]] for i in thumbs]].double()
+    user = np.array([index[row.user] for row in thumbs])
+    output, item = np.unique([places[row.items[0]] for row in thumbs], return_inverse=True)
+    features = latent.features[output].double()
     features = (features - features.mean(0)) / features.std(0).clamp(min=1e-6)
-    seen = torch.tensor([float(rows[i].value) for i in thumbs])
+    seen = torch.tensor([float(row.value) for row in thumbs]).double()
     order = np.array(permutation(len(names), config.seed, "folds"))
-    _, loss = plove.out_of_fold(features, seen, order[user] % FOLDS, ridge=float(features.shape[1]))
-    found = plove.trim_users(loss.numpy(), user, config.users.trim)
-    gone = {names[i] for i in found.users}
-    return [row for row in rows if row.user not in gone], sorted(gone)
+    logit, loss = plove.out_of_fold(features, seen, order[user] % FOLDS, item_N=item, ridge=float(features.shape[1]))
+    if config.users.trim == "auto":
+        given = seen.numpy() > 0.5 if config.data.silence == "negative" else None
+        found = find_campaigns(
+            logit.numpy(), seen.numpy(), user, item, names, rate=config.users.false_discovery, answered_N=given,
+            seed=config.seed,
+        )  # fmt: skip
+        return [row.as_dict() for row in found]
+    cut = plove.trim_users(loss.numpy(), user, config.users.trim)
+    reason = "their thumbs cost {:.3f} a row under a model of the others, among the {} that cost most"
+    return [{"account": names[u], "reason": reason.format(cut.loss_U[u], len(cut.users))} for u in cut.users]
+
+
+def _trim_notes(trimmed: Sequence[Mapping[str, Any]], config: FitConfig) -> list[str]:
+    """Return who was left out as a warning, by name: nobody is left out silently."""
+    if not trimmed:
+        return []
+    by = (
+        f"false discovery rate {config.users.false_discovery:g}"
+        if config.users.trim == "auto"
+        else "the share asked for"
+    )
+    names = ", ".join(row["account"] for row in trimmed[:10]) + (" and others" if len(trimmed) > 10 else "")
+    return [f"{len(trimmed)} accounts are left out ({by}), listed in the card with the reason of each: {names}"]
+
+
+def _calibration_notes(rows: Sequence[Observation], config: FitConfig) -> list[str]:
+    """Return that a probability cannot be calibrated as asked, with counts."""
+    thumbs = [row.value for row in rows if row.kind == "thumb"]
+    if config.calibration == "none" or not thumbs or 0 < sum(thumbs) < len(thumbs):
+        return []
+    return [f"{int(sum(thumbs))} of {len(thumbs)} thumbs held out for the calibration are up: it is left out"]
 
 
 def _effects(train: Packed, users: int, share: float) -> tuple[np.ndarray, float]:
@@ -722,8 +795,16 @@ def _observation_models(answers: Answers) -> dict[str, Any]:
     found: dict[str, Any] = {
         name: value.item()
         for name, value in answers.named_parameters()
-        if name not in ("effect", "rating_first", "rating_gaps")
+        if name not in ("effect", "rating_first", "rating_gaps", "mistakes")
     }
+    if hasattr(answers, "thumb_bias"):
+        found["mistakes"] = dict(
+            zip(
+                ("rho_up", "rho_down"),
+                (float(rate.detach() if isinstance(rate, Tensor) else rate) for rate in answers.mistake_rates()),
+                strict=True,
+            )
+        )
     if hasattr(answers, "rating_gaps"):
         found["rating_thresholds"] = answers.thresholds().tolist()
     return found
@@ -757,6 +838,10 @@ def _failure_modes(config: FitConfig, calibration: Mapping[str, Any] | None) -> 
         found.append("The share of positives in silence was assumed, and its probability is not calibrated.")
     elif calibration is not None and calibration["n"] == 0:
         found.append("Its probability was not calibrated on held-out rows.")
+    if calibration is not None and config.users.trim != "auto":
+        found.append("Accounts that act together were not looked for (users.trim: auto).")
+    if config.objective.mistakes == "fitted":
+        found.append("Its rates of mistakes were fitted, of which a log says little.")
     if calibration is None:
         found.append("It is known up to a constant of each prompt: compare outputs of one prompt only.")
     return found

@@ -98,6 +98,15 @@ def load_data(paths: Sequence[str], config: FitDataConfig) -> FitData:
         data.items |= found
         data.folders |= dict.fromkeys(found, folder)
         events += said
+    return observe(events, data, config)
+
+
+def observe(events: Sequence[FeedbackEvent], data: FitData, config: FitDataConfig) -> FitData:
+    """Add the observations that events about the items of `data` make, and return it.
+
+    Raises:
+        DataError: nothing to fit to, silence without exposures, or ratings on different scales.
+    """
     data.rows += _observed(events, data, config)
     if config.protocols is not None:
         silent = ("silence",) if "thumb" in config.protocols else ()
@@ -105,7 +114,7 @@ def load_data(paths: Sequence[str], config: FitDataConfig) -> FitData:
     if not data.rows:
         kinds = Counter(event.kind for event in events)
         raise DataError(
-            "There is nothing to fit a reward to", where=", ".join(paths),
+            "There is nothing to fit a reward to", where=", ".join(config.paths),
             why=", ".join(f"{n} {kind}" for kind, n in kinds.items()) or "no events",
             do="Check data.key, data.protocols, data.reaction and data.silence",
         )  # fmt: skip

@@ -105,9 +105,9 @@ def pnu(
 
 
 def forward_corrected(
-    logit: Tensor, target: Tensor, rho_up: float, rho_down: float, shift: Tensor | float = 0.0
+    logit: Tensor, target: Tensor, rho_up: Tensor | float, rho_down: Tensor | float, shift: Tensor | float = 0.0
 ) -> Tensor:
-    """Cross-entropy of what was seen under known mistakes; the logit stays that of the truth.
+    """Cross-entropy of what was seen under rates of mistakes; the logit stays that of the truth.
 
         P(seen 1) = (1 - rho_up) p + rho_down (1 - p),   p = sigmoid(z)
         loss      = -q log P - (1 - q) log(1 - P)
@@ -128,6 +128,19 @@ def forward_corrected(
     down = rho_up * p + (1 - rho_down) * (1 - p)
     tiny = torch.finfo(p.dtype).tiny
     return binary(torch.log(up.clamp(min=tiny)) - torch.log(down.clamp(min=tiny)), target, shift)
+
+
+def mistake_rates(free: Tensor) -> Tensor:
+    """Return the rates (rho_up, rho_down) of free numbers: `sigmoid(t) / 2`, so that together they stay below 1."""
+    return torch.sigmoid(free) / 2
+
+
+def mistake_prior(rates: Tensor) -> Tensor:
+    """Return minus the log-density of Beta(1.5, 20), without its constant, summed over the rates: few mistakes.
+
+    A log says little of its mistakes: only thumbs of which the reward is very sure tell them from chance.
+    """
+    return -(0.5 * torch.log(rates) + 19 * torch.log1p(-rates)).sum()
 
 
 def unbiased_corrected(logit: Tensor, target: Tensor, rho_up: float, rho_down: float) -> Tensor:
@@ -185,12 +198,13 @@ def fit_effects(
 
 
 def out_of_fold(
-    features_ND: Tensor, seen_N: Tensor, fold_N: np.ndarray, *, ridge: float = 1.0
+    features_ID: Tensor, seen_N: Tensor, fold_N: np.ndarray, *, item_N: np.ndarray | None = None, ridge: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Return logits of a ridge logistic regression that was fitted to the other folds, and the losses they cost.
 
     Args:
         fold_N: label of each row; all rows of a person go together.
+        item_N: which features each row has; None is its own.
         ridge: weight of `|w|^2 / 2` beside the summed loss.
 
     Raises:
@@ -199,23 +213,27 @@ def out_of_fold(
     folds = np.unique(fold_N)
     if len(folds) < 2:
         raise DataError("Judging people by others needs two folds", why=f"{len(folds)} given")
-    features, seen = features_ND.double(), seen_N.double()
+    features, seen = features_ID.double(), seen_N.double()
+    item = torch.arange(len(seen)) if item_N is None else torch.from_numpy(item_N)
     logit = torch.zeros(len(seen), dtype=torch.float64)
     for fold in folds:
         rows = torch.from_numpy(fold_N != fold)
         weight = torch.zeros(features.shape[1] + 1, dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.LBFGS([weight], max_iter=60, line_search_fn="strong_wolfe")
-        x, y = features[rows], seen[rows]
+        place, y = item[rows], seen[rows]
 
-        def closure(x: Tensor = x, y: Tensor = y, weight: Tensor = weight, optimizer: Any = optimizer) -> Tensor:
+        def closure(
+            place: Tensor = place, y: Tensor = y, weight: Tensor = weight, optimizer: Any = optimizer
+        ) -> Tensor:
             optimizer.zero_grad()
-            loss = binary(x @ weight[:-1] + weight[-1], y).sum() + ridge / 2 * weight[:-1].square().sum()
+            z = (features @ weight[:-1])[place] + weight[-1]
+            loss = binary(z, y).sum() + ridge / 2 * weight[:-1].square().sum()
             loss.backward()
             return loss
 
         optimizer.step(closure)
         with torch.no_grad():
-            logit[~rows] = features[~rows] @ weight[:-1] + weight[-1]
+            logit[~rows] = (features @ weight[:-1])[item[~rows]] + weight[-1]
     return logit, binary(logit, seen)
 
 
@@ -314,7 +332,7 @@ def _require_prior(prior: float) -> None:
         raise ConfigError("The share of positives lies strictly between 0 and 1", where=f"prior {prior!r}")
 
 
-def _require_rates(rho_up: float, rho_down: float) -> None:
+def _require_rates(rho_up: Tensor | float, rho_down: Tensor | float) -> None:
     if rho_up < 0 or rho_down < 0 or rho_up + rho_down >= 1:
         raise ConfigError(
             "Rates of mistakes are from 0 and below 1 together", where=f"rho_up {rho_up!r}, rho_down {rho_down!r}",

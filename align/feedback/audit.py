@@ -15,7 +15,7 @@ import numpy as np
 
 from align.feedback.agreement import Answers
 from align.feedback.events import FeedbackEvent, Item
-from align.feedback.resampling import wilson
+from align.feedback.resampling import benjamini_hochberg, wilson
 from align.feedback.views import ANSWERS, Shown, answers_of, signals
 
 PERMUTATIONS = 2000
@@ -242,6 +242,82 @@ def coordinated(answers: Answers, config: AuditConfig | None = None, *, busiest:
                 {"annotators": pair, "n": n, "agreement": float(same.mean()), "expected": float(expected), "z": z}
             )
     return sorted(found, key=lambda row: -row["z"])
+
+
+@dataclass(frozen=True)
+class Together:
+    """Of each account: the chance of sharing so many items with another, the closest one, how many, and its group."""
+
+    p_U: np.ndarray
+    closest_U: np.ndarray
+    shared_U: np.ndarray
+    group_U: np.ndarray
+
+    def groups(self) -> list[list[int]]:
+        """Return the accounts of each group, a lone account being one of its own."""
+        return [np.flatnonzero(self.group_U == g).tolist() for g in np.unique(self.group_U)]
+
+
+def answered_together(
+    user_N: np.ndarray, item_N: np.ndarray, *, users: int, least: int = 10, busiest: int = 2000, chance: float = 0.05
+) -> Together:
+    """Compare what accounts answered, whatever they said of it.
+
+        expected_uv = sum_i p_ui p_vi,   p_ui = min(1, n_u d_i / D)
+        p_uv        = P(Poisson(expected_uv) >= items that both answered)
+        p_u         = min_k (U - 1) p_u(k) / k,   p_u(k) the k-th smallest of u's p_uv (Simes 1986)
+
+    n_u are the items u answered, d_i the accounts that answered i, D all answers: an account may be busy and an item
+    popular. Pairs that Benjamini and Hochberg's rule keeps at the rate `chance` are linked; a group is what links
+    connect. People who are shown the same things are linked too, so a link alone is no accusation.
+
+    Args:
+        user_N, item_N: of each answer, index of who and of what, from 0.
+        users: how many accounts there are.
+        least, busiest: accounts with fewer answers are left alone, and so are all but so many of the busiest.
+    """
+    import torch
+
+    pairs = np.unique(np.stack([user_N, item_N], 1).astype(np.int64), axis=0)
+    count = np.bincount(pairs[:, 0], minlength=users)
+    kept = np.sort(np.argsort(-count, kind="stable")[:busiest])
+    kept = kept[count[kept] >= least]
+    p, shared, closest, group = np.ones(users), np.zeros(users, int), np.arange(users), np.arange(users)
+    if len(kept) < 2:
+        return Together(p, closest, shared, group)
+    place = np.full(users, -1)
+    place[kept] = np.arange(len(kept))
+    popular = np.bincount(pairs[:, 1])
+    both = np.zeros((len(kept), len(kept)))
+    expected = np.zeros_like(both)
+    row, column = place[pairs[:, 0]], pairs[:, 1]
+    for start in range(0, len(popular), 4096):
+        width = min(4096, len(popular) - start)
+        inside = (row >= 0) & (column >= start) & (column < start + width)
+        said = np.zeros((len(kept), width), dtype=np.float32)
+        said[row[inside], column[inside] - start] = 1
+        chances = np.minimum(1, np.outer(count[kept], popular[start : start + width]) / len(pairs)).astype(np.float32)
+        both += said @ said.T
+        expected += chances @ chances.T
+    tail = torch.special.gammainc(torch.from_numpy(both).clamp(min=1), torch.from_numpy(expected)).numpy()
+    tail = np.where(both >= 1, tail, 1.0)
+    np.fill_diagonal(tail, 1.0)
+    near = tail.argmin(1)
+    ranked = np.sort(tail, 1)[:, :-1] * (len(kept) - 1) / np.arange(1, len(kept))
+    p[kept] = np.minimum(1, ranked.min(1))
+    closest[kept], shared[kept] = kept[near], both[np.arange(len(kept)), near].astype(int)
+    first, second = np.triu_indices(len(kept), 1)
+    pairs_linked = benjamini_hochberg(tail[first, second], chance)
+    linked = np.zeros(tail.shape, dtype=bool)
+    linked[first[pairs_linked], second[pairs_linked]] = linked[second[pairs_linked], first[pairs_linked]] = True
+    label = np.arange(len(kept))
+    while True:
+        least_near = np.minimum(label, np.where(linked, label[None], len(kept)).min(1))
+        if (least_near == label).all():
+            break
+        label = least_near
+    group[kept] = kept[label]
+    return Together(p, closest, shared, group)
 
 
 def bursts(events: Iterable[FeedbackEvent], config: AuditConfig | None = None) -> list[dict[str, Any]]:

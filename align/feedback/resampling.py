@@ -1,4 +1,4 @@
-"""Intervals: Wilson's for a share, and a bootstrap of anything that is a function of sums over clusters.
+"""Intervals: Wilson's for a share, and a bootstrap of anything that is a function of sums over clusters; many tests.
 
 Every statistic of this room that gets a bootstrap interval (a kappa, an alpha, an inconsistency) is a function of a
 sum over units of small integer tables. Resampling clusters is then drawing how often each table enters the sum, and
@@ -90,3 +90,13 @@ def bootstrap_sums(
         weights = rng.multinomial(len(sums), counts / len(sums), size=min(chunk, draws - start))
         found.append(statistic(weights @ distinct))
     return percentile_interval(np.concatenate(found), level)
+
+
+def benjamini_hochberg(p_U: np.ndarray, rate: float) -> np.ndarray:
+    """Return which hypotheses are rejected: those up to the largest k with `p_(k) <= rate k / U`.
+
+    Source: Benjamini and Hochberg (1995).
+    """
+    order = np.argsort(p_U, kind="stable")
+    below = np.flatnonzero(p_U[order] <= rate * np.arange(1, len(p_U) + 1) / max(1, len(p_U)))
+    return order[: below[-1] + 1] if len(below) else order[:0]

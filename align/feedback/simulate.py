@@ -37,6 +37,13 @@ class SimulationConfig:
         rating_noise: standard deviation of a rating's noise on the scale of the latent.
         severity: standard deviation of annotators' severities, in points of the scale.
         constant, coordinated: annotators who always give one rating, and who copy one another.
+        vocabulary: words, each with a worth, that most of the quality is made of; 0 leaves it unread in the text.
+        false_thumbs: share of thumbs that say the opposite of what was meant.
+        tails: degrees of freedom of Student's t that user effects follow, scaled by `user_spread`; 0 is normal.
+        ambiguity: a thumb is up where the latent and noise of this median size are above 0, in place of a logistic
+            chance; how large the noise is differs between responses. 0 is logistic.
+        always_up: accounts beside the users that give thumbs up whatever they see, on one list between them.
+        campaign: responses on that list; each account answers three quarters of it.
     """
 
     prompts: int = 60
@@ -57,6 +64,12 @@ class SimulationConfig:
     severity: float = 0.5
     constant: int = 0
     coordinated: int = 0
+    vocabulary: int = 0
+    false_thumbs: float = 0.0
+    tails: float = 0.0
+    ambiguity: float = 0.0
+    always_up: int = 0
+    campaign: int = 60
     seed: int = 0
 
 
@@ -77,7 +90,7 @@ def simulate(config: SimulationConfig | None = None) -> Simulation:
     rng = np.random.default_rng(config.seed)
     items, quality, by_prompt = _content(config, rng)
     users = _users(config, rng)
-    events = _reactions(config, rng, by_prompt, quality, users)
+    events = _reactions(config, rng, by_prompt, quality, users) + _campaign(config, rng, list(quality))
     severity = {f"rater-{r}": float(s) for r, s in enumerate(rng.normal(0, config.severity, config.raters))}
     for name, shift in severity.items():
         events += _ratings(config, rng, quality, name, shift)
@@ -110,7 +123,9 @@ def simulate_reactions(
 
 
 def _users(config: SimulationConfig, rng: np.random.Generator) -> dict[str, float]:
-    return {f"user-{u:04d}": float(e) for u, e in enumerate(rng.normal(0, config.user_spread, config.users))}
+    spread, count = config.user_spread, config.users
+    effects = spread * rng.standard_t(config.tails, count) if config.tails else rng.normal(0, spread, count)
+    return {f"user-{u:04d}": float(e) for u, e in enumerate(effects)}
 
 
 def _content(
@@ -120,12 +135,17 @@ def _content(
     quality: dict[str, float] = {}
     by_prompt = []
     skill = np.linspace(-0.6, 0.6, config.responses)
+    worth = rng.normal(0, 1, config.vocabulary)
     for p in range(config.prompts):
         row = []
         for m in range(config.responses):
-            latent = float(skill[m] + rng.normal(0, 0.8))
+            latent, said = float(skill[m] + rng.normal(0, 0.8)), ""
+            if config.vocabulary:  # nine tenths of the latent's spread is that of eight words
+                chosen = rng.choice(config.vocabulary, 8, replace=False)
+                latent = float(skill[m] + 0.8 * (0.9 * worth[chosen].sum() / 8**0.5 + 0.44 * rng.normal()))
+                said = " ".join(f"term{w}" for w in chosen) + " "
             words = int(np.exp(3 + 0.3 * latent + rng.normal(0, 0.4)))
-            text = f"Answer {m} to {p}: " + "word " * words + ("🙂" if rng.random() < 0.1 else "")
+            text = f"Answer {m} to {p}: {said}" + "word " * words + ("🙂" if rng.random() < 0.1 else "")
             item = Item(f"Prompt number {p}", text.strip(), metadata={"model": f"model-{m}"})
             items[item.id], quality[item.id] = item, latent
             row.append(item.id)
@@ -138,6 +158,7 @@ def _reactions(
     quality: Mapping[str, float], users: Mapping[str, float],
 ) -> list[FeedbackEvent]:  # fmt: skip
     base, events = np.log(config.reaction_rate / (1 - config.reaction_rate)), []
+    noise = {name: config.ambiguity * float(np.exp(rng.normal(0, 0.5))) for name in quality if config.ambiguity}
     for user, effect in users.items():
         start = int(rng.integers(0, 7 * DAY))
         for n in range(config.shown_per_user):
@@ -150,9 +171,31 @@ def _reactions(
             logit = base + config.annoyed * max(0.0, -latent) + config.pleased * max(0.0, latent)
             if rng.random() < _sigmoid(logit - config.position_slope * position):
                 liked = bool(rng.random() < _sigmoid(2 * latent))
+                if noise:
+                    liked = bool(latent + noise[item] * rng.standard_t(4) > 0)
+                liked = _mistaken(config, rng, liked)
                 about["ts"] += int(rng.integers(2_000, 50_000))
                 events.append(FeedbackEvent("binary", (item,), liked, key="thumb", exposure="shown", **about))
     return events
+
+
+def _campaign(config: SimulationConfig, rng: np.random.Generator, names: list[str]) -> list[FeedbackEvent]:
+    events: list[FeedbackEvent] = []
+    listed = rng.permutation(len(names))[: config.campaign] if config.always_up else []
+    for a in range(config.always_up):
+        ts = START + int(rng.integers(0, 7 * DAY))
+        for n, i in enumerate(rng.permutation(listed)):
+            ts += 60_000
+            about = {"annotator": f"always-up-{a:04d}", "source": "user", "session": f"always-up-{a}/{n}", "ts": ts}
+            events.append(FeedbackEvent("exposure", (names[i],), key="shown", exposure="shown", **about))
+            if rng.random() < 0.75:
+                liked, about["ts"] = _mistaken(config, rng, True), ts + int(rng.integers(2_000, 50_000))
+                events.append(FeedbackEvent("binary", (names[i],), liked, key="thumb", exposure="shown", **about))
+    return events
+
+
+def _mistaken(config: SimulationConfig, rng: np.random.Generator, liked: bool) -> bool:
+    return liked != (rng.random() < config.false_thumbs) if config.false_thumbs else liked
 
 
 def _rating(item: str, value: int, rater: str, ts: int) -> FeedbackEvent:

@@ -135,6 +135,18 @@ def test_love_is_calibrated_from_exposures_of_which_few_negatives_were_kept(tmp_
     }
     result = fit.fit_reward(config("x", data=love, split={"by": ["prompt"]}), tmp_path / "run")
     thumbs_ = result.card["heldout"]["thumbs"]
+    assert thumbs_.keys() >= {
+        "base_rate",
+        "auroc",
+        "auprc",
+        "brier",
+        "ece",
+        "debiased_ece",
+        "debiased_ece_ci",
+        "reliability",
+    }
+    assert result.card["data"]["hashes"]["feedback.db"] and len(result.card["known_failure_modes"]) > 2
+    assert any("not looked for" in text for text in result.card["known_failure_modes"])
     assert result.card["left_out"]["negatives not drawn"] > 2000
     assert thumbs_["mean_probability"] == pytest.approx(thumbs_["base_rate"], abs=0.03), "subsampling is undone"
     assert thumbs_["debiased_ece"] < 0.05 and thumbs_["auroc"] > 0.75
@@ -152,6 +164,25 @@ def test_effects_of_people_are_fitted_and_scored_at_nobody(tmp_path):
     assert variance == pytest.approx(2.25, rel=0.4) and "user_variance" not in plain.card
     assert mixed.card["shared_with_heldout"]["user"] == 0 < mixed.card["shared_with_heldout"]["prompt"]
     assert quality_of(tmp_path / "mixed") > quality_of(tmp_path / "plain") - 0.02
+
+
+def test_rates_of_mistakes_are_fitted_and_in_the_card(tmp_path):
+    path = store(tmp_path, thumbs(ITEMS, QUALITY, users=30, slope=4.0))
+    result = fit.fit_reward(config(path, "objective.mistakes=fitted", "objective.rho_up=0.1"), tmp_path / "run")
+    rates = result.card["observation_models"]["mistakes"]
+    assert 0 < rates["rho_down"] < 0.05 and 0 < rates["rho_up"] < 0.1, "there are none, and the prior expects few"
+    assert any("were fitted" in text for text in result.card["known_failure_modes"])
+    given = fit.fit_reward(config(path, "objective.rho_up=0.1"), tmp_path / "given").card["observation_models"]
+    assert given["mistakes"] == {"rho_up": 0.1, "rho_down": 0.0}
+
+
+def test_a_calibration_of_one_class_is_warned_of_with_counts(tmp_path):
+    rows = fit.load_data([store(tmp_path, thumbs(ITEMS, QUALITY, users=8))], config("x").data).rows
+    ups = [row for row in rows if row.value == 1]
+    assert fit._calibration_notes(ups, config("x"))[0].startswith(f"{len(ups)} of {len(ups)} thumbs")
+    assert (
+        fit._calibration_notes(rows, config("x")) == [] == fit._calibration_notes(ups, config("x", "calibration=none"))
+    )
 
 
 def test_silence_may_be_unlabelled(tmp_path):
@@ -172,7 +203,9 @@ def test_liars_are_trimmed_by_name(tmp_path):
     liars = [FeedbackEvent(**{**vars(e), "annotator": "liar" + e.annotator, "identifier": "", "id": ""}) for e in liars]
     path = store(tmp_path, honest + liars)
     result = fit.fit_reward(config(path, users={"trim": 0.06}), tmp_path / "run")
-    assert result.card["trimmed_users"] == ["liaruser000", "liaruser001", "liaruser002"]
+    assert [row["account"] for row in result.card["trimmed_users"]] == ["liaruser000", "liaruser001", "liaruser002"]
+    assert "cost" in result.card["trimmed_users"][0]["reason"] and "liaruser001" in result.card["warnings"][0]
+    assert result.card["left_out"]["of trimmed people, in train"] > 60
 
 
 # --- runs -------------------------------------------------------------------------------------------
@@ -493,6 +526,7 @@ def test_a_config_that_contradicts_itself_is_refused(tmp_path):
         (["model.backbone=classifier"], "needs its weights"),
         (["split.calibration=0"], "rows of its own"),
         (["split.heldout=0.9"], "Nothing is left"),
+        (["data.silence=unlabelled", "objective.prior=0.3", "objective.mistakes=fitted"], "no negatives"),
         (["objective.rho_up=0.6", "objective.rho_down=0.5"], "below 1"),
     ):
         with pytest.raises(ConfigError, match=match):

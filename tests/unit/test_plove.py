@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from align.errors import ConfigError, DataError
+from align.feedback.bias import spearman
 from rewards import plove
+from rewards.campaigns import find_campaigns
 from rewards.compose import build_transforms
 from rewards.evaluate import auroc, debiased_calibration_error
 from rewards.fit_losses import binary
@@ -98,6 +100,103 @@ def test_forward_correction_recovers_what_mistakes_hide():
     corrected = fitted(x, lambda z: plove.forward_corrected(z, y, 0.3, 0.05).mean())
     assert corrected[:3] == pytest.approx(true, abs=0.15)
     assert np.abs(naive[:3]).max() < 1.1, "without it the slopes are too flat"
+
+
+def test_rates_of_mistakes_are_fitted_where_the_reward_is_sure():
+    """The slopes and the rates come back together; where there are no mistakes none are found."""
+    rng = np.random.default_rng(6)
+    x, true = rng.normal(size=(10_000, 2)), np.array([3.0, -2.0])
+    truth = rng.random(len(x)) < sigmoid(x @ true - 0.5)
+    features = torch.from_numpy(x)
+
+    def joint(seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        at = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+        with torch.no_grad():
+            at[3:] = -3
+        optimizer = torch.optim.LBFGS([at], max_iter=60, line_search_fn="strong_wolfe")
+        y = torch.from_numpy(seen.astype(float))
+
+        def closure():
+            optimizer.zero_grad()
+            rates = plove.mistake_rates(at[3:])
+            loss = plove.forward_corrected(features @ at[:2] + at[2], y, rates[0], rates[1]).sum()
+            loss = loss + plove.mistake_prior(rates)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        return at[:2].detach().numpy(), plove.mistake_rates(at[3:]).detach().numpy()
+
+    slopes, rates = joint(np.where(truth, rng.random(len(x)) > 0.2, rng.random(len(x)) < 0.05))
+    assert slopes == pytest.approx(true, abs=0.4) and rates == pytest.approx([0.2, 0.05], abs=0.03)
+    slopes, rates = joint(truth)
+    assert slopes == pytest.approx(true, abs=0.2) and rates.max() < 0.01
+    assert plove.mistake_rates(torch.zeros(2)).tolist() == [0.25, 0.25]
+
+
+def test_effects_free_the_reward_of_who_was_shown_what():
+    """Lenient people are shown the worse outputs: without effects the order of the outputs is theirs."""
+    rng = np.random.default_rng(8)
+    items, users = 60, 120
+    quality, effect = rng.normal(0, 1, items), rng.normal(0, 1.5, users)
+    user = np.repeat(np.arange(users), 40)
+    chance = np.exp(-1.2 * quality[None] * effect[:, None])
+    item = np.concatenate([rng.choice(items, 40, p=row / row.sum()) for row in chance])
+    seen = torch.from_numpy((rng.random(len(user)) < sigmoid(quality[item] + effect[user])).astype(float))
+    start, variance = plove.fit_effects(np.zeros(len(user)), seen.numpy(), user)
+    who, what = torch.from_numpy(user), torch.from_numpy(item)
+
+    def fit(effects: bool) -> np.ndarray:
+        value = torch.zeros(items, dtype=torch.float64, requires_grad=True)
+        own = torch.from_numpy(start * effects).requires_grad_(effects)
+        optimizer = torch.optim.LBFGS([value, own] if effects else [value], max_iter=200, line_search_fn="strong_wolfe")
+
+        def closure():
+            optimizer.zero_grad()
+            loss = binary(value[what] + own[who], seen).sum() + value.square().sum() / 2
+            loss = loss + own.square().sum() / (2 * variance)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        return value.detach().numpy()
+
+    naive, mixed = spearman(fit(False), quality), spearman(fit(True), quality)
+    assert mixed > 0.85 and mixed > naive + 0.03
+
+
+def test_negatives_that_were_not_drawn_are_undone():
+    """Slope and intercept of all rows come back from a tenth of the negatives; without the shift the rate does not."""
+    rng = np.random.default_rng(9)
+    x = rng.normal(size=(30_000, 2))
+    seen = rng.random(len(x)) < sigmoid(x @ np.array([1.0, -0.5]) - 3)
+    kept = seen | plove.keep_negatives([str(i) for i in range(len(x))], 0.1, 0)
+    y = torch.from_numpy(seen[kept].astype(float))
+    undone = fitted(x[kept], lambda z: binary(z, y, -np.log(0.1)).mean(), 400)
+    naive = fitted(x[kept], lambda z: binary(z, y).mean(), 400)
+    assert undone == pytest.approx([1.0, -0.5, -3.0], abs=0.12)
+    assert naive[2] == pytest.approx(-3 - np.log(0.1), abs=0.15)
+
+
+def test_trimming_gives_the_order_back_that_a_campaign_took():
+    rng = np.random.default_rng(10)
+    users, each, items = 120, 25, 80
+    quality = rng.normal(size=items)
+    user = np.repeat(np.arange(users), each)
+    item = rng.integers(0, items, len(user))
+    bad = np.argsort(quality)[:each]  # six accounts, all for the worst outputs
+    campaign = user < 6
+    item[campaign] = np.tile(bad, 6)
+    seen = np.where(campaign, 1.0, rng.random(len(user)) < sigmoid(2 * quality[item]))
+    logit, _ = plove.out_of_fold(torch.eye(items), torch.from_numpy(seen), user % 5, item_N=item)
+    found = find_campaigns(logit.numpy(), seen, user, item, [f"{u:03d}" for u in range(users)])
+    assert [row.account for row in sorted(found, key=lambda row: row.account)] == [f"{u:03d}" for u in range(6)]
+
+    def order(rows: np.ndarray) -> float:
+        up = np.bincount(item[rows], weights=seen[rows], minlength=items)
+        return spearman((up + 1) / (np.bincount(item[rows], minlength=items) + 2), quality)
+
+    assert order(~campaign) > order(np.full(len(user), True)) + 0.03
 
 
 def test_nnpu_recovers_a_classifier_from_positives_and_silence():
