@@ -18,7 +18,7 @@ def check_rluf(config: RLUFConfig, reward_names: Collection[str] | None) -> list
     """
     found = [*_rewards(config), *_objective(config)]
     if reward_names is not None:
-        found += unknown_rewards(config, ("rewards",), reward_names)
+        found += unknown_rewards(config, ("rewards", "heldout_rewards"), reward_names)
     return found
 
 
@@ -51,6 +51,19 @@ def _rewards(config: RLUFConfig) -> list[Finding]:
         found.append(Finding(
             "warning", "no_judge", "No reward is a hard judge, so whatever raises the rewards is learnt",
             "Add rules such as no_farewell, no_solicitation and length_band with role: gate", "rewards",
+        ))  # fmt: skip
+    gates = [name for name, reward in config.heldout_rewards.items() if reward.role == "gate"]
+    found += [
+        Finding(
+            "error", "heldout_gate", f"The held-out reward {name} has role: gate, and nothing to close",
+            "Remove it; held-out rewards are only measured", f"heldout_rewards.{name}.role",
+        )
+        for name in gates
+    ]  # fmt: skip
+    if not config.heldout_rewards and config.monitor.action != "off":
+        found.append(Finding(
+            "note", "no_frozen_judge", "The hack monitor has no frozen judge: it reads phrases, habits, length",
+            "Name one under heldout_rewards", "heldout_rewards",
         ))  # fmt: skip
     return found
 

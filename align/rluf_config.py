@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from align.config import Float, Int, RewardConfig, Section
+from align.config import Float, Int, RewardConfig, Section, TextMonitorConfig
 from align.language_config import (
     LanguageConfig,
     LanguageEvaluationConfig,
@@ -75,6 +75,12 @@ class RLUFConfig(LanguageConfig):
         min_length=1,
         description="Rewards by a name of yours, such as love; one with role gate is a judge, which passes above 0.",
     )
+    heldout_rewards: dict[Label, RewardConfig] = Field(
+        default={},
+        description="Frozen judges by a name of yours, asked about answers to held-out prompts and never trained on; "
+        "the hack monitor holds the run against their weighted sum.",
+    )
+    monitor: TextMonitorConfig = Field(default=TextMonitorConfig(), description="The hack monitor.")
     objective: RLUFObjectiveConfig = Field(default=RLUFObjectiveConfig(), description="The objective.")
     sampling: SamplingConfig = Field(default=SamplingConfig(), description="The sampling.")
     reference: ReferenceConfig = Field(default=ReferenceConfig(), description="The reference model.")

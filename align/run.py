@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from align import checkpoint, guards, launch
 from align.averaging import Average
-from align.config import VisualConfig, diff_configs, load_config, save_config
+from align.config import RunConfig, VisualConfig, diff_configs, load_config, save_config
 from align.engine import Engine, ReplicaEngine
 from align.errors import AlignError, CheckpointError, ConfigError
 from align.launch import World
@@ -161,6 +161,16 @@ def claiming(
     world.led(lambda: changed.extend(claim_directory(directory, config, overwrite=overwrite, fork=fork)))
 
 
+def require_not_hacked(state: Mapping[str, Any], step: int, config: RunConfig, directory: Path) -> None:
+    """Refuse to go on, under the same configuration, from a checkpoint at which the hack monitor stopped its run."""
+    if state.get("hacked") and state["config"] == config.model_dump(mode="json"):
+        raise ConfigError(
+            "The hack monitor stopped this run", where=f"{directory}, step {step}", why=state["hacked"],
+            do="Look at its report; then go on from there with other rewards, or past the alarm with "
+            f"`align train CONFIG monitor.action=warn --out {directory} --fork`",
+        )  # fmt: skip
+
+
 class Run:
     """One training run in one directory.
 
@@ -268,13 +278,7 @@ class Run:
                 why=f"step {found.step} lacks {absent[0] if absent else 'its counters or random state'}",
                 do="Remove that step's folder; the run then goes on from the one before",
             )  # fmt: skip
-        if found.state.get("hacked") and found.state["config"] == self.config.model_dump(mode="json"):
-            raise ConfigError(
-                "The hack monitor stopped this run", where=f"{self.directory}, step {found.step}",
-                why=found.state["hacked"],
-                do="Look at its report; then go on from there with other rewards, or past the alarm with "
-                f"`align train CONFIG monitor.action=warn --out {self.directory} --fork`",
-            )  # fmt: skip
+        require_not_hacked(found.state, found.step, self.config, self.directory)
         self.step, self.counters = found.step, dict(found.state["counters"])
         model = found.tensors["model"]
         alien = sorted(set(self.parameters) ^ set(model)) or [

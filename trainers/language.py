@@ -35,7 +35,7 @@ from align.language_config import LanguageConfig
 from align.launch import join_world
 from align.preferences import PreferenceSet, load_preferences
 from align.rluf_config import RLUFConfig
-from align.run import claiming
+from align.run import claiming, require_not_hacked
 from align.tracking import RunLog
 from trainers.language_engine import engine_settings, settled, sharded, zero_stage
 from trainers.language_generation import Prompt, choose_prompts, read_prompts
@@ -162,6 +162,7 @@ class LanguageRun:
         found = checkpoint.latest(self.directory / "checkpoints")
         saved = _read_state(found) if found is not None else None
         if saved is not None:
+            require_not_hacked(saved, saved["step"], self.config, self.directory)
             self._require_same_engine(saved)
         with settled():
             # Under ZeRO 3 these arguments are why `from_pretrained` leaves each process its share of the weights.

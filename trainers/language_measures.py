@@ -181,7 +181,7 @@ class LanguageEvaluation:
 
     def after(self, step: int) -> dict[str, Any]:
         """Measure the trained model and return the run's summary."""
-        final = self._evaluate(step)
+        final = self.found.get(step) or self._evaluate(step)
         from align.tracking import read_jsonl
 
         rows = read_jsonl(self.run.directory / "evaluation.jsonl")[0]

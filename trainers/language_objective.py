@@ -15,6 +15,7 @@ from align.launch import World
 from align.preferences import PreferenceSet
 from trainers.language_generation import Answer, Prompt
 from trainers.language_model import LogpCache, Reference, TokenLogps, completion_logps
+from trainers.monitor import Verdict
 from trainers.preference_data import Tokens
 
 
@@ -113,7 +114,13 @@ class Objective(Protocol):
 
 
 class Online(Objective, Protocol):
-    """What an objective adds that learns from completions of the model's own, and not from those of the data."""
+    """What an objective adds that learns from completions of the model's own, and not from those of the data.
+
+    Attributes:
+        verdict: of the hack monitor on the last evaluation; None before one, and where it is off.
+    """
+
+    verdict: Verdict | None
 
     def ask(self, rows: PreferenceSet, tokens: Tokens, tokenizer: Any) -> None:
         """Take the training prompts: `rows`, of which `tokens` are what is left."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from align.run import describe_machine, peak_memory_mb
 from align.tracking import Progress, RunLog
 from trainers.language_measures import LanguageEvaluation, one_class_share, update_metrics
 from trainers.language_model import weights_folder
-from trainers.language_objective import RowLosses
+from trainers.language_objective import Online, RowLosses
 from trainers.result import RunResult
 from trainers.sparsity import end_with_receipt
 
@@ -41,6 +41,8 @@ class Session:
     evaluation: LanguageEvaluation | None = None
     _signal: str = ""
     _stopping: str = ""
+    hacked: str = ""
+    _alarmed: int = -1
     _measures: list[dict[str, np.ndarray]] = field(default_factory=list)
     _loss: float = 0.0
     _real: list[int] = field(default_factory=lambda: [0, 0])
@@ -139,9 +141,21 @@ class Session:
         self.log.metrics(row)
         self.progress.update(row)
         self.evaluation.during(step)
+        self._heed(step)
         asked = self._signal or ("launcher" if launch.asked_to_stop() else "")
-        self._stopping = run.world.first([asked])
+        self._stopping = run.world.first([asked]) or ("monitor" if self.hacked else "")
         return self._stopping
+
+    def _heed(self, step: int) -> None:
+        """Say what the hack monitor found at the evaluation of this step, and have the run stop where it is to."""
+        verdict = cast(Online, self.run.objective).verdict if self.run.objective.online else None
+        if verdict is None or verdict.step != step or not verdict.hacked or self._alarmed == step:
+            return
+        self._alarmed = step
+        self.log.warn(step, "alarm", "drift", verdict.message)
+        self.progress.say(f"step {step}: {verdict.message}")
+        if verdict.stops:
+            self.hacked = verdict.message
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps beside the Trainer's files."""
@@ -149,15 +163,22 @@ class Session:
         return {
             "step": self.step, "objective": run.objective.state(), "counters": self.counters,
             "config": run.config.model_dump(mode="json"), "engine": run.engine, "processes": run.world.size,
+            "hacked": self.hacked,
         }  # fmt: skip
 
     def after(self) -> RunResult:
         """Measure the trained model and write the summary; or say that the run was stopped."""
-        if self._stopping and self.step < self.run.steps:
+        if self._stopping not in ("", "monitor") and self.step < self.run.steps:
             self.finish("stopped")
             return RunResult(self.directory, "stopped", {})
         summary = self.evaluation.after(self.step)
-        summary |= {"cpu_seconds": self.counters.get("cpu_seconds"), "seconds": self.counters.get("seconds")}
+        self._heed(self.step)
+        status = "hacked" if self.hacked else "complete"
+        summary |= {
+            "status": status,
+            "cpu_seconds": self.counters.get("cpu_seconds"),
+            "seconds": self.counters.get("seconds"),
+        }
         run = self.run
         if run.world.leads:
             summary["sparsity"] = end_with_receipt(
@@ -166,11 +187,11 @@ class Session:
             )  # fmt: skip
             path = self.directory / "summary.json"
             path.write_text(json.dumps(summary, indent=1), encoding="utf-8")
-        self.finish("complete")
-        return RunResult(self.directory, "complete", summary)
+        self.finish(status)
+        return RunResult(self.directory, status, summary)
 
     def finish(self, status: str) -> None:
-        """Record how the run ended: complete, stopped or failed."""
+        """Record how the run ended: complete, hacked, stopped or failed."""
         if hasattr(self, "record"):
             self.record.update(status=status, finished=_now())
             self.log.write_run(self.record)

@@ -42,6 +42,7 @@ from trainers.language import LanguageRun
 from trainers.language_generation import Answer, Decoding, Prompt, answer, as_samples, read_prompts
 from trainers.language_objective import HeldOut, Models, RowLosses, Totals
 from trainers.language_trainer import REFERENCE_TOLERANCE
+from trainers.monitor import Monitor, Verdict
 from trainers.preference_data import Tokens, collate
 from trainers.rluf_objectives import (
     NONE,
@@ -208,6 +209,9 @@ class RLUFObjective:
         self.step = self.barren = 0
         self._sums = _Sums()
         self._baseline: Scores | None = None
+        self._judges = Suite(config.heldout_rewards) if config.heldout_rewards else None
+        self._monitor: Monitor | None = None
+        self.verdict: Verdict | None = None
 
     # What a run asks of an objective
 
@@ -388,14 +392,43 @@ class RLUFObjective:
             row["scores"] = {name: float(v) if np.isfinite(v) else None for name, v in named}
             row["passed"] = bool(passed)
         clusters = np.array([prompt.key for prompt in answers.prompts])
-        # A monitor of reward hacking belongs here: `answers` holds the texts of both models and the step, `scores` and
-        # `before` what was said of each answer, by the names of the suite's rewards and judges.
-        return answer_scores(self.suite, scores, before, answers.log_ratio, self.config.objective.kl_max, clusters)
+        found = answer_scores(self.suite, scores, before, answers.log_ratio, self.config.objective.kl_max, clusters)
+        return {**found, **self._watched(answers, said, None if before is None else self.suite.judge(before), clusters)}
 
-    def _scored(self, prompts: Sequence[Prompt], answers: Sequence[Answer], world: World) -> Scores:
+    def _watched(
+        self, answers: HeldOut, said: Judgement, before: Judgement | None, clusters: np.ndarray
+    ) -> dict[str, Any]:
+        """Return what frozen judges say of answers, and the monitor's verdict, which is kept too."""
+        judge, found = None, {}
+        if self._judges is not None:
+            judged = self._judges.judge(self._scored(answers.prompts, answers.answers, answers.world, self._judges))
+            judge = judged.rewards @ self._judges.weights
+            for k, name in enumerate(self._judges.names):
+                known = np.isfinite(judged.shown[:, k])
+                if known.any():
+                    found[f"heldout/{name}"] = bootstrap_mean(judged.shown[known, k], clusters[known]).as_dict()
+        if before is None or self.config.monitor.action == "off":
+            return found
+        if self._monitor is None:
+            first = None
+            if self._judges is not None:
+                kept = self._scored(answers.prompts, answers.before, answers.world, self._judges)
+                first = self._judges.judge(kept).rewards @ self._judges.weights
+            self._monitor = Monitor(
+                self.config.monitor, clusters.tolist(), before.rewards @ self.suite.weights, first,
+                [said.text for said in answers.before],
+            )  # fmt: skip
+        self.verdict = self._monitor.observe(
+            answers.step, said.rewards @ self.suite.weights, judge, [said.text for said in answers.answers]
+        )
+        return {**found, "monitor": self.verdict.as_dict()}
+
+    def _scored(
+        self, prompts: Sequence[Prompt], answers: Sequence[Answer], world: World, suite: Suite | None = None
+    ) -> Scores:
         """Score answers, each process its share."""
         mine = world.share(len(prompts))
-        part = self.suite.score(as_samples(prompts[mine.start : mine.stop], answers[mine.start : mine.stop]))
+        part = (suite or self.suite).score(as_samples(prompts[mine.start : mine.stop], answers[mine.start : mine.stop]))
         return stack_scores(world.gather(part))
 
 

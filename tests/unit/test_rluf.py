@@ -43,6 +43,11 @@ def even(samples):
     return [float(len(text) % 2 == 0) for text in texts(samples)]
 
 
+def unlike(samples):
+    """A frozen judge that likes the less what is trained for."""
+    return [-value for value in letters(samples)]
+
+
 def constant(samples):
     return [1.0] * len(samples)
 
@@ -231,6 +236,47 @@ def test_a_stopped_run_goes_on_bit_for_bit(model, tmp_path, overrides):
         assert any(not torch.equal(start[key], value) for key, value in end.items())
 
 
+WATCHED = (
+    "steps=24", "optimizer.lr=1e-2", "evaluation.every=6", "evaluation.prompts=24", "evaluation.rows=24",
+    "data.heldout_fraction=0.5", f"heldout_rewards={{quality: {{name: '{HERE}:unlike'}}}}", "rewards.safety.name=length_band",
+    "rewards.safety.args={low: 0, high: 99, unit: words}",
+)  # fmt: skip
+
+
+def watched(model, out, *overrides, **options):
+    return trainer_for(config(model, *WATCHED, *overrides), out=out, rows=toy_thumbs(60).split(0.5), **options)
+
+
+def test_a_hacked_run_stops_with_its_checkpoint_and_goes_on_only_when_told(model, tmp_path):
+    """The judge dislikes just what the rewards like, so that the first rise is a fall of the judge."""
+    result = watched(model, tmp_path / "run").train()
+    said = json.loads((tmp_path / "run" / "run.json").read_text())
+    seen = [json.loads(line) for line in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()]
+    assert result.status == result.summary["status"] == said["status"] == "hacked"
+    stopped = result.summary["steps"]
+    assert 6 <= stopped < 24 and [row["step"] for row in seen] == list(range(0, stopped + 1, 6))
+    assert [row["monitor"]["hacked"] for row in seen] == [False] * (len(seen) - 1) + [True]
+    judge = next(s for s in seen[-1]["monitor"]["signals"] if s["name"] == "judge")
+    assert (
+        judge["tripped"]
+        and judge["value"] < 0.5
+        and seen[-1]["heldout/quality"]["mean"] < seen[0]["heldout/quality"]["mean"]
+    )
+    warnings = [json.loads(line) for line in (tmp_path / "run" / "warnings.jsonl").read_text().splitlines()]
+    assert [(w["step"], w["level"]) for w in warnings if w["code"] == "drift"] == [(stopped, "alarm")]
+    assert weights(tmp_path / "run", stopped)
+    with pytest.raises(ConfigError, match="The hack monitor stopped this run"):
+        watched(model, tmp_path / "run").train()
+    onward = watched(model, tmp_path / "run", "monitor.action=warn", f"steps={stopped + 1}", fork=True).train()
+    assert onward.status == "complete" and onward.summary["steps"] == stopped + 1
+
+
+def test_a_monitor_that_is_off_says_nothing(model, tmp_path):
+    result = watched(model, tmp_path / "run", "monitor.action=off", "steps=6").train()
+    assert result.status == "complete" and "monitor_after" not in result.summary
+    assert "heldout/quality_after" in result.summary
+
+
 def test_what_a_run_writes_down(model, tmp_path):
     result = run(model, tmp_path / "run", "steps=2", "checkpoint.every=0").train()
     first, last = (json.loads(x) for x in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()[::1])
@@ -382,7 +428,7 @@ def test_answer_scores_of_worked_numbers():
         ("rewards.love.transform=[{rank_in_group: {}}]", "group_transform"),
         ("rewards.love.transform=[{zscore: {over: batch}}]", "group_transform"), ("reference.mode=precomputed", "precomputed"),
         ("rewards.love.name=toy/lov", "unknown_reward"), ("sampling.top_p=0.9", "off_policy"),
-        ("evaluation.prompts=0", "nothing_judged"), ("rewards={love: {name: toy/love}}", "no_judge"),
+        ("evaluation.prompts=0", "nothing_judged"), ("heldout_rewards={q: {name: toy/love, role: gate}}", "heldout_gate"), ("rewards={love: {name: toy/love}}", "no_judge"),
     ],
 )  # fmt: skip
 def test_what_check_finds(model, override, code):
