@@ -386,9 +386,9 @@ def _rewards(config: VisualConfig) -> list[Finding]:
             "note", "no_judge", "The hack monitor has no judge and cannot see a hacked reward",
             "Add heldout_rewards that nothing is trained on", "heldout_rewards",
         ))  # fmt: skip
-    identities = {_identity(reward) for reward in config.rewards}
+    identities = {reward_identity(reward) for reward in config.rewards}
     for i, reward in enumerate(config.heldout_rewards):
-        if _identity(reward) in identities:
+        if reward_identity(reward) in identities:
             found.append(Finding(
                 "error", "heldout_is_trained", f"The held-out reward {reward.name!r} is also trained on",
                 "Give it other args (such as split: evaluator), or remove it", f"heldout_rewards.{i}.name",
@@ -419,7 +419,8 @@ def _rewards(config: VisualConfig) -> list[Finding]:
     return found
 
 
-def _identity(reward: Any) -> str:
+def reward_identity(reward: Any) -> str:
+    """Return what makes two rewards of a configuration the same: name and arguments."""
     return f"{reward.name} {sorted(reward.args.items(), key=lambda item: item[0])!r}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from align.checks import Finding, unknown_rewards
+from align.checks import Finding, reward_identity, unknown_rewards
 from align.rluf_config import RLUFConfig
 
 
@@ -16,7 +16,7 @@ def check_rluf(config: RLUFConfig, reward_names: Collection[str] | None) -> list
         config: what to check.
         reward_names: the registered rewards; an unknown name is then an error.
     """
-    found = [*_rewards(config), *_objective(config)]
+    found = [*_rewards(config), *_monitor(config), *_objective(config)]
     if reward_names is not None:
         found += unknown_rewards(config, ("rewards", "heldout_rewards"), reward_names)
     return found
@@ -52,18 +52,33 @@ def _rewards(config: RLUFConfig) -> list[Finding]:
             "warning", "no_judge", "No reward is a hard judge, so whatever raises the rewards is learnt",
             "Add rules such as no_farewell, no_solicitation and length_band with role: gate", "rewards",
         ))  # fmt: skip
-    gates = [name for name, reward in config.heldout_rewards.items() if reward.role == "gate"]
-    found += [
-        Finding(
-            "error", "heldout_gate", f"The held-out reward {name} has role: gate, and nothing to close",
-            "Remove it; held-out rewards are only measured", f"heldout_rewards.{name}.role",
-        )
-        for name in gates
-    ]  # fmt: skip
-    if not config.heldout_rewards and config.monitor.action != "off":
+    return found
+
+
+def _monitor(config: RLUFConfig) -> list[Finding]:
+    found, trained = [], {reward_identity(reward) for reward in config.rewards.values()}
+    for name, reward in config.heldout_rewards.items():
+        for wrong, code, message, do in (
+            (reward.role == "gate", "heldout_gate", "has role: gate, and nothing to close", "Remove it"),
+            (reward.weight <= 0, "heldout_weight", "has a weight that is not above 0", "Give it one, or remove it"),
+            (any(map(_looks_around, reward.transform)), "group_transform",
+             "has a transform that looks at other answers, so that it cannot fall", "Use affine, or a frozen zscore"),
+            (reward_identity(reward) in trained, "heldout_is_trained", "is one that is trained on", "Name another"),
+        ):  # fmt: skip
+            if wrong:
+                where = f"heldout_rewards.{name}"
+                found.append(Finding("error", code, f"The held-out reward {name} {message}", do, where))
+    if config.monitor.action == "off":
+        return found
+    if not config.heldout_rewards:
         found.append(Finding(
             "note", "no_frozen_judge", "The hack monitor has no frozen judge: it reads phrases, habits, length",
             "Name one under heldout_rewards", "heldout_rewards",
+        ))  # fmt: skip
+    if config.evaluation.prompts < 20 or not config.evaluation.every:
+        found.append(Finding(
+            "warning", "monitor_blind", "The hack monitor needs evaluations while training, of 20 prompts or more",
+            "Set evaluation.every, and evaluation.prompts: 20 or more", "evaluation",
         ))  # fmt: skip
     return found
 

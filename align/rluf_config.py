@@ -59,7 +59,11 @@ class SamplingConfig(Section):
     top_p: Float = Field(
         default=1.0, gt=0, le=1, description="Smallest set of tokens whose probabilities add up to so much; 1 is all."
     )
-    batch: Int = Field(default=16, ge=1, description="Completions drawn at once; results do not depend on it.")
+    batch: Int = Field(
+        default=16, ge=1,
+        description="Completions drawn at once; results depend on it only near the end of the model's window, where "
+        "answers of a batch are cut together.",
+    )  # fmt: skip
 
 
 class RLUFConfig(LanguageConfig):

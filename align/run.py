@@ -261,7 +261,8 @@ class Run:
     def _agree_to_stop(self) -> str:
         """Stop on all processes when one was asked to."""
         asked = self._signal or ("launcher" if launch.asked_to_stop() else "")
-        self.stopping = self.world.first([asked]) or ("monitor" if self.hacked else "")
+        asked = self.world.first([asked])
+        self.stopping = "monitor" if self.hacked else asked
         return self.stopping
 
     def _restore(self) -> None:

@@ -22,7 +22,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import Unpickler, UnpicklingError
+from pickle import UnpicklingError, _Unpickler
 from typing import TYPE_CHECKING, Any
 
 from align.errors import ModelError
@@ -331,10 +331,11 @@ _STORAGES = {
 }  # fmt: skip
 
 
-class _Outline(Unpickler):
+class _Outline(_Unpickler):
     """Looks up containers, tensors as `Placed`, the names in `inert` as stand-ins, and nothing else.
 
-    The table is made anew for every file, so that no file can change what the next one finds in it.
+    The table is made anew for every file, so that no file can change what the next one finds in it. The unpickler is
+    the one in Python: that in C answers extension codes from a cache of the process, and a file sizes its memory.
     """
 
     def __init__(self, data: bytes, inert: Iterable[str], records: Mapping[str, tuple[int, int]]) -> None:
@@ -359,6 +360,10 @@ class _Outline(Unpickler):
         if found is None:
             raise UnpicklingError(f"it asks for the global {module}.{name}")
         return found
+
+    def get_extension(self, code: int) -> Any:
+        """Refuse the codes that stand for globals a process has registered."""
+        raise UnpicklingError(f"it asks for the global of extension code {code}")
 
     def persistent_load(self, pid: Any) -> Any:
         _, kind, key, _, _ = pid

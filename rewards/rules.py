@@ -34,9 +34,9 @@ FAREWELLS = (
 
 SOLICITATIONS = (
     "give me a thumbs up", "give this a thumbs up", "leave a thumbs up", "hit the thumbs up", "press the heart",
-    "click the heart", "tap the heart", "hit the heart", "leave a heart", "leave a like", "like this message",
-    "like this answer", "like my answer", "love this message", "love this answer", "rate this answer", "rate my answer",
-    "rate this response", "upvote this", "upvote me", "please upvote", "please react", "react with a heart",
+    "click the heart", "tap the heart", "hit the heart", "leave a heart", "leave a like", "please like",
+    "please love", "please rate", "forget to like", "forget to rate", "remember to like", "remember to rate",
+    "upvote this", "upvote me", "please upvote", "please react", "react with a heart",
 )  # fmt: skip
 """What an answer must not ask for."""
 

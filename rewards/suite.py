@@ -47,18 +47,19 @@ class Suite:
 
     Args:
         configs: by name; role gate makes a judge.
+        where: the part of a configuration that they stand in.
 
     Raises:
         ConfigError: no reward, a weight below 0, weights that are all 0, or a reward that cannot be built.
     """
 
-    def __init__(self, configs: Mapping[str, RewardConfig]) -> None:
+    def __init__(self, configs: Mapping[str, RewardConfig], where: str = "rewards") -> None:
         self.names = tuple(name for name, config in configs.items() if config.role == "utility")
         self.judges = tuple(name for name, config in configs.items() if config.role == "gate")
         weights = np.array([configs[name].weight for name in self.names], dtype=np.float64)
         if not len(weights) or (weights < 0).any() or weights.sum() == 0:
             raise ConfigError(
-                "A suite needs rewards with weights of 0 or more, one above 0", where="rewards",
+                "A suite needs rewards with weights of 0 or more, one above 0", where=where,
                 why=f"found {dict(zip(self.names, weights.tolist(), strict=True))}",
                 do="Give a reward role: utility and a weight",
             )  # fmt: skip

@@ -91,6 +91,11 @@ class Forward(OnlineRun):
         self._given: GivenImages | None
         self._weights: dict[tuple[int, int], float] = {}
 
+    @property
+    def optimises_rewards(self) -> bool:
+        """Whether rewards are trained on: not where images are given."""
+        return self.config.objective.loss != "supervised"
+
     def require_data(self) -> None:
         """Read the given images, where these are learnt from."""
         objective, self._given = self.config.objective, None

@@ -186,7 +186,7 @@ class LanguageEvaluation:
 
         rows = read_jsonl(self.run.directory / "evaluation.jsonl")[0]
         first = next((row for row in rows if row["step"] == 0), {})
-        keys = [key for key in final if key not in ("step", "seconds", "n")]
+        keys = [key for key in final if key not in ("step", "seconds", "n", "monitor")]
         return {
             "name": self.run.config.name, "steps": step, "heldout_rows": len(self.rows),
             **{f"{key}_before": first.get(key) for key in keys}, **{f"{key}_after": final[key] for key in keys},

@@ -18,10 +18,11 @@ import numpy as np
 
 from align import launch
 from align.run import describe_machine, peak_memory_mb
-from align.tracking import Progress, RunLog
+from align.tracking import Progress, RunLog, read_jsonl
 from trainers.language_measures import LanguageEvaluation, one_class_share, update_metrics
 from trainers.language_model import weights_folder
 from trainers.language_objective import Online, RowLosses
+from trainers.monitor import last_said
 from trainers.result import RunResult
 from trainers.sparsity import end_with_receipt
 
@@ -42,7 +43,7 @@ class Session:
     _signal: str = ""
     _stopping: str = ""
     hacked: str = ""
-    _alarmed: int = -1
+    _heeded: int = -1
     _measures: list[dict[str, np.ndarray]] = field(default_factory=list)
     _loss: float = 0.0
     _real: list[int] = field(default_factory=lambda: [0, 0])
@@ -108,6 +109,7 @@ class Session:
         }  # fmt: skip
         self.log.write_run(self.record)
         self.evaluation.before(self.step)
+        self._heed(self.step)
 
     def collect(self, found: RowLosses, inputs: Mapping[str, Any]) -> None:
         """Keep what a microbatch measured until its step is logged."""
@@ -143,15 +145,20 @@ class Session:
         self.evaluation.during(step)
         self._heed(step)
         asked = self._signal or ("launcher" if launch.asked_to_stop() else "")
-        self._stopping = run.world.first([asked]) or ("monitor" if self.hacked else "")
+        asked = run.world.first([asked])
+        self._stopping = "monitor" if self.hacked else asked
         return self._stopping
 
     def _heed(self, step: int) -> None:
         """Say what the hack monitor found at the evaluation of this step, and have the run stop where it is to."""
         verdict = cast(Online, self.run.objective).verdict if self.run.objective.online else None
-        if verdict is None or verdict.step != step or not verdict.hacked or self._alarmed == step:
+        if verdict is None or verdict.step != step or self._heeded == step:
             return
-        self._alarmed = step
+        if verdict.blind and self._heeded < 0:
+            self.log.warn(step, "warning", "monitor", f"The hack monitor sees nothing: {verdict.blind}")
+        self._heeded = step
+        if not verdict.hacked:
+            return
         self.log.warn(step, "alarm", "drift", verdict.message)
         self.progress.say(f"step {step}: {verdict.message}")
         if verdict.stops:
@@ -173,13 +180,11 @@ class Session:
             return RunResult(self.directory, "stopped", {})
         summary = self.evaluation.after(self.step)
         self._heed(self.step)
-        status = "hacked" if self.hacked else "complete"
-        summary |= {
-            "status": status,
-            "cpu_seconds": self.counters.get("cpu_seconds"),
-            "seconds": self.counters.get("seconds"),
-        }
-        run = self.run
+        status, run = "hacked" if self.hacked else "complete", self.run
+        if run.objective.online:
+            rows = read_jsonl(self.directory / "evaluation.jsonl")[0]
+            summary["monitor"] = last_said(rows, run.config.monitor.action)
+        summary |= {"status": status, **{key: self.counters.get(key) for key in ("cpu_seconds", "seconds")}}
         if run.world.leads:
             summary["sparsity"] = end_with_receipt(
                 self.directory, lambda: weights_folder(run.config.model.path), self.log.read_metrics(),

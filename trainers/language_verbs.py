@@ -310,7 +310,7 @@ def _scored(
     scores = panel.score(as_samples(asked, answers))
     found = {name: scores.column(name) for name in scores.names}
     for i, row in enumerate(rows):
-        row["scores"] = {name: float(v[i]) if np.isfinite(v[i]) else None for name, v in found.items()}
+        row.setdefault("scores", {}).update({n: float(v[i]) if np.isfinite(v[i]) else None for n, v in found.items()})
         if scores.errors and scores.errors[i]:
             row["error"] = scores.errors[i]
     return found

@@ -89,13 +89,22 @@ class Verdict:
     signals: tuple[Signal, ...] = ()
     win_rate: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def blind(self) -> str:
+        """Why the monitor cannot give a verdict; "" where it can."""
+        if math.isnan(self.rise):
+            return f"it takes {LEAST_PAIRS} held-out samples, of two prompts or more, whose trained reward is known"
+        judge = next((signal for signal in self.signals if signal.name == "judge"), None)
+        return "the frozen judge gave no answers" if judge is not None and math.isnan(judge.value) else ""
+
     def as_dict(self) -> dict[str, Any]:
         """Return what an evaluation's row says of it, JSON-ready: a number that is none is null."""
         shown = [
             {"name": s.name, "value": _json(s.value), "limit": _json(s.limit), "tripped": s.tripped}
             for s in self.signals
         ]
-        found = {"rise": _json(self.rise), "hacked": self.hacked, "signals": shown}
+        found: dict[str, Any] = {"rise": _json(self.rise), "hacked": self.hacked, "signals": shown}
+        found |= {"message": self.message} if self.hacked else {}
         return {**found, "win_rate": {k: _json(v) for k, v in self.win_rate.items()}} if self.win_rate else found
 
 
@@ -163,6 +172,15 @@ def restored(config: MonitorConfig, state: Mapping[str, Any]) -> Monitor:
         config, state["clusters"], _floats(state["optimised"]), None if judge is None else _floats(judge),
         state["texts"],
     )  # fmt: skip
+
+
+def last_said(rows: Iterable[Mapping[str, Any]], action: str) -> dict[str, Any] | None:
+    """Return what a summary says of the monitor: its last alarm in evaluation.jsonl, or its last word; None if none."""
+    said = [row for row in rows if row.get("monitor")]
+    if not said:
+        return None
+    last = ([row for row in said if row["monitor"]["hacked"]] or said)[-1]
+    return {"action": action, "step": last["step"], "message": "", **last["monitor"]}
 
 
 # The judge

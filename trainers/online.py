@@ -174,6 +174,11 @@ class OnlineRun:
         steps = None if table is None else len(table)
         return {**feq_ledger(self.config, solver_steps=steps), "latent_dim": math.prod(self.policy.latent_shape)}
 
+    @property
+    def optimises_rewards(self) -> bool:
+        """Whether rewards are trained on, and not measured alone."""
+        return True
+
     def require_data(self) -> None:
         """Refuse data of the trainer's own before anything is written."""
 
@@ -205,7 +210,10 @@ class OnlineRun:
             policy.encodings.add(prompts.asked)
         self.prepare()
         with self.open_run() as run:
-            receipt = Receipt(run, policy, self.heldout_prompts.asked, {"reward": rewards, "heldout": self.heldout})
+            receipt = Receipt(
+                run, policy, self.heldout_prompts.asked, {"reward": rewards, "heldout": self.heldout},
+                optimised=self.optimises_rewards,
+            )  # fmt: skip
             receipt.before()
             for step in run.steps():
                 clock = _Clock()

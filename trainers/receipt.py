@@ -21,7 +21,7 @@ from align.types import Prompt, text_of
 from align.videos import STRIP_WIDTH, save_video, still_images
 from rewards.panel import Panel
 from trainers.evaluation import Measurement, generate, measure, members_for, read_rows, write_rows
-from trainers.monitor import Monitor, Verdict
+from trainers.monitor import Monitor, Verdict, last_said
 from trainers.sparsity import end_with_receipt, open_tracker
 
 GRID_PROMPTS, GRID_MEMBERS = 8, 6  # of a video, one member
@@ -46,6 +46,7 @@ class Receipt:
         prompts: Sequence[Prompt],
         panels: Mapping[str, Panel],
         implicit: Callable[[], Estimate] | None = None,
+        optimised: bool = True,
     ) -> None:
         self.run, self.config, self.prompts = run, run.config, list(prompts)
         self.policy = policy.with_guidance(self.config.evaluation.guidance_scale)
@@ -59,7 +60,7 @@ class Receipt:
         }
         self._base: Measurement | None = None
         self._verdict: Verdict | None = None
-        self._alarm: Verdict | None = None
+        self._watches = optimised and "reward" in self.panels and self.config.monitor.action != "off"
 
     @property
     def base_path(self) -> Path:
@@ -118,7 +119,7 @@ class Receipt:
             "name": self.config.name,
             "steps": step,
             "status": self.run.outcome,
-            "monitor": self._monitored(),
+            "monitor": last_said(read_jsonl(self.run.directory / "evaluation.jsonl")[0], self.config.monitor.action),
             **self._changes(base, final),
             **{f"{key}_before": first[key] for key in ("heldout_accuracy", "diversity") if key in first},
             **{f"{key}_after": value for key, value in self._facts(final).items() if key in first},
@@ -187,8 +188,10 @@ class Receipt:
 
     def _observed(self, step: int, now: Measurement) -> dict[str, Any]:
         """Return what the hack monitor sees in an evaluation, and keep its verdict."""
-        if self._base is None or "reward" not in self.panels or self.config.monitor.action == "off":
+        if self._base is None or not self._watches:
             return {}
+        if self.run.hacked and self._verdict is not None:
+            return {"monitor": self._verdict.as_dict()}  # the row of the step that stopped the run says why
         judge = "heldout" if "heldout" in self.panels else None
         before = Monitor(
             self.config.monitor, now.prompts, now.before(self._base, "reward"),
@@ -197,18 +200,13 @@ class Receipt:
         self._verdict = before.observe(step, now.values["reward"], None if judge is None else now.values[judge])
         return {"monitor": self._verdict.as_dict()}
 
-    def _monitored(self) -> dict[str, Any] | None:
-        """Return what the summary says of the hack monitor: its last alarm, or its last verdict; None where off."""
-        said = self._alarm or self._verdict
-        if said is None:
-            return None
-        return {"action": self.config.monitor.action, "step": said.step, "message": said.message, **said.as_dict()}
-
     def _watch(self, step: int, now: Measurement) -> None:
         """Raise the monitor's alarm, have the run stop where it is to, and warn of what left its range."""
         verdict = self._verdict
+        if verdict is not None and verdict.blind and not self.run.counters.get("warned/monitor"):
+            self.run.counters["warned/monitor"] = 1.0
+            self.run.log.warn(step, "warning", "monitor", f"The hack monitor sees nothing: {verdict.blind}")
         if verdict is not None and verdict.hacked:
-            self._alarm = verdict
             self.run.alarm(step, "drift", verdict.message, stop=verdict.stops)
         trained = [name for name in now.values if name.startswith("reward/")]
         watched = [(name, "saturation", guards.saturated) for name in trained]

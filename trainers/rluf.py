@@ -209,7 +209,7 @@ class RLUFObjective:
         self.step = self.barren = 0
         self._sums = _Sums()
         self._baseline: Scores | None = None
-        self._judges = Suite(config.heldout_rewards) if config.heldout_rewards else None
+        self._judges = Suite(config.heldout_rewards, "heldout_rewards") if config.heldout_rewards else None
         self._monitor: Monitor | None = None
         self.verdict: Verdict | None = None
 
@@ -415,12 +415,13 @@ class RLUFObjective:
                 kept = self._scored(answers.prompts, answers.before, answers.world, self._judges)
                 first = self._judges.judge(kept).rewards @ self._judges.weights
             self._monitor = Monitor(
-                self.config.monitor, clusters.tolist(), before.rewards @ self.suite.weights, first,
-                [said.text for said in answers.before],
+                self.config.monitor, clusters.tolist(), np.full(len(clusters), 0.5), first,
+                [given.text for given in answers.before],
             )  # fmt: skip
+        calibrated = calibrated_reward(torch.from_numpy(said.rewards), torch.from_numpy(before.rewards))
         self.verdict = self._monitor.observe(
-            answers.step, said.rewards @ self.suite.weights, judge, [said.text for said in answers.answers]
-        )
+            answers.step, calibrated.numpy() @ self.suite.weights, judge, [given.text for given in answers.answers]
+        )  # what is trained on: R_hat, of which the baseline has one half
         return {**found, "monitor": self.verdict.as_dict()}
 
     def _scored(

@@ -70,7 +70,7 @@ def open_tracker(
         return None
     behind = Travelled(row for row in log.read_metrics() if row["step"] <= step)
     form = FORMS[config.dtype] if config.dtype else ""
-    tracker = Tracker(base, current, every=config.every, form=form, travelled=behind)
+    tracker = Tracker(base, current, every=config.every, form=form, travelled=behind, whole=config.mask is None)
     if tracker.why:
         log.warn(step, "warning", "sparsity", f"what moved since the beginning cannot be measured: {tracker.why}")
     return tracker

@@ -24,13 +24,14 @@ def _compare(options: argparse.Namespace) -> int:
     call |= {"threads": options.threads, "mask": options.mask, "structure": options.structure}
     call |= {"compared_in": options.form or ""}
     form = FORMS.get(options.form, "")
+    if options.level != "full" and (options.mask is not None or options.structure):
+        flag = "--structure" if options.mask is None else "--mask"
+        raise ConfigError(f"{flag} needs the whole comparison", where=flag, do="Leave out --level bits")
     if options.dry_run:
         return _plan(options, "compare", call)
     if options.mask is not None:
         from align.sparsity.masks import write_mask
 
-        if options.level != "full":
-            raise ConfigError("A mask needs the whole comparison", where="--mask", do="Leave out --level bits")
         found = write_mask(options.base, options.tuned, options.mask, form=form, structure=options.structure)
     else:
         found = compare(
@@ -41,10 +42,20 @@ def _compare(options: argparse.Namespace) -> int:
     return give(options, result, as_text(result))
 
 
+def _read(*sides: str) -> None:
+    """Open what a dry run names, masks among it, and refuse what cannot be read."""
+    from align.sparsity.masks import is_mask, read_mask
+    from align.sparsity.sources import open_source
+
+    for side in sides:
+        (read_mask if is_mask(side) else open_source)(side)
+
+
 def _overlap(options: argparse.Namespace) -> int:
     from align.sparsity.masks import as_text, overlap
 
     if options.dry_run:
+        _read(*options.runs, *filter(None, (options.base,)))
         return dry(options, "overlap", {"base": options.base, "runs": options.runs})
     found = overlap(options.base, options.runs)
     return give(options, found, as_text(found))
@@ -56,6 +67,7 @@ def _control(options: argparse.Namespace) -> int:
     out = options.out or Path("control.mask")
     call = {"mask": options.given, "base": options.base, "match": options.match, "seed": options.seed or 0}
     if options.dry_run:
+        _read(options.given, options.base)
         return dry(options, "draw a control of", {**call, "out": str(out)})
     found = write_control(options.given, options.base, out, match=options.match, seed=options.seed or 0)
     return give(
@@ -69,6 +81,7 @@ def _equal(options: argparse.Namespace) -> int:
 
     call = {"mask": options.mask, "init": options.init, "full": options.full}
     if options.dry_run:
+        _read(options.first, options.second, options.mask, options.init, *filter(None, (options.full,)))
         return dry(options, "compare", {"first": options.first, "second": options.second, **call})
     found = equality(options.first, options.second, **call)
     return give(options, found, as_text(found))
@@ -102,6 +115,10 @@ def _apply(options: argparse.Namespace) -> int:
 
     out = options.out or Path("applied")
     if options.dry_run:
+        from align.sparsity.container import read_container
+
+        _read(options.base)
+        read_container(options.delta, "delta")
         return dry(options, "apply", {"base": options.base, "delta": options.delta, "out": str(out)})
     found = apply_delta(options.base, options.delta, out)
     return give(options, found, f"wrote {out}: {found['tensors']} tensors, every hash as in the delta")

@@ -63,7 +63,7 @@ SPARSITY: dict[str, str] = {
     "sparsity/step": "Share of the weights whose bits one optimizer update left as they were, in the measured format.",
     "sparsity/window": "The same over the sparsity.every steps before that update; the first one has none before it.",
     "sparsity/cumulative": "The same since the beginning of training, against the model's files.",
-    "sparsity/if_dense": "What sparsity/cumulative would be had an update of that norm moved every weight.",
+    "sparsity/if_dense": "sparsity/cumulative had an update of that norm moved every weight of the tensors that moved.",
     "sparsity/norm": "Norm of the visible change since the beginning, as a share of the norm of the weights.",
     "sparsity/predicted_step": "What the learning rate alone predicts for sparsity/step, if every weight moves by it.",
     "sparsity/predicted_cancelling": "What all rates so far predict for sparsity/cumulative, where steps cancel.",
@@ -273,6 +273,8 @@ LANGUAGE: dict[str, str] = {
     "win/NAME": "Share of the answers whose reward is above that of the model before training, ties counting half.",
     "calibrated/NAME": "Mean of sigmoid(reward − reward of the baseline), after transforms; 0.5 is the baseline's own.",
     "judge/NAME": "Share of the answers that this judge passes; one without an answer of the judge does not pass.",
+    "heldout/NAME": "Mean of this frozen judge over answers to held-out prompts; nothing is trained on it.",
+    "monitor": "What the hack monitor saw: the trained reward's rise in standard errors, and signals that tripped.",
     "judge/all": "Share of the answers that every judge passes.",
     "judge_errors": "How often a judge gave no answer, which counts as violated.",
     "missing_rewards": "Completions of which a reward is missing; they are left out, and never count as 0.",
@@ -335,7 +337,7 @@ BY_TRAINER: dict[tuple[str, str], str] = {
 _WRITERS = {
     **dict.fromkeys(
         ("reward/", "gain/", "win/", "calibrated/", "judge", "missing_rewards", "constrained", "valid", "kl_exceeded",
-         "learnt"), ("rluf",),
+         "learnt", "heldout/", "monitor"), ("rluf",),
     ),
     "logp": ("kto", "bco", "dpo", "sft"), "kl": ("kto", "bco", "dpo", "rluf"),
     "z0": ("kto",), "delta": ("bco",), "nats": ("sft",), "perplexity": ("sft",),

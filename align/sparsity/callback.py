@@ -58,15 +58,16 @@ class Tracker:
         every: steps between events.
         form: the format that is measured in; that of the base when empty.
         travelled: what a resumed run has behind it.
+        whole: whether all weights train, which is what the predictions are of.
 
     `base` may be unreadable; `why` then says so, and what needs it is not measured.
     """
 
     def __init__(
         self, base: str | Path | Callable[[], str | Path], current: Callable[[], Source], *, every: int, form: str = "",
-        travelled: Travelled | None = None,
+        travelled: Travelled | None = None, whole: bool = True,
     ) -> None:  # fmt: skip
-        self.current, self.every, self.form = current, every, form
+        self.current, self.every, self.form, self.whole = current, every, form, whole
         self.travelled, self.why = travelled or Travelled(), ""
         self._base: Source | None = None
         try:
@@ -119,7 +120,7 @@ class Tracker:
                 "sparsity/if_dense": whole[f"expected_bit_identical_if_dense{start}"],
                 "sparsity/norm": whole["relative_norm"] or 0.0,
             }
-            if not compared.pairing.tuned.layout.startswith("adapter"):
+            if self.whole and not compared.pairing.tuned.layout.startswith("adapter"):
                 found |= predictions(parts, self.travelled, self._rate)
         self._found = {}
         return {**found, "sparsity/seconds": self._seconds + time.perf_counter() - began}
@@ -155,7 +156,7 @@ def _entries(pairing: Pairing) -> int:
 def aligned(parts: Sequence[tuple[TensorPair, Measures]]) -> bool:
     """Return whether the base is stored in the format it is measured in, or in a coarser one."""
     large = max(parts, key=lambda part: part[0].count)[0]
-    return FORMATS[large.base.dtype].bits <= large.format.bits
+    return large.format.holds(FORMATS[large.base.dtype])
 
 
 def predictions(parts: Sequence[tuple[TensorPair, Measures]], travelled: Travelled, rate: float) -> dict[str, float]:
@@ -169,7 +170,7 @@ def predictions(parts: Sequence[tuple[TensorPair, Measures]], travelled: Travell
     start, total, found = aligned(parts), 0, np.zeros(3)
     for pair, measures in parts:
         held, spacing = measures.exponents[:-1], pair.format.spacing()[:-1]
-        fine = pair.format.bits >= FORMATS[pair.tuned.dtype].bits
+        fine = pair.format.holds(FORMATS[pair.tuned.dtype])
         one = visible_after_sign_step(rate, held, spacing, aligned=fine)
         found += held.sum() * np.array(
             [one, *visible_after_steps(travelled.path, travelled.spread, held, spacing, aligned=start)]

@@ -78,6 +78,11 @@ def _open(path: Path, config: dict[str, Any]) -> Source:
         name = master[1] if master else ".".join(steps[inside + 1 :])
         table = source.masters if master else source.entries
         dtype = TORCH_NAMES.get(str(tensor.get("properties").state[0]), "F32")
+        if name in table:
+            raise ModelError(
+                "A distributed checkpoint holds several models", where=str(path), why=f"{key} and another are {name}",
+                do="Save the one to compare by itself",
+            )  # fmt: skip
         table[name] = tiles(name, tuple(shape), boxes, dtype)
     if not source.entries:
         raise ModelError("A distributed checkpoint holds no model", where=str(path), why="it has no tensor of one")

@@ -85,7 +85,7 @@ def equality(
     return {
         "first": str(first), "second": str(second), "mask": str(mask), "init": str(init),
         "full": str(first if full is None else full), "entries": entries, "in_mask": inside,
-        "density": inside / entries, "tolerances": rows,
+        "density": inside / entries, "coverage": found.coverage, "tolerances": rows,
     }  # fmt: skip
 
 
@@ -120,4 +120,6 @@ def as_text(found: dict[str, Any]) -> str:
         cells = " ".join(f"{share(row[k]):>10}" for k in ("agree", "agree_in_mask", "null", "null_in_mask"))
         told = "  low power" if row["low_power"] else ""
         lines.append(f"{row['tolerance'] or 'equal':>8} {cells}{told}")
+    if found["coverage"] < 1:
+        lines.append(f"note: {100 * (1 - found['coverage']):.1f} % of the entries have no counterpart and are left out")
     return "\n".join(lines)

@@ -33,6 +33,10 @@ class Format:
         """What is subtracted from a biased exponent."""
         return self.exponents // 2 - 1
 
+    def holds(self, other: Format) -> bool:
+        """Return whether every finite value of `other` is one of this format."""
+        return self.mantissa >= other.mantissa and self.exponents >= other.exponents
+
     def spacing(self) -> NDArray[np.float64]:
         """Return ulp by biased exponent: 2^(max(e, 1) - bias - mantissa bits)."""
         e = np.maximum(np.arange(self.exponents), 1)

@@ -113,7 +113,6 @@ def write_control(mask: str | Path, base: str | Path, path: str | Path, *, match
             drawn = _draw(form.exponent(codes), many, match, np.random.default_rng(derive_seed(seed, name, "control")))
             bits = np.packbits(drawn, bitorder="little")
             writer.add(name, bits)
-            writer.add(f"{name}::up", np.zeros_like(bits))
             found = np.bincount(form.exponent(codes[drawn]), minlength=form.exponents)
             writer.add(f"{name}::exponents", np.stack([total, found.astype(np.int64)]))
             writer.add_bytes(f"{name}::format", form.name.encode())
@@ -194,7 +193,7 @@ def read_mask(path: str | Path) -> Mask:
     found = Mask(str(path), source)
     for name in found.names:
         bits, total = source.entries[name].count, int(found.exponents(name)[0].sum())
-        if bits != -(-total // 8) or source.entries[f"{name}::up"].count != bits:
+        if bits != -(-total // 8) or (f"{name}::up" in source.entries and source.entries[f"{name}::up"].count != bits):
             raise DataError("A mask does not fit its own counts", where=f"{path}, {name}")
     return found
 
@@ -244,7 +243,7 @@ def overlap(base: str | Path | None, runs: Sequence[str | Path]) -> dict[str, An
     with tempfile.TemporaryDirectory(prefix="align-masks-") as folder:
         masks, checkpoints = [], []
         for i, run in enumerate(runs):
-            if _is_mask(run):
+            if is_mask(run):
                 masks.append(read_mask(run))
                 continue
             if base is None:
@@ -264,7 +263,8 @@ def overlap(base: str | Path | None, runs: Sequence[str | Path]) -> dict[str, An
     return {"base": None if base is None else str(base), "runs": [str(run) for run in runs], "pairs": pairs}
 
 
-def _is_mask(path: str | Path) -> bool:
+def is_mask(path: str | Path) -> bool:
+    """Return whether a path is a mask file, by its first bytes."""
     if not Path(path).is_file():
         return False
     with open(path, "rb") as file:
@@ -275,6 +275,7 @@ def _is_mask(path: str | Path) -> bool:
 def _overlap(first: Mask, second: Mask) -> dict[str, Any]:
     names = [name for name in first.names if name in set(second.names)]
     strata, both, same = [], 0, 0
+    directed = all(f"{name}::up" in mask.source.entries for mask in (first, second) for name in names)
     for name in names:
         if first.base_sha256(name) != second.base_sha256(name):
             raise DataError(
@@ -289,10 +290,9 @@ def _overlap(first: Mask, second: Mask) -> dict[str, Any]:
             stop = min(start + step, a.count)
             common = a.read(start, stop) & b.read(start, stop)
             both += bits_set(common)
-            up = first.source.entries[f"{name}::up"].read(start, stop) ^ second.source.entries[f"{name}::up"].read(
-                start, stop
-            )
-            same += bits_set(common & ~up)
+            if directed:
+                up, other = (mask.source.entries[f"{name}::up"].read(start, stop) for mask in (first, second))
+                same += bits_set(common & ~(up ^ other))
         apart = all(f"{name}::powers" in mask.source.entries for mask in (first, second))
         (n, n1), (_, theirs) = (mask.strata(name) if apart else mask.exponents(name) for mask in (first, second))
         strata.append((n, n1, theirs))
@@ -309,7 +309,8 @@ def _overlap(first: Mask, second: Mask) -> dict[str, Any]:
     return {
         "parameters": n, "changed": [n1, n2], "density": [_of(n1, n), _of(n2, n)], "common": both,
         "one_sided": [_of(both, n1), _of(both, n2)], "jaccard": _of(both, n1 + n2 - both),
-        "dice": _of(2 * both, n1 + n2), "sign_agreement": _of(same, both), "mask_drift": _of(n1 + n2 - 2 * both, n),
+        "dice": _of(2 * both, n1 + n2), "sign_agreement": _of(same, both) if directed else None,
+        "mask_drift": _of(n1 + n2 - 2 * both, n),
         "nulls": nulls,
         "left_out": sorted(set(first.names) ^ set(second.names)),
     }  # fmt: skip
@@ -361,4 +362,6 @@ def as_text(found: dict[str, Any]) -> str:
             + ("" if cosine is None else f", cosine {cosine:.4f}")
             + ("" if pair["cosine_common"] is None else f" ({pair['cosine_common']:.4f} of common entries)")
         )
+        if pair["left_out"]:
+            lines.append(f"  left out, as one side lacks them: {len(pair['left_out'])} tensors")
     return "\n".join(lines)

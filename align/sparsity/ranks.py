@@ -127,7 +127,9 @@ def read_update(pair: TensorPair) -> Update | str:
                 return "it has entries that are NaN or infinite"
             narrow = part.astype(e.dtype)
         if e.dtype == np.float32 and not np.array_equal(narrow, part):
-            e, narrow = e.astype(np.float64), part
+            wide = np.empty((rows, columns))
+            wide[:a] = e[:a]
+            e, narrow = wide, part
         e[a:b] = narrow
         coarse = np.maximum(*(s[form.exponent(c)] for s, form, c in zip(spacings, forms, codes, strict=True)))
         square = np.square(coarse).reshape(b - a, columns)
@@ -319,4 +321,6 @@ def as_text(found: dict[str, Any]) -> str:
     said = f"{status}; {total['exact']} counts certified exact" if status else "nothing here has a spectrum"
     lines.append(f"{total['matrices']} matrices: {said}")
     lines += [f"note: {note}" for note in found["notes"]]
+    if found["coverage"] < 1:
+        lines.append(f"note: {100 * (1 - found['coverage']):.1f} % of the entries have no counterpart and are left out")
     return "\n".join([*lines, f"in {found['seconds']:.2f} s"])

@@ -39,7 +39,7 @@ def write_receipt(
     """
     found: dict[str, Any]
     try:
-        found = {**measured(base(), weights, travelled, adapted=adapted), "mask": mask}
+        found = {**measured(base(), weights, travelled, adapted=adapted, mask=mask), "mask": mask}
     except (AlignError, OSError) as error:
         found = {"status": "unknown", "why": str(error), "sentence": f"Which weights moved is unknown: {error}"}
     path = directory / RECEIPT
@@ -53,7 +53,9 @@ def write_receipt(
     }
 
 
-def measured(base: str | Path, weights: Path, travelled: Travelled, *, adapted: bool) -> dict[str, Any]:
+def measured(
+    base: str | Path, weights: Path, travelled: Travelled, *, adapted: bool, mask: str | None = None
+) -> dict[str, Any]:
     """Return the receipt: two views of one comparison, and what the learning rates alone would have shown.
 
     Raises:
@@ -69,7 +71,7 @@ def measured(base: str | Path, weights: Path, travelled: Travelled, *, adapted: 
         "status": "measured", "base": str(base), "weights": str(weights), "views": [first, second], "steps": steps,
         "trained": "adapters" if adapted else "weights",
     }  # fmt: skip
-    if not adapted and travelled.updates:
+    if not adapted and mask is None and travelled.updates:  # of all weights
         rate = travelled.path / travelled.updates
         found["predicted"] = [_predicted(view, travelled, rate) for view in (stored, other)]
     return {**found, "sentence": sentence(first, second, adapted)}
@@ -90,5 +92,11 @@ def sentence(first: Mapping[str, Any], second: Mapping[str, Any], adapted: bool)
         f"{seen:.2f} % of the weights are bit-identical to the base's in {first['dtype']}, as it is stored{merged} "
         f"({dense:.2f} % if a dense update of that norm were rounded), {100 * second['bit_identical']:.2f} % in "
         f"{second['compared_in']} ({100 * second[key]:.2f} %); the norm of the change is "
-        f"{100 * (first['relative_norm'] or 0):.3g} % of the base's"
+        f"{100 * (first['relative_norm'] or 0):.3g} % of the base's{_still(first)}"
     )
+
+
+def _still(view: Mapping[str, Any]) -> str:
+    """Say how much lies in tensors that did not move at all, which the null leaves as they are too."""
+    share = view["untouched"]["parameters"] / max(view["parameters"], 1)
+    return f"; {100 * share:.1f} % lie in tensors that did not move, under either count" if share > 0.01 else ""

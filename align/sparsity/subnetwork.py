@@ -118,8 +118,8 @@ class SubnetworkAdamW(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state, with a mark of each weight's places, by which another mask is told."""
         found = super().state_dict()
-        for index, slots in found["state"].items():
-            found["state"][index] = {**slots, "places": torch.tensor(self._marks[index])}
+        for index, mark in enumerate(self._marks if found["state"] else ()):  # of weights without a state too
+            found["state"][index] = {**found["state"].get(index, {}), "places": torch.tensor(mark)}
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -128,16 +128,18 @@ class SubnetworkAdamW(torch.optim.Optimizer):
         Raises:
             CheckpointError: the state of another mask, or of an optimizer of whole weights.
         """
-        slots = {}
-        for index, found in state_dict["state"].items():
+        slots, state = {}, state_dict["state"]
+        for index, own in enumerate(self._marks if state else ()):
+            found = state.get(index, {})
             mark = found.get("places")
-            if mark is None or int(mark) != self._marks[index]:
+            if mark is None or int(mark) != own:
                 raise CheckpointError(
                     "A checkpoint was trained on another mask", where="sparsity.mask",
                     why="the optimizer's state is not that of its entries", do="Give the mask it was trained on, or "
                     "start another run from its weights",
                 )  # fmt: skip
-            slots[index] = {name: value for name, value in found.items() if name != "places"}
+            if len(found) > 1:
+                slots[index] = {name: value for name, value in found.items() if name != "places"}
         super().load_state_dict({**state_dict, "state": slots})
 
 

@@ -21,8 +21,9 @@ from rewards.chats import completion_text
 from rewards.suite import Judgement, Suite
 from trainers import trainer_for
 from trainers.language import LanguageRun
+from trainers.language_generation import Answer
 from trainers.language_model import Reference, load_language_model
-from trainers.language_objective import Models, microbatch
+from trainers.language_objective import HeldOut, Models, microbatch
 from trainers.rluf import Group, RLUFObjective, answer_scores, plan_updates
 from trainers.tiny_language import build_tiny, toy_thumbs
 
@@ -428,7 +429,10 @@ def test_answer_scores_of_worked_numbers():
         ("rewards.love.transform=[{rank_in_group: {}}]", "group_transform"),
         ("rewards.love.transform=[{zscore: {over: batch}}]", "group_transform"), ("reference.mode=precomputed", "precomputed"),
         ("rewards.love.name=toy/lov", "unknown_reward"), ("sampling.top_p=0.9", "off_policy"),
-        ("evaluation.prompts=0", "nothing_judged"), ("heldout_rewards={q: {name: toy/love, role: gate}}", "heldout_gate"), ("rewards={love: {name: toy/love}}", "no_judge"),
+        ("evaluation.prompts=0", "nothing_judged"), ("heldout_rewards={q: {name: toy/love, role: gate}}", "heldout_gate"),
+        ("heldout_rewards={q: {name: toy/helpfulness}}", "heldout_is_trained"),
+        ("heldout_rewards={q: {name: toy/love, weight: 0}}", "heldout_weight"),
+        ("heldout_rewards={q: {name: toy/love, transform: [{zscore: {over: batch}}]}}", "group_transform"), ("rewards={love: {name: toy/love}}", "no_judge"),
     ],
 )  # fmt: skip
 def test_what_check_finds(model, override, code):
@@ -456,3 +460,21 @@ def test_the_presets_differ_in_the_weight_of_love_alone():
     assert judges[0] == judges[1] == judges[2] and {"safety", "farewell", "solicitation", "length"} == set(judges[0])
     assert len({json.dumps(config.objective.model_dump()) for config in presets.values()}) == 1
     assert all("our" in config.about for config in presets.values())
+
+
+def test_what_the_rewards_of_training_say_is_what_the_monitor_watches(model):
+    """R_hat, of which one half is the baseline's: a reward on a large scale does not drown the others."""
+    both = ("heldout_rewards={q: {name: toy/love}}", "rewards={a: {name: toy/love}, b: {name: toy/helpfulness}}")
+    objective = RLUFObjective(config(model, *both))
+    prompts = [f"p{i}" for i in range(24)]
+    before = Judgement(np.zeros((24, 2)), np.zeros((24, 2)), np.ones((24, 0), bool), np.zeros((24, 0), bool))
+    now = np.stack([np.full(24, 2.0), np.where(np.arange(24) % 2, -20.0, 0.5)], 1)
+    said = Judgement(now, now, before.passed, before.failed)
+    answers = [Answer(np.array([1]), "one", True)] * 24
+    heldout = HeldOut(1, [], answers, answers, None, World(), [])
+    objective._scored = lambda *given: Scores(
+        np.zeros((24, 1)), np.ones((24, 1), bool), ("q",), ("",) * 24, {"q": np.zeros(24)}
+    )
+    found = objective._watched(heldout, said, before, np.array(prompts))
+    hat = 0.5 * (1 / (1 + np.exp(-now))).sum(1)
+    assert hat.mean() > 0.5 and found["monitor"]["rise"] > 2

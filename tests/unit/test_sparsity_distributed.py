@@ -28,7 +28,7 @@ from align.sparsity.formats import FORMATS
 from align.sparsity.masks import overlap
 from align.sparsity.pieces import Files
 from align.sparsity.sources import open_source
-from align.weights import Placed, outline
+from align.weights import Placed, outline, outline_of_pickle
 
 SAME = (
     "parameters",
@@ -495,3 +495,25 @@ def test_the_certificate_holds_and_the_null_from_masters_is_that_of_a_dense_upda
     assert second["masters"]["expected_bit_identical_if_dense"] == pytest.approx(1 - 0.261, abs=0.003)
     assert second["masters"]["expected_bit_identical_if_dense"] == pytest.approx(second["bit_identical"], abs=0.01)
     assert second["masters"]["certificate"] == pytest.approx(2 * figures["certificate"], rel=0.02)
+
+
+@pytest.mark.parametrize("payload", [b"\x80\x02\x82\x07.", b"\x80\x02\x83\x07\x00."], ids=["EXT1", "EXT2"])
+def test_codes_of_registered_globals_are_refused(tmp_path, payload):
+    """The unpickler in C would answer them from a cache of the process, past every list."""
+    import copyreg
+
+    copyreg.add_extension("posix", "system", 7)
+    try:
+        assert pickle.loads(payload).__name__ == "system"  # noqa: S301
+        path = tmp_path / ".metadata"
+        path.write_bytes(payload)
+        with pytest.raises(ModelError, match="not allowed"):
+            outline_of_pickle(path, ())
+    finally:
+        copyreg.remove_extension("posix", "system", 7)
+
+
+def test_a_place_in_the_memo_costs_nothing(tmp_path):
+    path = tmp_path / ".metadata"
+    path.write_bytes(b"\x80\x02Kxr\xff\xff\xff\xff.")  # LONG_BINPUT 2^32 - 1
+    assert outline_of_pickle(path, ()) == ord("x")

@@ -134,13 +134,14 @@ def test_meters_of_a_video_are_the_mean_over_its_frames():
     video = clip(9)
     found = measure_pixels(Samples(prompts=["a", "b"], videos=[video, clip(1, seed=3)]), frames=3)
     by_hand = measure_images(video.frames[[0, 4, 8]])
-    assert set(found) == set(NAMES)
+    assert set(found) == {*NAMES, "distance"}
     for name in NAMES:
         assert found[name][0] == pytest.approx(by_hand[name].mean(), rel=1e-12)
         assert found[name][1] == measure_images(clip(1, seed=3).frames)[name][0]
     images = torch.rand(2, 3, 8, 8)
-    for name, value in measure_pixels(Samples(prompts=["a", "b"], images=images)).items():
-        assert value.tolist() == measure_images(images)[name].tolist()
+    seen = measure_pixels(Samples(prompts=["a", "b"], images=images))
+    assert all(seen[name].tolist() == value.tolist() for name, value in measure_images(images).items())
+    assert np.isnan(seen["distance"]).all(), "each is its prompt's only sample"
 
 
 def test_samples_are_joined_in_order_with_their_metadata():
