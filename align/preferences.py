@@ -412,7 +412,7 @@ def _shared(a: Sequence[Any], b: Sequence[Any]) -> int:
     return shared
 
 
-def _key(text: Text) -> str:
+def text_key(text: Text) -> str:
     """Return a prompt as text that two prompts share when they differ in case or spaces alone."""
     whole = text if isinstance(text, str) else json.dumps(text, sort_keys=True, default=str)
     return " ".join(whole.split()).casefold()
@@ -420,7 +420,7 @@ def _key(text: Text) -> str:
 
 def prompt_key(row: Completion) -> str:
     """Return what rows of one prompt have in common: its text, and the content of its images."""
-    return " ".join([_key(row.prompt), *(image.digest for image in row.images)])
+    return " ".join([text_key(row.prompt), *(image.digest for image in row.images)])
 
 
 def _short(value: Any) -> str:
@@ -470,7 +470,7 @@ def describe_preferences(source: str | Path) -> dict[str, Any]:
     ]  # fmt: skip
     answers: dict[tuple[str, str], list[bool | None]] = {}
     for row in rows:
-        answers.setdefault((prompt_key(row), _key(row.completion)), []).append(row.label)
+        answers.setdefault((prompt_key(row), text_key(row.completion)), []).append(row.label)
     labels = [row.label for row in rows]
     for image in {image.digest: image for row in rows for image in row.images}.values():
         image.pixels()

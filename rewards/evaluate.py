@@ -148,12 +148,17 @@ def calibration_error(probability_N: np.ndarray, seen_N: np.ndarray, bins: int =
     return float(sum(len(y) * abs(p.mean() - y.mean()) for p, y in parts) / sum(len(y) for _, y in parts))
 
 
-def debiased_calibration_error(probability_N: np.ndarray, seen_N: np.ndarray, bins: int = BINS) -> float:
+def debiased_calibration_error(
+    probability_N: np.ndarray, seen_N: np.ndarray, bins: int = BINS, *, times: float = 1.0
+) -> float:
     """Return the calibration error less what sampling alone would make of a calibrated model's.
 
         sum_b n_b / n (mean p - mean y)^2 - v_b,   v_b = mean y (1 - mean y) / (n_b - 1),   then the root, from 0
 
     It is in the units of a probability, and near 0 for a calibrated model at any number of rows.
+
+    Args:
+        times: how often v_b is taken off: twice in a bootstrap draw, which has the sampling of the data and its own.
 
     Source: Kumar et al. (arXiv 1909.10155), the debiased estimator of the squared error.
     """
@@ -161,7 +166,7 @@ def debiased_calibration_error(probability_N: np.ndarray, seen_N: np.ndarray, bi
     n, total = sum(len(y) for _, y in parts), 0.0
     for p, y in parts:
         spread = y.mean() * (1 - y.mean()) / max(1, len(y) - 1)
-        total += len(y) / n * ((p.mean() - y.mean()) ** 2 - spread)
+        total += len(y) / n * ((p.mean() - y.mean()) ** 2 - times * spread)
     return float(np.sqrt(max(0.0, total)))
 
 
@@ -186,7 +191,7 @@ def probability_report(
     _require_numbers(p, y)
     base, inside = float(y.mean()), np.clip(p, 1e-12, 1 - 1e-12)
     index = np.arange(len(y)) if cluster_N is None else np.unique(np.asarray(cluster_N), return_inverse=True)[1]
-    found = [debiased_calibration_error(p[rows], y[rows], bins) for rows in _resampled(index, draws, seed)]
+    found = [debiased_calibration_error(p[rows], y[rows], bins, times=2) for rows in _resampled(index, draws, seed)]
     return {
         "n": len(y), "clusters": int(index.max()) + 1, "base_rate": base, "mean_probability": float(p.mean()),
         "auroc": auroc(p, y), "auprc": average_precision(p, y),

@@ -319,7 +319,7 @@ class Answers(nn.Module):
         if "comparison" in kinds and self.objective.comparisons in ("rao_kupper", "davidson"):
             self.tie = _number(0.0)
         self.variance = None if effects is None else effects[1]
-        self.rows = max(1, int((train.kind_N == "thumb").sum() + (train.kind_N == "silence").sum()))
+        self.rows = max(1, len(train))
         if effects is not None:
             self.effect = nn.Parameter(torch.from_numpy(effects[0]).float())
 
@@ -615,7 +615,9 @@ def _parts(config: FitConfig, data: FitData) -> tuple[dict[str, list[Observation
         parts["heldout"] = other.rows
         data.items |= other.items
         data.folders |= other.folders
-        data.hashes |= other.hashes
+        data.hashes |= {
+            name if name not in data.hashes else f"{name}, held out": digest for name, digest in other.hashes.items()
+        }
     return parts, dropped
 
 

@@ -83,7 +83,9 @@ def load_data(paths: Sequence[str], config: FitDataConfig) -> FitData:
         if not path.is_file():
             raise DataError("There is no such feedback", where=name, do="Check data.paths")
         with path.open("rb") as file:
-            data.hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            data.hashes[path.name if path.name not in data.hashes else name] = hashlib.file_digest(
+                file, "sha256"
+            ).hexdigest()
         folder = Path(config.folder) if config.folder else path.parent
         if path.suffix.lower() in _STORES:
             with Store.open(path, create=False) as store:

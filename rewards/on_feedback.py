@@ -218,23 +218,42 @@ def feedback_for_fit(
 ) -> tuple[FitData, str]:
     """Return feedback that a fit has not seen, and which it is.
 
-    Its own held-out rows where `path` is None or a file that it was trained on; else all rows of `path`.
+    Its own held-out rows where `path` is None or a file that it was trained on, the held-out part too of one that bears
+    a training file's name and has changed since, as a store that people go on writing to; else all rows of `path`.
+    Accounts that the fit left out as coordinated are left out here.
 
     Args:
         card: of the fit.
         told: keys of `data` to be changed for another file, such as `folder`.
 
     Raises:
+        ConfigError: `told` without another file.
         DataError: data of the fit that changed since, or is gone.
     """
     known, other = card["data"]["hashes"], config.split.heldout_path
+    every = config.data if "time" in config.split.by else config.data.model_copy(update={"protocols": None})
+    config = config.model_copy(update={"data": every})
     if path is not None:
         data = load_data([path], config.data.model_copy(update={"paths": (path,), "folder": None, **(told or {})}))
         seen = set(data.hashes.values()) & {d for name, d in known.items() if other is None or name != Path(other).name}
+        if (
+            not seen
+            and Path(path).name in {Path(name).name for name in config.data.paths}
+            and "time" not in config.split.by
+        ):
+            return _heldout(data, config, card, "the held-out part of a file that changed since the fit")
         if not seen:
             return data, "all rows"
+        if told:
+            raise ConfigError(
+                "These are the fit's own rows, read as the fit read them", where=", ".join(told), do="Leave them out"
+            )
         if len(config.data.paths) > 1:
             data = load_data(config.data.paths, config.data)
+    elif told:
+        raise ConfigError(
+            "A fit's own rows are read as the fit read them", where=", ".join(told), do="Give --data FILE"
+        )
     elif other is not None:
         data = load_data([other], config.data)
     else:
@@ -247,9 +266,17 @@ def feedback_for_fit(
         )  # fmt: skip
     if path is None and other is not None:
         return data, "the held-out file of the fit"
+    return _heldout(data, config, card, "the rows that the fit held out")
+
+
+def _heldout(data: FitData, config: FitConfig, card: Mapping[str, Any], part: str) -> tuple[FitData, str]:
+    gone = {row["account"] for row in card.get("trimmed_users", ()) if config.users.trim == "auto"}
     parts, _ = split_rows(data.rows, config.split, config.seed)
-    data.rows = [data.rows[i] for i in parts["heldout"]]
-    return data, "the rows that the fit held out"
+    rows = [data.rows[i] for i in parts["heldout"]]
+    data.rows = [row for row in rows if row.user not in gone]
+    if left := len(rows) - len(data.rows):
+        part += f", without {left} of accounts that it left out"
+    return data, part
 
 
 def evaluate_rewards(

@@ -64,7 +64,7 @@ def probe_prompts(
     found = {
         "n": int(both.sum()), "own": float(own[both].mean()), "other": float(other[both].mean()),
         "changed": float((own[both] != other[both]).mean()),
-        "lose": float(np.mean(np.where(own[both] == other[both], 0.5, own[both] > other[both]))),
+        "lose": float(np.mean(own[both] > other[both])),
     }  # fmt: skip
     told = [(i, j, sign) for i, j, sign in pairs if sign and both[i] and both[j]]
     if told:

@@ -48,8 +48,11 @@ SECTIONS: dict[str, dict[str, int]] = {
     },
 }  # fmt: skip
 """Version 1: the weight of each subset in its section. It is the subset's size, but for math-prm, which has 447 rows
-and weighs as much as the six of code together."""
-ROWS = {**{name: n for section in SECTIONS.values() for name, n in section.items()}, "math-prm": 447}
+and weighs as much as the six of code together, and XSTest, whose published weights are exchanged."""
+ROWS = {
+    **{name: n for section in SECTIONS.values() for name, n in section.items()},
+    "math-prm": 447, "xstest-should-refuse": 154, "xstest-should-respond": 250,
+}  # fmt: skip
 SUBSETS = {"Factuality": 475, "Precise IF": 160, "Math": 183, "Safety": 450, "Focus": 495, "Ties": 102}
 """Version 2: the rows of each subset."""
 

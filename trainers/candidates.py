@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import DataError
-from align.feedback.events import Item, content_id
-from align.preferences import parse_row, prompt_key
+from align.feedback.events import Item
+from align.preferences import parse_row, prompt_key, text_key
 from align.prompts import read_rows, short_repr
 from align.scoretable import FLAGS, WORDS, components_of, read_scores
+from rewards.chats import completion_text
 from rewards.outputs import sample_of
 from rewards.sources import Source
 
@@ -47,7 +48,9 @@ class Candidate:
 
     @property
     def content(self) -> str:
-        """What it is, to know two that are the same: the text, or the name of the image file."""
+        """What it is, to know two that are the same: the text, or the name of the image file; "" if it is empty."""
+        if not isinstance(self.output, Path) and not completion_text(self.output).strip():
+            return ""
         return json.dumps(self.output, sort_keys=True, default=str)
 
     def source(self) -> Source:
@@ -163,7 +166,7 @@ def _candidate(row: Any, where: str, base: Path) -> Candidate:
                     why=f"found {short_repr(given.get(name))}",
                 )  # fmt: skip
         rest = {k: v for k, v in given.items() if k not in ("prompt", "image")}
-        return Candidate(prompt, base / given["image"], content_id(prompt), rest, where)
+        return Candidate(prompt, base / given["image"], text_key(prompt), rest, where)
     if not prompt:
         raise DataError(
             "A candidate has no prompt", where=f"{where}, field 'prompt'", do="Candidates are grouped by it"

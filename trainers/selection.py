@@ -49,8 +49,6 @@ from trainers.advantages import group_advantages
 from trainers.candidates import Candidate, Candidates
 
 PAIRS = ("best-worst", "best-random", "all")
-EMPTY = '""'
-"""What `Candidate.content` says of an empty text, which trainers on pairs refuse."""
 COVERED = 0.9
 """Share of the prompts that must have n candidates for the curve to reach n."""
 
@@ -188,7 +186,7 @@ def mine_pairs(
 
     Args:
         how: "best-worst", "best-random" (one other of the prompt, drawn by a hash) or "all" pairs of a prompt.
-        content_B: what is the same content makes no pair.
+        content_B: what is the same content makes no pair, nor what is empty, "", which trainers on pairs refuse.
 
     Raises:
         ConfigError: an unknown way.
@@ -215,7 +213,7 @@ def mine_pairs(
                 left["ties" if gap == 0 else "margins too small"] += 1
             elif content_B[chosen] == content_B[rejected]:
                 left["two of the same content"] += 1
-            elif EMPTY in (content_B[chosen], content_B[rejected]):
+            elif not (content_B[chosen] and content_B[rejected]):
                 left["with an empty answer"] += 1
             else:
                 found.append((chosen, rejected, gap))
@@ -353,6 +351,8 @@ def select(
         files["thumbs.jsonl"], found["thumbs"] = _thumb_rows(candidates, score, mining, out)
     found["curve"] = curve(score, group, told, seed=seed)
     out.mkdir(parents=True, exist_ok=True)
+    for stale in {"pairs.jsonl", "thumbs.jsonl"} - files.keys():
+        (out / stale).unlink(missing_ok=True)  # of an earlier selection
     for name, rows in files.items():
         replace_text(out / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     found["files"] = {name: len(rows) for name, rows in files.items()}
@@ -376,7 +376,8 @@ def _scores_of_panel(
         )
         tables[name] = panel, _table_scores(panel, read_scores(told["out"]))
     panel, scores = tables["scores"]
-    _require_scored(scores, config, str(out / "scores.jsonl"))
+    for name, (_, found) in tables.items():
+        _require_scored(found, config, str(out / f"{name}.jsonl"))
     score = combined(panel, scores, candidates.groups())
     judged = {}
     if "judges" in tables:

@@ -214,6 +214,15 @@ def test_a_fit_is_measured_on_what_it_held_out(tmp_path):
     other = store(tmp_path / "g.db", thumbs(ITEMS, QUALITY, users=3, seed=9))
     data, part = on_feedback.feedback_for_fit(own, result.card, other)
     assert part == "all rows" and len(data.rows) == 180
+    (tmp_path / "grown").mkdir()
+    grown = store(tmp_path / "grown" / "f.db", thumbs(ITEMS, QUALITY, users=14) + pairs(ITEMS, QUALITY))
+    data, part = on_feedback.feedback_for_fit(own, result.card, grown)
+    first, _ = on_feedback.feedback_for_fit(own, result.card)
+    assert part == "the held-out part of a file that changed since the fit"
+    prompts = {data.items[name].prompt for row in data.rows for name in row.items}
+    assert prompts == {first.items[name].prompt for row in first.rows for name in row.items}
+    with pytest.raises(ConfigError, match="as the fit read them"):
+        on_feedback.feedback_for_fit(own, result.card, None, {"key": "love"})
     with Store.open(path) as opened:
         opened.add(ITEMS, thumbs(ITEMS, QUALITY, users=1, seed=20))
     with pytest.raises(DataError, match="changed since"):
