@@ -233,6 +233,8 @@ def _rows_text(found: dict[str, Any]) -> str:
             for name, estimate in value.items():
                 whole = {"": estimate} if "mean" in estimate else estimate
                 rows += [(f"{name} {when}".rstrip(), _estimate(e)) for when, e in whole.items()]
+        elif key == "monitor":
+            rows.append((key, value.get("message") or "nothing tripped"))
         elif isinstance(value, dict):
             rows.append((key, _estimate(value)))
         elif f"{key}_ci_low" in found:
