@@ -119,7 +119,7 @@ class Receipt:
             "name": self.config.name,
             "steps": step,
             "status": self.run.outcome,
-            "monitor": last_said(read_jsonl(self.run.directory / "evaluation.jsonl")[0], self.config.monitor.action),
+            "monitor": self._monitored(),
             **self._changes(base, final),
             **{f"{key}_before": first[key] for key in ("heldout_accuracy", "diversity") if key in first},
             **{f"{key}_after": value for key, value in self._facts(final).items() if key in first},
@@ -199,6 +199,12 @@ class Receipt:
         )  # fmt: skip
         self._verdict = before.observe(step, now.values["reward"], None if judge is None else now.values[judge])
         return {"monitor": self._verdict.as_dict()}
+
+    def _monitored(self) -> dict[str, Any] | None:
+        """Return what the summary says of the hack monitor; None where it does not watch."""
+        if not self._watches:
+            return None
+        return last_said(read_jsonl(self.run.directory / "evaluation.jsonl")[0], self.config.monitor.action)
 
     def _watch(self, step: int, now: Measurement) -> None:
         """Raise the monitor's alarm, have the run stop where it is to, and warn of what left its range."""
