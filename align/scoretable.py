@@ -152,3 +152,23 @@ def _row(row: Mapping[str, Any], path: Path, n: int) -> Row:
                 ) from error
             found[name] = number if math.isfinite(number) else None
     return found
+
+
+def read_scores_of(path: str, identity: str, what: str) -> list[Row]:
+    """Read a table of scores that the reward of this identity made.
+
+    Args:
+        what: what the table is, "baseline".
+
+    Raises:
+        DataError: a table that cannot be read, or of another reward or version.
+    """
+    rows = read_scores(path)
+    versions = {part for row in rows for part in str(row.get("identity") or "").split("+")} - {""}
+    if versions and identity not in versions:
+        raise DataError(
+            f"The {what} was scored by another reward, or by another version of this one", where=path,
+            why=f"its identity is {'+'.join(sorted(versions))}, this reward's {identity}",
+            do=f"Score the {what} again with `align score`",
+        )  # fmt: skip
+    return rows

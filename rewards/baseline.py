@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from align.errors import ConfigError, DataError
-from align.scoretable import read_scores
+from align.scoretable import read_scores_of
 from align.types import Samples, Scores
 from rewards.base import REWARDS, RewardCard, get_reward, identity_of
 
@@ -64,14 +64,7 @@ class Calibrated:
 
 def _means(table: str, name: str, identity: str) -> dict[str, float]:
     """Return the mean score of each prompt in a table."""
-    rows = read_scores(table)
-    versions = {part for row in rows for part in str(row.get("identity") or "").split("+")} - {""}
-    if versions and identity not in versions:
-        raise DataError(
-            "The baseline was scored by another reward, or by another version of this one", where=table,
-            why=f"its identity is {'+'.join(sorted(versions))}, this reward's {identity}",
-            do="Score the baseline again with `align score`",
-        )  # fmt: skip
+    rows = read_scores_of(table, identity, "baseline")
     found: dict[str, list[float]] = {}
     for row in rows:
         value = row.get(name)

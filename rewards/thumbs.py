@@ -124,18 +124,11 @@ def _number(at: Any) -> float:
 
 
 def _quantiles(reference: str, quantile: float, names: Sequence[str], identity: str) -> list[float]:
-    from align.scoretable import read_scores
+    from align.scoretable import read_scores_of
 
     if not 0 < quantile < 1:
         raise ConfigError("A quantile lies strictly between 0 and 1", where=f"quantile {quantile!r}")
-    rows = read_scores(reference)
-    versions = {part for row in rows for part in str(row.get("identity") or "").split("+")} - {""}
-    if versions and identity not in versions:
-        raise DataError(
-            "The reference set was scored by another reward, or by another version of this one", where=reference,
-            why=f"its identity is {'+'.join(sorted(versions))}, this reward's {identity}",
-            do="Score the reference set again with `align score`",
-        )  # fmt: skip
+    rows = read_scores_of(reference, identity, "reference set")
     found = []
     for name in names:
         values = [v for row in rows if isinstance(v := row.get(name), (int, float)) and math.isfinite(v)]
