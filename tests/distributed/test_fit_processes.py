@@ -85,7 +85,7 @@ def require_equal(alone: Path, other: Path) -> None:
     for row, again in zip(processes.metrics(alone), processes.metrics(other), strict=True):
         assert row.keys() == again.keys()
         for name in [name for name in row if name.startswith("loss")] + ["grad_norm"]:
-            assert again[name] == pytest.approx(row[name], abs=1e-5), (row["step"], name)
+            assert again[name] == pytest.approx(row[name], abs=1e-5, rel=1e-5), (row["step"], name)  # norms reach 15
     one, two = (load_tensors(out / "reward" / "classifier") for out in (alone, other))
     assert one.keys() == two.keys()
     for name, value in one.items():
