@@ -406,6 +406,7 @@ def test_clip_in_nats_of_flux_at_720(tmp_path: Path):
         (["sampler.eta=0.4"], "eta_high", "warning"),
         (["model.train=full", "optimizer.lr=1e-6"], "lr_low", "warning"),
         (["rewards=[{name: a}]"], "single_reward", "warning"),
+        (["rewards.0.transform=[{rank_in_group: {}}]"], "relative_reward", "warning"),
         (["prompts.heldout_fraction=0"], "no_heldout_prompts", "warning"),
         (["sampler.shift=3"], "shift_mismatch", "warning"),
         (["rewards=[{name: a}]", "advantage.clip=5"], "advantage_clip", "note"),
