@@ -451,14 +451,33 @@ _ALSO = (
 )  # fmt: skip
 """Names in a file of weights that torch resolves, and that nothing here is read in place by."""
 _COSTS = {
-    pickle.MARK: 88, pickle.EMPTY_LIST: 88, pickle.EMPTY_DICT: 88, pickle.LIST: 88, pickle.DICT: 88, pickle.TUPLE: 64,
-    pickle.TUPLE1: 64, pickle.TUPLE2: 64, pickle.TUPLE3: 72, pickle.REDUCE: 250, pickle.NEWOBJ: 250,
-    pickle.NEWOBJ_EX: 250, pickle.BUILD: 100, pickle.LONG_BINPUT: 100, pickle.MEMOIZE: 100,
+    pickle.MARK: 88,
+    pickle.EMPTY_LIST: 88,
+    pickle.EMPTY_DICT: 88,
+    pickle.LIST: 88,
+    pickle.DICT: 88,
+    pickle.TUPLE: 64,
+    pickle.TUPLE1: 64,
+    pickle.TUPLE2: 64,
+    pickle.TUPLE3: 72,
+    pickle.REDUCE: 250,
+    pickle.NEWOBJ: 250,
+    pickle.NEWOBJ_EX: 250,
+    pickle.BUILD: 100,
+    pickle.LONG_BINPUT: 100,
+    pickle.MEMOIZE: 100,
 }
 """Bytes of memory that opcodes take, for one or two of the file. Numbers and texts take up to 16 for each of theirs."""
 _NEEDLESS = (
-    pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.EMPTY_SET, pickle.FROZENSET, pickle.ADDITEMS,
-    pickle.INST, pickle.OBJ, pickle.PERSID,
+    pickle.BYTEARRAY8,
+    pickle.NEXT_BUFFER,
+    pickle.READONLY_BUFFER,
+    pickle.EMPTY_SET,
+    pickle.FROZENSET,
+    pickle.ADDITEMS,
+    pickle.INST,
+    pickle.OBJ,
+    pickle.PERSID,
 )
 """Opcodes that no checkpoint has; the first makes room for as many bytes as it is told."""
 
