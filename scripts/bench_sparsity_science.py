@@ -297,9 +297,11 @@ def plot(rows: Sequence[Mapping[str, Any]]) -> str:
         names = list(dict.fromkeys(r["arm"] for r in found))
         series = []
         for name in names:
-            own = sorted((math.log10(r["norm"]), r["core_identical"] - r["core_dense"]) for r in found if r["arm"] == name)
+            mine = [r for r in found if r["arm"] == name]
+            own = sorted((math.log10(r["norm"]), r["core_identical"] - r["core_dense"]) for r in mine)
             series.append(Series(name, [x for x, _ in own], [y for _, y in own], sparse=True))
-        drawn = line_chart(series, percent=True, reference=(0, ""), x_label="log10 of norm of the change / norm of the base")
+        where = "log10 of norm of the change / norm of the base"
+        drawn = line_chart(series, percent=True, reference=(0, ""), x_label=where)
         body = re.search(r"<svg[^>]*>(.*)</svg>", str(drawn), re.DOTALL)
         keys = "".join(
             f'<text class="key c{i}" x="{58 + 110 * (i % 4)}" y="{38 + 15 * (i // 4)}">{name}</text>'
