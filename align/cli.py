@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from align.commands import fit, models, pareto, peering, selection, sparsity
+from align.commands import demo, fit, models, pareto, peering, selection, sparsity
 from align.errors import AlignError, ConfigError, DataError
 from align.output import add_dry_run as _add_dry_run
 from align.output import add_json as _add_json
@@ -827,6 +827,10 @@ def _doctor_arguments(parser: _Arguments) -> None:
 
 
 _VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int], Callable[[_Arguments], None], tuple[str, ...]]] = {
+    "demo": (
+        "go the whole way on the embedded digits, from people's thumbs to a receipt", demo.demo, demo.demo_arguments,
+        ("align demo", "align demo --seed 1 --out runs/demo1", "align demo --users 400 steps=40 --dry-run"),
+    ),
     "train": (
         "align a model, as a config says", _train, _train_arguments,
         ("align train digits/dance_grpo", "align train my.yaml steps=100 optimizer.lr=5e-4 --out runs/slow",
