@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from align.commands import demo, fit, models, pareto, peering, selection, sparsity
+from align.commands import demo, fit, models, pareto, peering, plan, selection, sparsity
 from align.errors import AlignError, ConfigError, DataError
 from align.output import add_dry_run as _add_dry_run
 from align.output import add_json as _add_json
@@ -917,6 +917,12 @@ _VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int], Callable[[_Arg
     "check": (
         "say what a config or a prompt file will do, and what is wrong with it", _check, _check_arguments,
         ("align check digits/dance_grpo", "align check my.yaml group_size=8", "align check prompts.jsonl"),
+    ),
+    "plan": (
+        "say what a run holds on 1 to 64 accelerators, what fits, what a step takes, and how to start it", plan.plan,
+        plan.plan_arguments,
+        ("align plan flux/hps_clip --gpus 8 --memory 80", "align plan my.yaml model.train=lora --gpus 1 --memory 24",
+         "align plan digits/smoke --measure", "align plan kto/qwen2_5_7b_ultrafeedback --forward-seconds 0.05 --json -"),
     ),
     "report": (
         "write a run's report.html again", _report,
