@@ -922,7 +922,8 @@ _VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int], Callable[[_Arg
         "say what a run holds on 1 to 64 accelerators, what fits, what a step takes, and how to start it", plan.plan,
         plan.plan_arguments,
         ("align plan flux/hps_clip --gpus 8 --memory 80", "align plan my.yaml model.train=lora --gpus 1 --memory 24",
-         "align plan digits/smoke --measure", "align plan kto/qwen2_5_7b_ultrafeedback --forward-seconds 0.05 --json -"),
+         "align plan digits/smoke --measure",
+         "align plan kto/qwen2_5_7b_ultrafeedback --forward-seconds 0.05 --json -"),
     ),
     "report": (
         "write a run's report.html again", _report,

@@ -18,6 +18,9 @@ from align.output import add_json, give, number, positive, table
 from align.plan import COUNTS, ENGINES, Job, Row, choose, launch
 from align.plan import table as rows_of
 
+ROWS = 8
+"""Rows of a forward that is timed, at most: one alone leaves a processor idle."""
+
 SMALL = 2e7
 """Weights of a local model up to which a forward is timed without being asked for."""
 
@@ -298,7 +301,7 @@ def _reward_bytes(reward: Any) -> float:
 
 
 def measure_forward(config: Any) -> float:
-    """Return the seconds of one forward of a configuration's model for one row: the median of three.
+    """Return the seconds of a forward of a configuration's model for one row: of several together, the median of three.
 
     It is loaded, and runs where it would train: on the accelerator, or on this CPU.
     """
@@ -311,15 +314,17 @@ def measure_forward(config: Any) -> float:
 
         model = load_language_model(config.model, seed=0)
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        ids = torch.zeros(1, config.data.max_length, dtype=torch.long, device=next(model.parameters()).device)
+        rows = min(config.microbatch, ROWS)
+        ids = torch.zeros(rows, config.data.max_length, dtype=torch.long, device=next(model.parameters()).device)
         work = functools.partial(model, input_ids=ids, attention_mask=torch.ones_like(ids), logp_labels=ids)
-    else:
-        from trainers.evaluation import load_policy
+        return _median_seconds(work) / rows
+    from trainers.evaluation import load_policy
 
-        policy = load_policy(config).with_guidance(1.0)
-        x = torch.zeros(1, *policy.latent_shape, device=policy.device)
-        work = functools.partial(policy.velocity, x, torch.full((1,), 500.0, device=policy.device), ["a picture"])
-    return _median_seconds(work)
+    policy = load_policy(config).with_guidance(1.0)
+    rows = min(config.batch.tile or ROWS, ROWS)
+    x = torch.zeros(rows, *policy.latent_shape, device=policy.device)
+    times = torch.full((rows,), 500.0, device=policy.device)
+    return _median_seconds(functools.partial(policy.velocity, x, times, ["a picture"] * rows)) / rows
 
 
 def _median_seconds(work: Any) -> float:
@@ -418,13 +423,14 @@ def _text(found: dict[str, Any]) -> str:
     head = [
         ("model", f"{found['model']}, {_number(found['parameters'])} weights ({found['sizes_are']})"),
         ("trains", f"{what} {_number(found['trained'])} weights, {found['dtype']}, {found['trainer']}"),
-        ("cost", f"{found['feq_a_row']:g} F_eq a row x {found['rows_a_step']} rows = {found['feq_a_step']:,.0f} a step"),
+        ("cost",
+         f"{found['feq_a_row']:g} F_eq a row x {found['rows_a_step']} rows = {found['feq_a_step']:,.0f} a step"),
         ("forward", _forward(found)),
         ("activations", found["activations_are"]),
     ]  # fmt: skip
     return "\n".join([
-        table(head), "", f"peak GB on each of so many accelerators; * fits {found['memory_gb']:g} GB", _matrix(found), "",
-        *_advice(found), "", f"{found['extrapolated']}.",
+        table(head), "", f"peak GB on each of so many accelerators; * fits {found['memory_gb']:g} GB", _matrix(found),
+        "", *_advice(found), "", f"{found['extrapolated']}.",
     ])  # fmt: skip
 
 
@@ -436,10 +442,8 @@ def _forward(found: dict[str, Any]) -> str:
 
 def _matrix(found: dict[str, Any]) -> str:
     cells = {(row["engine"], row["processes"]): row for row in found["engines"]}
-    engines = [e for e in dict.fromkeys(row["engine"] for row in found["engines"])]
-    engines.sort(
-        key=lambda e: next(i for names in ENGINES.values() if e in names for i, n in enumerate(names) if n == e)
-    )
+    order = [name for names in ENGINES.values() for name in names]
+    engines = sorted({row["engine"] for row in found["engines"]}, key=order.index)
     lines = ["".join(["accelerators".ljust(14), *(f"{n:>9}" for n in COUNTS)])]
     for engine in engines:
         row = [engine.ljust(14)]
