@@ -195,6 +195,8 @@ def verify(path: str | Path) -> dict[str, Any]:
             raise refuse("A checkpoint file has the wrong size", name, f"{size} bytes instead of {expected}")
         if _sha256(path / name) != sha256:
             raise refuse("A checkpoint file is corrupt", name, "its sha256 differs from the manifest")
+    if (layout := manifest.get("format")) != 1:
+        raise refuse("A checkpoint's manifest is of another version", "manifest.json", f"format {layout!r}, not 1")
     return manifest
 
 
