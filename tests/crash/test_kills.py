@@ -77,7 +77,7 @@ def test_a_save_that_writes_in_place_would_be_seen_to_tear(tmp_path, monkeypatch
 
     def naive(root, step, tensors, state, keep=2):
         target = root / f"step_{step:06d}"
-        target.mkdir(parents=True)
+        target.mkdir(parents=True, exist_ok=True)
         for file in sorted(written(root / "elsewhere", step, tensors, state, keep).iterdir()):
             shutil.copy(file, target)
         for old in list(checkpoint.checkpoints(root).values())[:-keep]:
