@@ -138,7 +138,8 @@ def _seal(temporary: Path, final: Path, step: int, state: Mapping[str, Any]) -> 
 
 
 def _files(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    """Return the name of everything in a folder that is no folder itself, links to folders among them."""
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
 
 
 def _rotate(root: Path, keep: int) -> None:
@@ -188,10 +189,14 @@ def verify(path: str | Path) -> dict[str, Any]:
     for name in sorted(present ^ set(files)):
         raise refuse("A checkpoint has a foreign file" if name in present else "A checkpoint lost a file", name)
     for name, (expected, sha256) in files.items():
+        if (path / name).is_symlink() or not (path / name).is_file():
+            raise refuse("A checkpoint file is no plain file", name, "a link may lead elsewhere once it was looked at")
         if (size := (path / name).stat().st_size) != expected:
             raise refuse("A checkpoint file has the wrong size", name, f"{size} bytes instead of {expected}")
         if _sha256(path / name) != sha256:
             raise refuse("A checkpoint file is corrupt", name, "its sha256 differs from the manifest")
+    if (layout := manifest.get("format")) != 1:
+        raise refuse("A checkpoint's manifest is of another version", "manifest.json", f"format {layout!r}, not 1")
     return manifest
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -399,6 +399,17 @@ def _rewards(config: VisualConfig) -> list[Finding]:
                 "error", "heldout_gate", f"The held-out reward {reward.name!r} has role: gate, and nothing to close",
                 "Remove it; held-out rewards are only measured", f"heldout_rewards.{i}.role",
             ))  # fmt: skip
+    relative = [(i, r) for i, r in enumerate(config.rewards) if r.weight and any(map(looks_around, r.transform))]
+    hidden = len(relative) == sum(bool(reward.weight) for reward in config.rewards)
+    found += [
+        Finding(
+            "warning" if hidden else "note", "relative_reward",
+            f"A transform of {reward.name!r} looks at the other samples, so its held-out mean cannot rise",
+            "The receipt and the hack monitor see it move with a frozen zscore: [{zscore: {mean: 0.2, std: 0.1}}]",
+            f"rewards.{i}.transform",
+        )
+        for i, reward in relative
+    ]  # fmt: skip
     gates = [reward.name for reward in config.rewards if reward.role == "gate"]
     if (config.combine.mode == "gate") != (0 < len(gates) < len(config.rewards)):
         found.append(Finding(
@@ -417,6 +428,12 @@ def _rewards(config: VisualConfig) -> list[Finding]:
             "Keep one of them, and set its weight", "rewards.0.name",
         ))  # fmt: skip
     return found
+
+
+def looks_around(spec: Mapping[str, Any]) -> bool:
+    """Whether a transform, as configured, measures a score by those of other samples."""
+    (name, given), *_ = spec.items() if spec else (("", None),)
+    return name == "rank_in_group" or (isinstance(given, Mapping) and given.get("over") is not None)
 
 
 def reward_identity(reward: Any) -> str:

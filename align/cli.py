@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from align.commands import fit, models, pareto, peering, selection, sparsity
+from align.commands import demo, fit, models, pareto, peering, plan, selection, sparsity
 from align.errors import AlignError, ConfigError, DataError
 from align.output import add_dry_run as _add_dry_run
 from align.output import add_json as _add_json
@@ -160,7 +160,7 @@ def _train(options: argparse.Namespace) -> int:
     if config.trainer in ("fit", "peering"):
         what, verb = "fits a reward" if config.trainer == "fit" else "compares protocols", config.trainer
         raise ConfigError(f"This config {what}", where=options.config, do=f"Run `align {verb} {options.config}`")
-    findings = require_valid(config)
+    findings, engine = require_valid(config), _engine(options, config)
     out = options.out or Path("runs") / config.name
     if options.dry_run:
         described = {**describe_config(config, findings), "out": str(out)}
@@ -176,8 +176,17 @@ def _train(options: argparse.Namespace) -> int:
             sys.stderr.write(f"align: Warning: {finding.message}. {_sentence(finding.do)}\n")
     from trainers import trainer_for
 
-    trainer = trainer_for(config, out=out, overwrite=options.overwrite, fork=options.fork, deepspeed=options.deepspeed)
+    trainer = trainer_for(config, out=out, overwrite=options.overwrite, fork=options.fork, **engine)
     return _finished(options, trainer.train())
+
+
+def _engine(options: argparse.Namespace, config: Any) -> dict[str, Any]:
+    """Return what a trainer is told of the engine."""
+    if not getattr(options, "fsdp", False):  # `align fit` has no such flag
+        return {"deepspeed": options.deepspeed}
+    if not _is_language(config):
+        raise ConfigError("FSDP2 splits language models", where="--fsdp", do="Use --deepspeed zero2")
+    return {"deepspeed": options.deepspeed, "fsdp": True}
 
 
 def _launch(options: argparse.Namespace, arguments: list[str], out: Path, config: Any) -> int:
@@ -187,7 +196,13 @@ def _launch(options: argparse.Namespace, arguments: list[str], out: Path, config
     from align.launch import launch_command, run_launched, shown
     from align.sitting import read_record
 
-    settings = options.deepspeed or ("zero2" if options.launch == "deepspeed" else None)
+    fsdp = "fsdp" in _engine(options, config)
+    settings = options.deepspeed or ("zero2" if options.launch == "deepspeed" and not fsdp else None)
+    if fsdp:
+        from trainers.language_engine import require_splittable
+
+        require_splittable(settings, options.nproc)
+        arguments = [*arguments, "--fsdp"]
     if not _is_language(config):  # all of this is refused before anything starts
         if options.launch == "accelerate":
             raise ConfigError("accelerate launches language models", where="--launch", do="Use --launch torchrun")
@@ -233,6 +248,7 @@ def _leads() -> bool:
 
 def _resume(options: argparse.Namespace) -> int:
     config = _run_config(options.run_folder)
+    engine = _engine(options, config)
     if options.dry_run:
         plan = {"directory": str(options.run_folder), "steps": config.steps}
         return _give(options, plan, f"would resume {options.run_folder} up to step {config.steps}")
@@ -244,7 +260,7 @@ def _resume(options: argparse.Namespace) -> int:
         return _launch(options, ["resume", str(options.run_folder)], options.run_folder, config)
     from trainers import trainer_for
 
-    return _finished(options, trainer_for(config, out=options.run_folder, deepspeed=options.deepspeed).train())
+    return _finished(options, trainer_for(config, out=options.run_folder, **engine).train())
 
 
 def _fit(options: argparse.Namespace) -> int:
@@ -698,6 +714,14 @@ def _add_launch(parser: _Arguments) -> None:
     )
 
 
+def _add_fsdp(parser: _Arguments) -> None:
+    parser.add_argument(
+        "--fsdp",
+        action="store_true",
+        help="(language models) FSDP2: split weights, gradients and optimizer over the processes, by torch alone",
+    )
+
+
 def _add_overrides(parser: _Arguments) -> None:
     parser.add_argument(
         "overrides",
@@ -716,6 +740,7 @@ def _train_arguments(parser: _Arguments) -> None:
         "--fork", action="store_true", help="go on with the run in the folder under this, changed, configuration"
     )
     _add_launch(parser)
+    _add_fsdp(parser)
     _add_out(parser, "the run folder (default: runs/NAME); an unfinished run there is resumed")
     _add_seed(parser)
     _add_dry_run(parser)
@@ -729,6 +754,7 @@ def _fit_arguments(parser: _Arguments) -> None:
 
 def _resume_arguments(parser: _Arguments) -> None:
     _add_launch(parser)
+    _add_fsdp(parser)
     _report_arguments(parser)
 
 
@@ -839,6 +865,10 @@ def _doctor_arguments(parser: _Arguments) -> None:
 
 
 _VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int], Callable[[_Arguments], None], tuple[str, ...]]] = {
+    "demo": (
+        "go the whole way on the embedded digits, from people's thumbs to a receipt", demo.demo, demo.demo_arguments,
+        ("align demo", "align demo --seed 1 --out runs/demo1", "align demo --users 400 steps=40 --dry-run"),
+    ),
     "train": (
         "align a model, as a config says", _train, _train_arguments,
         ("align train digits/dance_grpo", "align train my.yaml steps=100 optimizer.lr=5e-4 --out runs/slow",
@@ -899,6 +929,13 @@ _VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int], Callable[[_Arg
     "check": (
         "say what a config or a prompt file will do, and what is wrong with it", _check, _check_arguments,
         ("align check digits/dance_grpo", "align check my.yaml group_size=8", "align check prompts.jsonl"),
+    ),
+    "plan": (
+        "say what a run holds on 1 to 64 accelerators, what fits, what a step takes, and how to start it", plan.plan,
+        plan.plan_arguments,
+        ("align plan flux/hps_clip --gpus 8 --memory 80", "align plan my.yaml model.train=lora --gpus 1 --memory 24",
+         "align plan digits/smoke --measure",
+         "align plan kto/qwen2_5_7b_ultrafeedback --forward-seconds 0.05 --json -"),
     ),
     "report": (
         "write a run's report.html again", _report,

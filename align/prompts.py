@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,10 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.errors import DataError
+from align.images import require_readable
+from align.parquetfiles import parquet_rows
 from align.registry import suggest
 from align.seeding import permutation
 from align.seeding import seed as derive_seed
-from align.textfiles import read_text
+from align.textfiles import read_csv, read_lines
 from align.types import ImagePrompt, Prompt
 
 if TYPE_CHECKING:
@@ -253,22 +254,13 @@ def _image(value: Any, base: Path, where: str) -> Path | None:
         raise DataError(
             "There is no such image", where=where, why=str(path), do="Paths are relative to the prompt file"
         )
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            image.verify()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(
-            "An image cannot be read", where=where, why=f"{path}: {error}", do="Replace the file"
-        ) from error
+    require_readable(path, where)
     return path
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    text = read_text(path, DataError)
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1) if text else ():
-        line = line.removesuffix("\r")
+    for number, line in enumerate(read_lines(path, DataError), start=1):
+        line = line.removesuffix("\n").removesuffix("\r")
         if not line.strip():
             raise DataError(
                 "A line is empty", where=f"{path}, line {number}", do="Write a prompt there, or remove the line"
@@ -293,11 +285,12 @@ def _read_jsonl(path: Path, column: str) -> Iterator[tuple[str, Mapping[str, Any
 
 
 def _read_csv(path: Path, column: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    reader = csv.reader(io.StringIO(read_text(path, DataError), newline=""), strict=True)
     header: list[str] | None = None
+    done = 0
     try:
-        for cells in reader:
-            place = f"line {reader.line_num}"
+        for _, last, cells in read_csv(path, DataError):
+            done = last
+            place = f"line {done}"
             if header is None:
                 header = [cell.strip() for cell in cells]
                 if len(header) == 1 and (mark := next((m for m in ";\t|" if m in header[0]), "")):
@@ -317,22 +310,11 @@ def _read_csv(path: Path, column: str) -> Iterator[tuple[str, Mapping[str, Any]]
             else:
                 yield place, dict(zip(header, cells, strict=True))
     except csv.Error as error:
-        raise DataError("A file is not CSV", where=f"{path}, line {reader.line_num}", why=str(error)) from error
+        raise DataError("A file is not CSV", where=f"{path}, line {done + 1}", why=str(error)) from error
 
 
 def _read_parquet(path: Path, column: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if not path.is_file():
-        raise DataError("There is no such file", where=str(path), do="Check the path")
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise DataError("Reading Parquet needs pyarrow", where=str(path), do="Run `pip install pyarrow`") from error
-    try:
-        rows = parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError("A file is not Parquet", where=str(path), why=str(error).splitlines()[0]) from error
-    for i, row in enumerate(rows):
+    for i, row in enumerate(parquet_rows(path)):
         yield f"row {i}", row
 
 

@@ -92,13 +92,17 @@ def published(model: ModelConfig) -> Published | None:
 
 
 def latent_dim(config: VisualConfig) -> int | None:
-    """Return the latent elements of one image or video, or None where nothing tells.
+    """Return the latent elements of one image or video, or None where nothing tells."""
+    if is_builtin(config.model.path):
+        return BUILTIN[config.model.path.partition("/")[0]]
+    shape = latent_shape(config)
+    return None if shape is None else math.prod(shape)
 
-    `C (H / f) (W / f)`, and for videos `((F - 1) / g + 1)` times that, with f and g the factors of the VAE.
-    """
+
+def latent_shape(config: VisualConfig) -> tuple[int, ...] | None:
+    """Return the shape of one latent, `[C, H / f, W / f]` or `[C, (F - 1) / g + 1, H / f, W / f]`, f and g the factors
+    of the VAE; None where nothing tells."""
     sampler, model = config.sampler, config.model
-    if is_builtin(model.path):
-        return BUILTIN[model.path.partition("/")[0]]
     known = published(model)
     if known is not None:
         channels, space, time, side, frames = known.channels, 8, 4, known.side, known.frames
@@ -112,8 +116,8 @@ def latent_dim(config: VisualConfig) -> int | None:
     ))  # fmt: skip
     sizes: list[Any] = [channels, height and height // space, width and width // space]
     if frames is not None:
-        sizes.append(((sampler.frames or frames) - 1) // time + 1)
-    return math.prod(sizes) if all(isinstance(n, int) for n in sizes) else None
+        sizes.insert(1, ((sampler.frames or frames) - 1) // time + 1)
+    return tuple(sizes) if all(isinstance(n, int) for n in sizes) else None
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection
 
-from align.checks import Finding, reward_identity, unknown_rewards
+from align.checks import Finding, looks_around, reward_identity, unknown_rewards
 from align.rluf_config import RLUFConfig
 
 
@@ -45,7 +44,7 @@ def _rewards(config: RLUFConfig) -> list[Finding]:
             f"rewards.{name}.transform",
         )
         for name, reward in config.rewards.items()
-        if any(_looks_around(spec) for spec in reward.transform)
+        if any(looks_around(spec) for spec in reward.transform)
     ]  # fmt: skip
     if len(utilities) == len(config.rewards):
         found.append(Finding(
@@ -61,7 +60,7 @@ def _monitor(config: RLUFConfig) -> list[Finding]:
         for wrong, code, message, do in (
             (reward.role == "gate", "heldout_gate", "has role: gate, and nothing to close", "Remove it"),
             (reward.weight <= 0, "heldout_weight", "has a weight that is not above 0", "Give it one, or remove it"),
-            (any(map(_looks_around, reward.transform)), "group_transform",
+            (any(map(looks_around, reward.transform)), "group_transform",
              "has a transform that looks at other answers, so that it cannot fall", "Use affine, or a frozen zscore"),
             (reward_identity(reward) in trained, "heldout_is_trained", "is one that is trained on", "Name another"),
         ):  # fmt: skip
@@ -81,11 +80,6 @@ def _monitor(config: RLUFConfig) -> list[Finding]:
             "Set evaluation.every, and evaluation.prompts: 20 or more", "evaluation",
         ))  # fmt: skip
     return found
-
-
-def _looks_around(spec: Mapping[str, Any]) -> bool:
-    (name, given), *_ = spec.items() if spec else (("", None),)
-    return name == "rank_in_group" or (isinstance(given, Mapping) and given.get("over") is not None)
 
 
 def _objective(config: RLUFConfig) -> list[Finding]:

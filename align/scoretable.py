@@ -8,7 +8,6 @@ null, or an empty cell, and never a number.
 from __future__ import annotations
 
 import csv
-import io
 import json
 import math
 import os
@@ -17,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import ConfigError, DataError
-from align.textfiles import read_text
+from align.parquetfiles import parquet_rows
+from align.textfiles import read_csv, read_lines
 
 FORMATS = (".parquet", ".csv", ".jsonl")
 WORDS = ("image", "completion", "prompt", "error", "identity")
@@ -110,24 +110,32 @@ def read_scores(path: str | Path) -> list[Row]:
             where=str(path), do=f"Give a {', '.join(FORMATS)} file that `align score` wrote",
         )  # fmt: skip
     if kind == ".parquet":
-        import pyarrow
-
-        try:
-            rows = _parquet(path).read_table(path).to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise DataError("A file is not Parquet", where=str(path), why=str(error).splitlines()[0]) from error
+        rows = list(parquet_rows(path))
     elif kind == ".csv":
-        rows = list(csv.DictReader(io.StringIO(read_text(path, DataError), newline="")))
+        rows = _csv(path)
     else:
-        lines = read_text(path, DataError).removesuffix("\n").split("\n")
-        rows = [_object(line, path, n) for n, line in enumerate(lines, 1)]
+        rows = [_object(line.removesuffix("\n"), path, n) for n, line in enumerate(read_lines(path, DataError), 1)]
     return [_row(row, path, n) for n, row in enumerate(rows, 1)]
+
+
+def _csv(path: Path) -> list[Row]:
+    found, done = [], 0
+    names: list[str] = []
+    try:
+        for _, last, cells in read_csv(path, DataError):
+            done = last
+            if names and cells:
+                found.append(dict(zip(names, cells, strict=True)))
+            names = names or cells
+    except (csv.Error, ValueError) as error:  # the latter where a row has more cells than the header, or fewer
+        raise DataError("A table of scores cannot be read", where=f"{path}, line {done}", why=str(error)) from error
+    return found
 
 
 def _object(line: str, path: Path, n: int) -> Row:
     try:
         found = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError("A line is not JSON", where=f"{path}, line {n}", why=str(error)) from error
     if not isinstance(found, dict):
         raise DataError("A line is no row of a table", where=f"{path}, line {n}", why=f"found {found!r}"[:80])

@@ -79,8 +79,9 @@ class RunLog:
     def warn(self, step: int, level: Level, code: str, message: str) -> None:
         """Append what a person should know to warnings.jsonl, once; `code` is a short fixed word such as "drift"."""
         row = {"step": step, "level": level, "code": code, "message": message}
-        self._forget("warnings.jsonl", lambda earlier: earlier == row)
-        self._append("warnings.jsonl", row)
+        path = self.directory / "warnings.jsonl"
+        if not path.is_file() or row not in read_jsonl(path)[0]:
+            self._append("warnings.jsonl", row)
 
     def write_run(self, record: Mapping[str, Any]) -> None:
         """Replace run.json as a whole."""

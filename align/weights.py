@@ -12,26 +12,36 @@ import contextlib
 import functools
 import hashlib
 import io
-import json
 import os
+import pickle
 import struct
 import threading
 import zipfile
 import zlib
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError, _Unpickler
 from typing import TYPE_CHECKING, Any
+from zipfile import _ECD_OFFSET, _ECD_SIZE, _EndRecData
 
 from align.errors import ModelError
+from align.textfiles import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MOST_HEADER_BYTES = 100 << 20
+MOST_HEADER_BYTES = 16 << 20
+"""Bytes of the header of a safetensors file, of the pickle in a torch archive, and of the archive's table of files.
+
+A hundred thousand tensors need 12 MB. The worst that JSON of this length unfolds to is 400 MB of memory.
+"""
+MOST_UNPICKLED_BYTES = 256 << 20
+"""What one pickle may make, as estimated from its opcodes; a hundred thousand tensors make 200 MB."""
 _TORCH = (".pt", ".pth", ".bin", ".ckpt")
+_CHOSEN = ("pytorch_model*.bin", "diffusion_pytorch_model*.bin", "adapter_model*.bin", "pytorch_lora_weights*.bin")
+"""What transformers, diffusers and PEFT fall back to in a folder without safetensors."""
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
 # What zipfile and torch's restricted unpickler, which is written in Python, run into on bytes that nobody pickled.
 _UNREADABLE = (
@@ -210,33 +220,117 @@ def _load_folder(folder: Path) -> dict[str, Tensor]:
             return load_tensors(folder / name)
         index = folder / f"{name}.index.json"
         if index.is_file():
-            try:
-                shards = list(dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise ModelError("An index of shards cannot be read", where=str(index), why=str(error)) from error
-            for shard in shards:  # by name: in a hub cache the file itself is a link to elsewhere
-                if not isinstance(shard, str) or Path(shard).name != shard or not (folder / shard).is_file():
-                    raise ModelError(
-                        "An index names what is no file of its folder", where=str(index), why=f"it names {shard!r}"
-                    )
-            return {key: value for shard in shards for key, value in load_tensors(folder / shard).items()}
+            return {key: value for shard in read_shards(index) for key, value in load_tensors(shard).items()}
     raise ModelError(
         "This folder holds no weights", where=str(folder), why=f"it has neither {' nor '.join(_WHOLE)}, nor an index"
     )
+
+
+def read_shards(index: Path) -> list[Path]:
+    """Return the files that an index of shards names, which lie in its own folder.
+
+    Raises:
+        ModelError: an index that cannot be read, or that names what is no file of its folder.
+    """
+    table = read_json(index, ModelError)
+    found = table.get("weight_map") if isinstance(table, dict) else None
+    if not isinstance(found, dict) or not found:
+        raise ModelError("An index of shards cannot be read", where=str(index), why="it has no weight_map")
+    for shard in found.values():  # by name: in a hub cache the file itself is a link to elsewhere
+        if not isinstance(shard, str) or Path(shard).name != shard or not (index.parent / shard).is_file():
+            raise ModelError(
+                "An index names what is no file of its folder", where=str(index), why=f"it names {str(shard)[:200]!r}",
+                do="Fetch the shard, or the checkpoint again",
+            )  # fmt: skip
+    return [index.parent / shard for shard in dict.fromkeys(found.values())]
+
+
+def header_bytes(path: Path) -> int:
+    """Return how long the header of a safetensors file is.
+
+    Raises:
+        ModelError: a file that cannot have such a header, or one of more than `MOST_HEADER_BYTES`.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if size < 10 or length > size - 8:
+        raise ModelError(
+            "A safetensors file is truncated or foreign", where=str(path),
+            why=f"its header would be {length:,} bytes in a file of {size:,}",
+        )  # fmt: skip
+    if length > MOST_HEADER_BYTES:
+        raise ModelError(
+            "The header of a safetensors file is too long", where=str(path),
+            why=f"{length / 1e6:.0f} MB, where {MOST_HEADER_BYTES / 1e6:.0f} MB is the most that is parsed",
+            do="Save the weights again without what fills its header",
+        )  # fmt: skip
+    return length
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors of a safetensors file, by name, by its header alone.
+
+    Raises:
+        ModelError: a header that is too long, or that does not describe the file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    header_bytes(path)
+    try:
+        with safe_open(path, "np") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError("A safetensors file cannot be read", where=str(path), why=str(error)[:200]) from error
+
+
+def require_inert(folder: str | Path) -> None:
+    """Refuse a folder of transformers, diffusers or PEFT that their loaders should not be given.
+
+    Looked at before they are: how much JSON there is, and how deep; where an index of shards points; headers of
+    safetensors; what pickles ask for; and settings that name code. Nothing is loaded.
+
+    Raises:
+        ModelError: naming the file.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():  # a name on the hub, which is fetched through `download_folder`
+        return
+    for file in sorted(folder.glob("*.json")):
+        if file.name.endswith(".index.json"):
+            read_shards(file)
+            continue
+        said = read_json(file, ModelError)
+        if isinstance(said, dict) and (name := _names_code(said)):
+            raise ModelError(
+                "A model's settings ask for code to be run", where=str(file), why=f"{name} is {said[name]!r}"[:200],
+                do="Do not trust it, or remove the setting",
+            )  # fmt: skip
+    tensors = sorted(folder.glob("*.safetensors"))
+    for file in tensors:
+        read_shapes(file)
+    for file in () if tensors else sorted(file for pattern in _CHOSEN for file in folder.glob(pattern)):
+        _require_plain(file)
+
+
+def _names_code(said: Mapping[str, Any]) -> str:
+    """Return the setting that would have a library import or fetch code, empty where there is none.
+
+    What `auto_map` names is left to `trust_remote_code=False`: many models that are built in have one, too.
+    """
+    for name in ("attn_implementation", "_attn_implementation", "experts_implementation"):
+        if "/" in str(said.get(name) or ""):  # a kernel on the hub
+            return name
+    if said.get("megatron_config"):  # of PEFT: `megatron_core` is imported then
+        return "megatron_core" if "megatron_core" in said else "megatron_config"
+    return "auto_mapping" if said.get("auto_mapping") else ""
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        header = int.from_bytes(file.read(8), "little")
-    if size < 8 or header > min(size - 8, MOST_HEADER_BYTES):
-        raise ModelError(
-            "A safetensors file is truncated or foreign", where=str(path),
-            why=f"its header would be {header:,} bytes in a file of {size:,}",
-        )  # fmt: skip
+    header_bytes(path)
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
@@ -246,17 +340,35 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
 def _load_torch(path: Path) -> Any:
     import torch
 
-    try:
-        archive = zipfile.is_zipfile(path)
-        with path.open("rb") as file:
-            if not archive and file.read(2) == b"PK":
-                raise ValueError("the end of the archive is missing")
-        if archive:
-            with zipfile.ZipFile(path) as members:
-                stated = sum(member.file_size for member in members.infolist())
-            if stated > 2 * path.stat().st_size + (1 << 20):  # torch stores, it never compresses
-                raise ModelError("A torch archive is compressed", where=str(path), why=f"it claims {stated:,} bytes")
+    archive = _require_plain(path)
+    with _foreign(path):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+
+
+def _require_plain(path: Path) -> bool:
+    """Refuse what torch's own unpickler is not to be given: it bounds no memory, and calls more than tensors need.
+
+    Returns:
+        Whether the file is an archive, and not one of torch before 1.6.
+    """
+    with _foreign(path), path.open("rb") as file:
+        archive = file.read(2) == b"PK"
+        if archive:
+            _outline(path, _ALSO)
+        else:
+            file.seek(0)
+            whole = path.stat().st_size
+            pickles = _Outline(file.read(MOST_HEADER_BYTES), _ALSO, defaultdict(lambda: (0, whole)))
+            for _ in range(5):  # a magic number, the version, sizes, the object, the names of its storages
+                pickles.load()
+        return archive
+
+
+@contextlib.contextmanager
+def _foreign(path: Path) -> Iterator[None]:
+    """Say in our words why a file of weights is refused."""
+    try:
+        yield
     except (UnpicklingError, *_UNREADABLE) as error:
         asked = next((line for line in str(error).splitlines() if "global" in line.lower()), "")
         if isinstance(error, UnpicklingError) and asked:
@@ -327,8 +439,67 @@ class Inert:
 _STORAGES = {
     "BFloat16": ("bfloat16", 2), "Half": ("float16", 2), "Float": ("float32", 4), "Double": ("float64", 8),
     "Long": ("int64", 8), "Int": ("int32", 4), "Short": ("int16", 2), "Char": ("int8", 1), "Byte": ("uint8", 1),
-    "Bool": ("bool", 1),
+    "Bool": ("bool", 1), "ComplexFloat": ("complex64", 8), "ComplexDouble": ("complex128", 16),
 }  # fmt: skip
+_ALSO = (
+    "torch._utils._rebuild_tensor_v3", "torch._utils._rebuild_qtensor", "torch._utils._rebuild_sparse_tensor",
+    "torch.storage.UntypedStorage", "torch.device", "torch.QInt8Storage", "torch.QUInt8Storage", "torch.QInt32Storage",
+    *(f"torch.{name}" for name in (
+        "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "uint16", "uint32", "uint64", "per_tensor_affine",
+        "per_channel_affine", "qint8", "quint8", "qint32",
+    )),
+)  # fmt: skip
+"""Names in a file of weights that torch resolves, and that nothing here is read in place by."""
+_COSTS = {
+    pickle.MARK: 88,
+    pickle.EMPTY_LIST: 88,
+    pickle.EMPTY_DICT: 88,
+    pickle.LIST: 88,
+    pickle.DICT: 88,
+    pickle.TUPLE: 64,
+    pickle.TUPLE1: 64,
+    pickle.TUPLE2: 64,
+    pickle.TUPLE3: 72,
+    pickle.REDUCE: 250,
+    pickle.NEWOBJ: 250,
+    pickle.NEWOBJ_EX: 250,
+    pickle.BUILD: 100,
+    pickle.LONG_BINPUT: 100,
+    pickle.MEMOIZE: 100,
+}
+"""Bytes of memory that opcodes take, for one or two of the file. Numbers and texts take up to 16 for each of theirs."""
+_NEEDLESS = (
+    pickle.BYTEARRAY8,
+    pickle.NEXT_BUFFER,
+    pickle.READONLY_BUFFER,
+    pickle.EMPTY_SET,
+    pickle.FROZENSET,
+    pickle.ADDITEMS,
+    pickle.INST,
+    pickle.OBJ,
+    pickle.PERSID,
+)
+"""Opcodes that no checkpoint has; the first makes room for as many bytes as it is told."""
+
+
+def _dispatch() -> dict[int, Callable[[Any], None]]:
+    """Return what the opcodes do: those of `_NEEDLESS` are refused, those of `_COSTS` counted."""
+
+    def refuse(reader: Any) -> None:
+        raise UnpicklingError("it has an opcode that no checkpoint needs")
+
+    def counted(load: Callable[[Any], None], cost: int) -> Callable[[Any], None]:
+        def run(reader: Any) -> None:
+            reader.made += cost
+            if reader.made > MOST_UNPICKLED_BYTES:
+                raise UnpicklingError("it makes more objects than a checkpoint has")
+            load(reader)
+
+        return run
+
+    table = dict(_Unpickler.dispatch)
+    table |= {code[0]: counted(table[code[0]], cost) for code, cost in _COSTS.items()}
+    return table | {code[0]: refuse for code in _NEEDLESS}
 
 
 class _Outline(_Unpickler):
@@ -338,9 +509,11 @@ class _Outline(_Unpickler):
     the one in Python: that in C answers extension codes from a cache of the process, and a file sizes its memory.
     """
 
+    dispatch = _dispatch()
+
     def __init__(self, data: bytes, inert: Iterable[str], records: Mapping[str, tuple[int, int]]) -> None:
         super().__init__(io.BytesIO(data))
-        self._records = records
+        self._records, self.made = records, 0
         storages = {f"torch.{kind}Storage": kind for kind in _STORAGES}
         dtypes = {f"torch.{name}": name for name, _ in _STORAGES.values()}
         self._known: dict[str, Any] = {
@@ -366,7 +539,7 @@ class _Outline(_Unpickler):
         raise UnpicklingError(f"it asks for the global of extension code {code}")
 
     def persistent_load(self, pid: Any) -> Any:
-        _, kind, key, _, _ = pid
+        _, kind, key, *_ = pid
         return kind, self._records[str(key)]
 
     def _place(self, place: Any, first: int, shape: Any, stride: Any) -> Placed:
@@ -387,17 +560,32 @@ def outline(path: str | Path, inert: Iterable[str] = (), *, begin: int = 0, end:
     Raises:
         ModelError: a file that is truncated, compressed, foreign, or names a class that is not allowed.
     """
-    path = Path(path)
-    with _unreadable(path), path.open("rb") as file:
+    with _unreadable(Path(path)):
+        return _outline(Path(path), inert, begin, end)
+
+
+def _outline(path: Path, inert: Iterable[str], begin: int = 0, end: int | None = None) -> Any:
+    with path.open("rb") as file:
         part = _Part(file, begin, path.stat().st_size if end is None else end)
+        table = _EndRecData(part)  # what zipfile itself reads first: how long the table of members is, and where
+        if table is None:
+            raise ValueError("the end of the archive is missing")
+        if table[_ECD_SIZE] > MOST_HEADER_BYTES:
+            raise ValueError("its table of members is too long")
         with zipfile.ZipFile(io.BufferedReader(part)) as archive:
-            members = {member.filename.partition("/")[2]: member for member in archive.infolist()}
+            if archive.start_dir != table[_ECD_OFFSET]:
+                raise ValueError("something stands before the archive")
+            # Other readers look names up without regard to case, and take the first of two.
+            members = {member.filename.partition("/")[2].lower(): member for member in archive.infolist()}
+            if len(members) < len(archive.infolist()):
+                raise ValueError("it has two members of one name")
             if any(m.compress_type != zipfile.ZIP_STORED for m in members.values()):
-                raise ValueError("it is compressed")
-            if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
-                raise ValueError("its numbers are big-endian")
+                raise ValueError(f"it is compressed, and claims {sum(m.file_size for m in members.values()):,} bytes")
             if members["data.pkl"].file_size > MOST_HEADER_BYTES:
                 raise ValueError("its outline is too long")
+            order = members.get("byteorder")
+            if order and (order.file_size > 6 or archive.read(order) != b"little"):
+                raise ValueError("its numbers are big-endian")
             data = archive.read(members["data.pkl"])
         records = {}
         for name, member in members.items():

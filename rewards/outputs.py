@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from align.errors import DataError
 from align.feedback.events import Item
-from align.images import decode_image
+from align.images import image_file
 from align.types import Samples
+from align.weights import file_sha256
 from rewards.chats import read_turns
 
 TEXTS = ("text", "chat")
@@ -44,10 +43,8 @@ def load_outputs(items: Sequence[Item], folders: Mapping[str, Path]) -> Samples:
         return Samples([prompt for prompt, _ in pairs], texts=[text for _, text in pairs])
     images = []
     for item in items:
-        pixels, problem = decode_image(_image_file(item, folders).read_bytes())
-        if pixels is None:
-            raise DataError("An image cannot be read", where=str(item.response), why=problem)
-        images.append(torch.from_numpy(np.asarray(pixels).copy()).permute(2, 0, 1).float() / 255)
+        pixels = image_file(_image_file(item, folders), str(item.response)).pixels()
+        images.append(torch.from_numpy(pixels).permute(2, 0, 1).float() / 255)
     return Samples([str(prompt) for prompt, _ in pairs], images=images)
 
 
@@ -65,7 +62,7 @@ def content_keys(items: Sequence[Item], folders: Mapping[str, Path]) -> list[str
             "Some images are not there", where=str(_image_file(gone[0], folders)),
             why=f"{len(gone)} of {len(items)} are missing", do="Say in which folder their paths begin (data.folder)",
         )  # fmt: skip
-    digests = [hashlib.sha256(_image_file(item, folders).read_bytes()).hexdigest() for item in items]
+    digests = [file_sha256(_image_file(item, folders)) for item in items]
     return [f"{item.prompt_id}{digest[:24]}" for item, digest in zip(items, digests, strict=True)]
 
 

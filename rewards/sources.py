@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from align.errors import DataError
-from align.images import decode_image
+from align.images import MOST_FILE_BYTES, decode_image, rgb_array
 from align.prompts import PromptSet, load_prompts
 from align.registry import suggest
 
@@ -141,6 +141,8 @@ def load(source: Source, known: Callable[[str], bool] = lambda key: False) -> Lo
     if source.image is None:
         return Loaded(_key(source, json.dumps(source.completion, sort_keys=True).encode()))
     try:
+        if source.image.stat().st_size > MOST_FILE_BYTES:
+            return Loaded(problem=f"the image is refused: its file has more than {MOST_FILE_BYTES // 10**6} MB")
         raw = source.image.read_bytes()
     except OSError as error:
         return Loaded(problem=f"the image cannot be read: {error.strerror or error}")
@@ -155,7 +157,7 @@ def _key(source: Source, content: bytes) -> str:
 
 def _decoded(raw: bytes) -> tuple[np.ndarray | None, str]:
     image, problem = decode_image(raw)
-    return None if image is None else np.asarray(image).copy(), problem
+    return None if image is None else rgb_array(image), problem
 
 
 def shapes(loaded: Sequence[Loaded]) -> dict[tuple[int, ...], list[int]]:

@@ -1,6 +1,6 @@
 """Put a run's first and last sample grids side by side, as the pictures in docs/ are made.
 
-python scripts/before_after.py runs/demo docs/pictures/before_after.png
+python scripts/before_after.py runs/digits docs/pictures/before_after.png
 """
 
 from __future__ import annotations

@@ -281,11 +281,11 @@ text{font:11.5px sans-serif;fill:#5b6472}.key{font-size:12px}
 .grid{stroke:#e1e5eb;fill:none}.axis{stroke:#8b94a3;fill:none}.line{fill:none;stroke-width:2;stroke-linejoin:round}
 .dot{stroke:#fff}
 """
-INKS = ("#2f6fde", "#e07b00", "#0f9d76", "#b9479d", "#7a5af0", "#b4531f", "#16191f")
+INKS = ("#2f6fde", "#e07b00", "#0f9d76", "#b9479d", "#7a5af0", "#b4531f")
 
 
 def plot(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return an SVG of the share of bit-identical weights over the norm, a panel a domain and precision."""
+    """Return an SVG of the excess in the core over the norm, a panel a domain and precision."""
     style = STYLE + "".join(
         f".line.c{i}{{stroke:{ink}}}.dot.c{i},.key.c{i}{{fill:{ink}}}" for i, ink in enumerate(INKS)
     )
@@ -297,20 +297,19 @@ def plot(rows: Sequence[Mapping[str, Any]]) -> str:
         names = list(dict.fromkeys(r["arm"] for r in found))
         series = []
         for name in names:
-            own = sorted((math.log10(r["norm"]), r["core_identical"]) for r in found if r["arm"] == name)
+            mine = [r for r in found if r["arm"] == name]
+            own = sorted((math.log10(r["norm"]), r["core_identical"] - r["core_dense"]) for r in mine)
             series.append(Series(name, [x for x, _ in own], [y for _, y in own], sparse=True))
-        null = sorted((math.log10(r["norm"]), r["core_dense"]) for r in found)
-        if null:
-            series.append(Series("dense", [x for x, _ in null], [y for _, y in null], colour=6))
-        drawn = line_chart(series, percent=True, x_label="log10 of norm of the change / norm of the base")
+        where = "log10 of norm of the change / norm of the base"
+        drawn = line_chart(series, percent=True, reference=(0, ""), x_label=where)
         body = re.search(r"<svg[^>]*>(.*)</svg>", str(drawn), re.DOTALL)
         keys = "".join(
-            f'<text class="key c{c}" x="{58 + 110 * (i % 4)}" y="{38 + 15 * (i // 4)}">{name}</text>'
-            for i, (name, c) in enumerate([*((name, i) for i, name in enumerate(names)), ("dense", 6)])
+            f'<text class="key c{i}" x="{58 + 110 * (i % 4)}" y="{38 + 15 * (i // 4)}">{name}</text>'
+            for i, name in enumerate(names)
         )
         parts.append(
             f'<g transform="translate({540 * (place % 2)} {330 * (place // 2)})"><text class="head" x="58" y="18">'
-            f"{domain}, {precision} weights: core identical in bf16</text>{keys}"
+            f"{domain}, {precision} weights: identical in bf16 beyond rounding</text>{keys}"
             f'<g transform="translate(0 60)">{body.group(1) if body else ""}</g></g>'
         )
     height = 330 * math.ceil(len(panels) / 2)

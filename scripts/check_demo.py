@@ -19,8 +19,12 @@ def failures(summary: dict) -> list[str]:
         found.append(f"diversity fell from {summary['diversity_before']:.3f} to {summary['diversity_after']:.3f}")
     if not summary["first_ratio_error_max"] <= 1e-6:
         found.append(f"the first ratio was off by {summary['first_ratio_error_max']:.1e}")
-    if not summary["cpu_seconds"] <= 600:
-        found.append(f"it took {summary['cpu_seconds']:.0f} CPU-seconds, more than 600")
+    if not summary["taste_gain"]["ci_low"] > 0:
+        found.append(f"what people like did not rise: {summary['taste_gain']}")
+    if not min(summary["win_rate"][protocol]["rate"] for protocol in ("ratings", "rankings")) > 0.5:
+        found.append(f"people do not prefer what was trained: {summary['win_rate']}")
+    if not summary["cpu_seconds"] <= 800:
+        found.append(f"it took {summary['cpu_seconds']:.0f} CPU-seconds, more than 800")
     if summary["heldout_gain"]["n"] < 2000:
         found.append(f"only {summary['heldout_gain']['n']} held-out samples were compared")
     return found

@@ -1,21 +1,27 @@
-"""Kill a run, or a save, at random moments, and see whether anything acknowledged was lost.
+"""Kill, stop and resume training at random moments, and see whether anything acknowledged was lost.
 
-    python scripts/fault_injection.py kills --count 30     # resumed runs against one that was never killed
-    python scripts/fault_injection.py saves --count 120    # checkpoints being written and rotated
+    python -m scripts.fault_injection kills --count 30                   # SIGKILL; resumed runs against one left alone
+    python -m scripts.fault_injection kills --trainer kto --count 30
+    python -m scripts.fault_injection kills --ranks 2 --deepspeed zero2 --count 40
+    python -m scripts.fault_injection stops --count 100                  # SIGTERM: saved within the grace time
+    python -m scripts.fault_injection stops --ranks 2 --count 20
 
-Prints a JSON object; exits with 1 when something was lost. The processes that are killed are forked from
-this one, which has imported everything already, so that a kill costs a second and not ten.
+Prints a JSON object; exits with 1 when something was lost. What is killed is forked from this process, which has
+imported everything already, so that a kill costs a second and not ten. For checkpoints and stores themselves see
+`kill_save.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -26,137 +32,205 @@ from typing import Any
 import torch
 
 from align import checkpoint
+from align.cli import main as align
 from align.config import load_config
-from align.errors import AlignError
 from align.tracking import read_jsonl
-from trainers import DanceGRPO
+from scripts.kill_save import child, finished
+from trainers import trainer_for
 
 RECIPE = [
     "model.path=digits/random", "steps=8", "checkpoint.every=2", "optimizer.ema_decay=0.9", "evaluation.every=3",
     "evaluation.final_samples=20", "evaluation.samples=20", "tracking.samples_every=4",
 ]  # fmt: skip
+_LANGUAGE = [
+    "steps=40",
+    "batch_size=8",
+    "microbatch=4",
+    "evaluation.every=15",
+    "evaluation.rows=8",
+    "checkpoint.every=7",
+]
+_IMAGES = [*RECIPE[:3], *RECIPE[4:], "model.lora.rank=4", "sampler.solver_steps=4", "evaluation.solver_steps=4"]
+# A recipe of every trainer, made small: its name and what is changed.
+RECIPES = {
+    "dance_grpo": ("digits/smoke", RECIPE),
+    "forward": ("digits/nft", [*_IMAGES, "prompts_per_step=3", "group_size=4"]),
+    "offline": ("digits/diffusion_kto", [*_IMAGES[:-2], "evaluation.solver_steps=4", "batch_size=8"]),
+    "kto": ("kto/smoke", [*_LANGUAGE, "evaluation.max_new_tokens=4"]),
+    "bco": ("bco/smoke", [*_LANGUAGE, "evaluation.max_new_tokens=4"]),
+    "dpo": ("dpo/smoke", [*_LANGUAGE, "evaluation.max_new_tokens=4"]),
+    "sft": ("sft/smoke", _LANGUAGE),
+    "rluf": ("rluf/smoke", ["steps=6", "evaluation.rows=8", "evaluation.prompts=8", "checkpoint.every=2"]),
+}
+GRACE = 60  # seconds in which a run that was told to stop must have saved and ended
 
 
-def child(work: Callable[[], None]) -> int:
-    """Run `work` in a forked process and return its pid."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        work()
-        code = 0
-    finally:
-        os._exit(code)
-
-
-def finished(pid: int, seconds: float) -> bool:
-    """Wait that long for a process; kill it with SIGKILL when it is still there. Return whether it ended itself."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            if status:
-                raise SystemExit(f"a run ended with status {status}")
-            return True
-        time.sleep(0.005)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return False
+def _timeless(row: Any) -> Any:
+    if isinstance(row, dict):
+        return {k: _timeless(v) for k, v in row.items() if not any(t in k for t in ("seconds", "time", "memory"))}
+    return [_timeless(value) for value in row] if isinstance(row, list) else row
 
 
 def fingerprint(run: Path) -> dict[str, Any]:
     """Everything a run ends with, without its timings: weights, optimizer, average, random state, logs."""
-
-    def timeless(row: dict[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in row.items() if not any(t in k for t in ("seconds", "time/", "memory"))}
-
     steps = checkpoint.checkpoints(run / "checkpoints")
     last = steps[max(steps)]
-    hashes = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(last.glob("*.safetensors"))}
-    state = json.loads((last / "state.json").read_text(encoding="utf-8"))
+    hashes = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(last.rglob("*.safetensors"))}
+    state = _timeless(json.loads((last / "state.json").read_text(encoding="utf-8")))
     logs = {
-        name: [timeless(json.loads(line)) for line in (run / name).read_text(encoding="utf-8").splitlines()]
-        for name in ("metrics.jsonl", "evaluation.jsonl", "warnings.jsonl")
+        name: [_timeless(json.loads(line)) for line in (run / name).read_text(encoding="utf-8").splitlines()]
+        for name in ("metrics.jsonl", "evaluation.jsonl", "generations.jsonl", "warnings.jsonl")
         if (run / name).is_file()
     }
-    summary = timeless(json.loads((run / "summary.json").read_text(encoding="utf-8")))
-    return {"steps": list(steps), **hashes, "counters": timeless(state["counters"]), **logs, "summary": summary}
+    summary = _timeless(json.loads((run / "summary.json").read_text(encoding="utf-8")))
+    return {"steps": list(steps), **hashes, "state": state, **logs, "summary": summary}
 
 
-def kills(count: int, seed: int, folder: Path) -> dict[str, Any]:
+def _launch(work: Callable[[], Any], ranks: int) -> list[int]:
+    """Fork `work` as a launcher's processes, which find each other, or as one process; return their pids."""
+    if ranks == 1:
+        return [child(work)]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+
+    def ranked(rank: int) -> Callable[[], None]:
+        def named() -> None:
+            os.environ.update({**world, "RANK": str(rank), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"})
+            work()
+
+        return named
+
+    return [child(ranked(rank)) for rank in range(ranks)]
+
+
+def _all_finished(pids: list[int], seconds: float) -> bool:
+    """Wait that long for the first process; where it is still there, kill them all at once."""
+    if finished(pids[0], seconds):
+        return [finished(pid, 60) for pid in pids[1:]].count(False) == 0
+    for pid in pids[1:]:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    return False
+
+
+def kills(
+    count: int, seed: int, folder: Path, trainer: str = "dance_grpo", ranks: int = 1, deepspeed: str | None = None
+) -> dict[str, Any]:
     """Kill training at random moments until `count` kills are done; compare every finished run with one left alone."""
-    config, draw = load_config("digits/smoke", RECIPE), random.Random(seed)
-    DanceGRPO(config, out=folder / "here").train()  # imports what a run imports, so that kills hit training
+    recipe, changes = RECIPES[trainer]
+    config, draw = load_config(recipe, changes), random.Random(seed)
+    _warm(config, deepspeed, folder / "here")
 
     def train(out: Path) -> Callable[[], None]:
-        return lambda: DanceGRPO(config, out=out).train() and None
+        return lambda: trainer_for(config, out=out, deepspeed=deepspeed).train() and None
 
     began = time.monotonic()
-    if not finished(child(train(folder / "alone")), 600):
+    if not _all_finished(_launch(train(folder / "alone"), ranks), 600):
         raise SystemExit("the run that is left alone did not end")
     alone, whole = time.monotonic() - began, fingerprint(folder / "alone")
     done, runs, differing, stood = 0, 0, [], []
     while done < count:
         out = folder / f"killed_{runs}"
-        while not finished(child(train(out)), draw.uniform(0.0, alone) if done < count else 600):
+        while not _all_finished(_launch(train(out), ranks), draw.uniform(0.0, alone) if done < count else 600):
             done += 1
-            stood.append(len(read_jsonl(out / "metrics.jsonl")[0]))
-        differing += [f"run {runs}: {key}" for key, value in fingerprint(out).items() if value != whole[key]]
+            stood.append(len(read_jsonl(out / "metrics.jsonl")[0]) if (out / "metrics.jsonl").exists() else 0)
+        found = fingerprint(out)
+        differing += [f"run {runs}: {key}" for key in whole if found.get(key) != whole[key]]
         runs += 1
         shutil.rmtree(out)
     return {
-        "kills": done, "runs": runs, "steps_done_at_the_kills": stood, "seconds_of_one_run": round(alone, 2),
-        "differing": differing,
+        "trainer": trainer, "ranks": ranks, "deepspeed": deepspeed, "kills": done, "runs": runs,
+        "steps_done_at_the_kills": stood, "seconds_of_one_run": round(alone, 2), "differing": differing,
     }  # fmt: skip
 
 
-def saves(count: int, seed: int, folder: Path) -> dict[str, Any]:
-    """Kill a process that saves without pause; every visible checkpoint must be whole, none acknowledged lost."""
-    draw, torn, lost, acknowledged, visible = random.Random(seed), [], [], 0, 0
-    tensors = {"model": {f"w{i}": torch.randn(256, 1024) for i in range(4)}, "optimizer": {"m": torch.randn(512, 1024)}}
-    root = folder / "checkpoints"
+def _warm(config: Any, deepspeed: str | None, out: Path) -> None:
+    """Run once here, which imports all that a run imports, so that kills hit training."""
+    trainer_for(config, out=out).train()
+    if deepspeed:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        importlib.import_module("deepspeed")
 
-    def save_on_and_on(write: int, start: int) -> Callable[[], None]:
-        def work() -> None:
-            for step in range(start, start + 10_000):
-                checkpoint.save(root, step, tensors, {"step": step}, keep=2)
-                os.write(write, b"%d\n" % step)
 
-        return work
+def stops(count: int, seed: int, folder: Path, trainer: str = "dance_grpo", ranks: int = 1) -> dict[str, Any]:
+    """Send SIGTERM at `count` random moments, from the start of the command on; all must save and end in `GRACE`."""
+    recipe, changes = RECIPES[trainer]
+    draw, failures, took = random.Random(seed), [], []
+    met = {"saved": 0, "complete": 0, "nothing_to_save": 0}
+    codes: dict[str, int] = {}
+    _warm(load_config(recipe, changes), None, folder / "here")
 
-    for kill in range(count):
-        read, write = os.pipe()
-        pid = child(save_on_and_on(write, max(checkpoint.checkpoints(root), default=0) + 1))
-        os.close(write)
-        finished(pid, draw.uniform(0.0, 0.25))
-        with os.fdopen(read) as pipe:
-            acknowledged = max([acknowledged, *(int(line) for line in pipe.read().split())])
-        for step, path in checkpoint.checkpoints(root).items():
-            visible += 1
-            try:
-                checkpoint.verify(path)
-            except (AlignError, OSError, ValueError, KeyError) as error:
-                torn.append(f"kill {kill}, step {step}: {error}")
-        found = checkpoint.load_latest(root)
-        if (found.step if found else 0) < acknowledged:
-            lost.append(f"kill {kill}: step {acknowledged} was acknowledged")
-    return {"kills": count, "saves": acknowledged, "checkpoints_verified": visible, "torn": torn, "lost": lost}
+    def train(out: Path) -> Callable[[], None]:
+        return lambda: os._exit(align(["train", recipe, *changes, "--out", str(out)]))
+
+    began = time.monotonic()
+    _all_finished(_launch(train(folder / "alone"), ranks), 600)
+    alone = time.monotonic() - began
+    for n in range(count):
+        out = folder / f"stopped_{n}"
+        pids = _launch(train(out), ranks)
+        time.sleep(draw.uniform(0.0, alone))
+        began, chosen = time.monotonic(), draw.choice(pids)
+        os.kill(chosen, signal.SIGTERM)
+        ended = {pid: _ended(pid, began + GRACE) for pid in pids}
+        took.append(time.monotonic() - began)
+        codes[" ".join(map(str, sorted(ended.values())))] = codes.get(" ".join(map(str, sorted(ended.values()))), 0) + 1
+        how = _state(out, list(ended.values()))
+        if how in met:
+            met[how] += 1
+        else:
+            failures.append(f"stop {n}, exit codes {list(ended.values())}: {how}")
+        shutil.rmtree(out, ignore_errors=True)
+    return {
+        "trainer": trainer, "ranks": ranks, "stops": count, **met, "exit_codes": codes,
+        "seconds_of_one_run": round(alone, 2), "longest_seconds": round(max(took), 2), "failures": failures,
+    }  # fmt: skip
+
+
+def _ended(pid: int, until: float) -> int:
+    """Return the exit code of a process; it is killed, and counts as -9, where it is still there at that time."""
+    while time.monotonic() < until:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def _state(out: Path, codes: list[int]) -> str:
+    """Say how a run was left: saved at the last step it logged, complete, before its first step, or what is wrong."""
+    logged = read_jsonl(out / "metrics.jsonl")[0] if (out / "metrics.jsonl").exists() else []
+    found = checkpoint.load_latest(out / "checkpoints") if (out / "checkpoints").exists() else None
+    if (found.step if found else 0) != (logged[-1]["step"] if logged else 0):
+        return f"logged {len(logged)} steps, and saved {found and found.step}"
+    if set(codes) == {0}:
+        return "complete"
+    if not logged:
+        return "nothing_to_save"
+    return "saved" if set(codes) == {130} else "it did not end as a stopped run"
 
 
 def main() -> int:
     """Read the arguments, run one of the two, and print what it found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("kills", "saves"))
-    parser.add_argument("--count", type=int, default=30, help="how many times to kill (default: 30)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills (default: 0)")
+    parser.add_argument("what", choices=("kills", "stops"))
+    parser.add_argument("--count", type=int, default=30, help="how many times (default: 30)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+    parser.add_argument("--trainer", choices=RECIPES, default="dance_grpo", help="(default: dance_grpo)")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of the run (default: 1)")
+    parser.add_argument("--deepspeed", help="settings of DeepSpeed, as of `align train`; for kills")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        found = {"kills": kills, "saves": saves}[options.what](options.count, options.seed, Path(folder))
+    shared = (options.count, options.seed)
+    with tempfile.TemporaryDirectory() as name:
+        if options.what == "kills":
+            found = kills(*shared, Path(name), options.trainer, options.ranks, options.deepspeed)
+        else:
+            found = stops(*shared, Path(name), options.trainer, options.ranks)
     sys.stdout.write(json.dumps(found, indent=1) + "\n")
-    return int(any(found.get(name) for name in ("differing", "torn", "lost")))
+    return int(any(found.get(name) for name in ("differing", "failures")))
 
 
 if __name__ == "__main__":

@@ -104,7 +104,8 @@ class DanceGRPO(OnlineRun):
                 std.to(tile.x.device), delta.to(tile.x.device), low, high, objective.dppo_threshold,
             )
         )  # fmt: skip
-        loss, stats = terms.loss, dict(terms.stats)
+        # Clipping makes a finite loss of an infinite ratio; times 0 it is not a number, and the update is refused.
+        loss, stats = terms.loss + 0 * replayed.logp.detach(), dict(terms.stats)
         if objective.kl_weight:
             distance = self._distance(replayed, tile, table)
             loss, stats["kl_reference"] = loss + objective.kl_weight * distance, distance.detach()

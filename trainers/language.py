@@ -9,6 +9,8 @@ trainers/language_objective.py              a microbatch's tensors and losses
 trainers/language_measures.py               metrics and held-out evaluation
 trainers/language_generation.py             answers to held-out prompts
 trainers/language_images.py                 images as a model's processor makes tensors of them
+trainers/language_engine.py                 DeepSpeed's settings
+trainers/language_fsdp.py                   FSDP2: a model and its optimizer, split over the processes
 trainers/language_model.py                  log-probs at completion tokens, the model before training
 trainers/preference_data.py                 tokens, and the plan of an epoch
 trainers/preference.py                      the objectives as pure functions
@@ -37,7 +39,8 @@ from align.preferences import PreferenceSet, load_preferences
 from align.rluf_config import RLUFConfig
 from align.run import claiming, require_not_hacked
 from align.tracking import RunLog
-from trainers.language_engine import engine_settings, settled, sharded, zero_stage
+from trainers.language_engine import engine_settings, require_splittable, settled, sharded, zero_stage
+from trainers.language_fsdp import shard_module
 from trainers.language_generation import Prompt, choose_prompts, read_prompts
 from trainers.language_images import has_images
 from trainers.language_measures import LanguageEvaluation
@@ -62,6 +65,7 @@ class LanguageRun:
         overwrite: start again, replacing a run that is there.
         fork: go on with a run that is there under a changed configuration.
         deepspeed: name or file of DeepSpeed settings; those of `accelerate launch`, if it has any, when None.
+        fsdp: split weights, gradients and optimizer over the processes with torch's FSDP2.
         rows: training rows in place of `data.path`, and held-out ones in place of `data.heldout_path`.
     """
 
@@ -74,6 +78,7 @@ class LanguageRun:
         overwrite: bool = False,
         fork: bool = False,
         deepspeed: str | None = None,
+        fsdp: bool = False,
         rows: tuple[PreferenceSet, PreferenceSet | None] | None = None,
     ) -> None:
         self.config, self.objective = config, objective
@@ -81,6 +86,9 @@ class LanguageRun:
         self.world = join_world(config.checkpoint.hung_after_seconds)
         require_divisible(config, self.world.size)
         self.deepspeed = engine_settings(deepspeed, config, self.world)
+        self.fsdp = fsdp
+        if fsdp:
+            require_splittable(self.deepspeed, self.world.size)
         self._require_sparsity()
         self.directory = Path(out or Path("runs") / config.name)
         with claiming(self.directory, config, self.world, overwrite=overwrite, fork=fork) as self._changed:
@@ -107,24 +115,32 @@ class LanguageRun:
         """What carries the updates out, as run.json names it."""
         if self.deepspeed is not None:
             return f"deepspeed_zero{zero_stage(self.deepspeed)}"
+        if self.fsdp:
+            return "fsdp2"
         return "single" if self.world.size == 1 else "data_parallel"
+
+    @property
+    def splits_weights(self) -> bool:
+        """Whether no process holds a whole weight: ZeRO 3, FSDP2."""
+        return self.fsdp or zero_stage(self.deepspeed) == 3
 
     def _require_sparsity(self) -> None:
         """Refuse a mask, and measures while training, where the weights are not whole."""
         asked, lora = self.config.sparsity, self.config.model.train == "lora"
-        require_maskable(asked.mask, adapted=lora, deepspeed=self.deepspeed)
-        if asked.every and zero_stage(self.deepspeed) == 3:
+        require_maskable(asked.mask, adapted=lora, deepspeed=self.deepspeed, fsdp=self.fsdp)
+        if asked.every and self.splits_weights:
             raise ConfigError(
-                "Under ZeRO 3 weights are measured after training alone", where="sparsity.every",
+                "Under ZeRO 3 and FSDP2 weights are measured after training alone", where="sparsity.every",
                 why="no process holds a whole tensor meanwhile", do="Set it to 0, or use zero2",
             )  # fmt: skip
 
     def _require_images_everywhere(self) -> None:
-        """Refuse what would wait for ever: under ZeRO 3 all processes gather the vision tower's weights or none."""
+        """Refuse what would wait for ever: where weights are split all processes gather the vision tower's or none."""
         found = [tokens.pictures for tokens in (self.tokens, self.heldout) if tokens is not None]
-        if any(p is not None and p.mixed for p in found) and zero_stage(self.deepspeed) == 3:
+        if any(p is not None and p.mixed for p in found) and self.splits_weights:
             raise ConfigError(
-                "Under ZeRO 3 either all rows have images or none", where="--deepspeed", why="some rows have none",
+                "Under ZeRO 3 and FSDP2 either all rows have images or none", where="--fsdp" if self.fsdp
+                else "--deepspeed", why="some rows have none",
                 do="Use zero2, or split the data",
             )  # fmt: skip
 
@@ -170,6 +186,8 @@ class LanguageRun:
             with self.world.together():
                 model = load_language_model(self.config.model, seed=self.config.seed)
                 reference = self._reference(model) if self.objective.referenced else None
+                if self.fsdp:
+                    shard_module(model)
                 cache = self._precompute(model) if self.reference == "precomputed" else None
             log = RunLog(self.directory, tensorboard=self.config.tracking.tensorboard, silent=not self.world.leads)
             with Session(self, log, saved, began) as session:
@@ -182,9 +200,11 @@ class LanguageRun:
             return RunResult(self.directory, "stopped", {})
 
     def _require_same_engine(self, saved: Mapping[str, Any]) -> None:
-        """Refuse a checkpoint whose optimizer is split in another way: DeepSpeed keeps a file of each process."""
+        """Refuse a checkpoint whose optimizer is split in another way. DeepSpeed keeps a file of each process; the
+        shares of FSDP2 make whole tensors for any number of processes."""
         there, now = (saved.get("engine"), saved.get("processes")), (self.engine, self.world.size)
-        if there == now or not any(str(engine).startswith("deepspeed") for engine, _ in (there, now)):
+        split = [str(engine).startswith("deepspeed") or engine == "fsdp2" for engine, _ in (there, now)]
+        if there == now or not any(split) or there[0] == now[0] == "fsdp2":
             return
         raise CheckpointError(
             "The run cannot go on under this engine", where=str(self.directory),
@@ -193,12 +213,14 @@ class LanguageRun:
         )  # fmt: skip
 
     def _reference(self, model: nn.Module, mode: str = "") -> Reference:
-        """Return the model before training, sharded under ZeRO 3 and else a replica, where it is one of its own."""
+        """Return the model before training; a copy is split under ZeRO 3 and FSDP2, and else a replica."""
         mode, half = mode or self.reference, self.config.model.dtype == "bf16"
         if mode != "copy" or zero_stage(self.deepspeed) < 3:
             found = Reference(mode, model, half=half and self.deepspeed is None)
             if found.copy is not None and self.deepspeed is not None and half:
                 found.copy.to(torch.bfloat16)  # as DeepSpeed makes the policy
+            if found.copy is not None and self.fsdp:
+                found = Reference(mode, model, shard_module(found.copy), half=half)
             return found
         whole = self.config.model.model_copy(update={"train": "full", "gradient_checkpointing": False})
         again = load_language_model(whole, seed=self.config.seed).requires_grad_(False)
@@ -216,7 +238,7 @@ class LanguageRun:
         partitioned = zero_stage(self.deepspeed) == 3  # no weights are at hand outside of an engine
         reference = self._reference(model, "copy" if partitioned else "")
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        if not partitioned:
+        if not self.splits_weights:
             model.to(device)
 
         def score(batch: Mapping[str, Tensor]) -> Tensor:

@@ -80,6 +80,24 @@ def engine_settings(deepspeed: str | None, config: LanguageConfig, world: World)
     }
 
 
+def require_splittable(deepspeed: Any, processes: int) -> None:
+    """Refuse FSDP2 beside DeepSpeed, and for one process.
+
+    Raises:
+        ConfigError: saying so.
+    """
+    if deepspeed is not None:
+        raise ConfigError(
+            "FSDP2 and DeepSpeed do not go together", where="--fsdp", why="each splits the weights in its own way",
+            do="Give one of --fsdp and --deepspeed",
+        )  # fmt: skip
+    if processes == 1:
+        raise ConfigError(
+            "FSDP2 needs several processes", where="--fsdp", why="there is one, which would hold everything",
+            do="Add --launch torchrun --nproc N",
+        )  # fmt: skip
+
+
 def zero_stage(options: Mapping[str, Any] | None) -> int:
     """Return the ZeRO stage of settings that `engine_settings` made; 0 without DeepSpeed."""
     return 0 if options is None else int(options["zero_optimization"]["stage"])
@@ -157,8 +175,9 @@ def _require_accelerate(config: LanguageConfig) -> None:
     for name, engine in _ACCELERATE_ENGINES.items():
         if os.environ.get(name, "false").lower() == "true":
             raise ConfigError(
-                f"accelerate asks for {engine}, which language runs do not have", where=where,
-                do="Use zero_stage 3 of its deepspeed_config, which shards weights too",
+                f"accelerate asks for {engine}, which language runs do not have through it", where=where,
+                why="without GPUs its FSDP is data parallelism" if engine == "FSDP" else "",
+                do="Leave it out and add --fsdp, or use zero_stage 3 of its deepspeed_config",
             )  # fmt: skip
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision not in ("no", config.model.dtype):

@@ -25,6 +25,7 @@ from align.diffusion.digits_data import cache_directory
 from align.errors import ModelError
 from align.language_config import LanguageModelConfig
 from align.launch import World
+from align.weights import require_inert
 from trainers.language_images import has_images, model_inputs
 from trainers.preference_data import Tokens
 from trainers.tiny_language import tiny_model
@@ -88,8 +89,9 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     folder = resolve_language_model(path)
+    require_inert(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if chat_template is not None:
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
     except (OSError, ValueError, KeyError) as error:
@@ -125,7 +127,7 @@ def load_processor(path: str, chat_template: str | None = None) -> Any:
     try:
         if not takes_images(path):
             return tokenizer
-        processor = AutoProcessor.from_pretrained(resolve_language_model(path))
+        processor = AutoProcessor.from_pretrained(resolve_language_model(path), trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
             "A processor cannot be loaded", where=path, why=str(error).strip().splitlines()[0],
@@ -151,10 +153,13 @@ def load_language_model(config: LanguageModelConfig, *, seed: int) -> nn.Module:
 
     folder, lora = resolve_language_model(config.path), config.train == "lora"
     half = lora and config.dtype == "bf16"
+    require_inert(folder)
     try:
         with quiet():
             kind = AutoModelForImageTextToText if takes_images(config.path) else AutoModelForCausalLM
-            model = kind.from_pretrained(folder, dtype=torch.bfloat16 if half else torch.float32)
+            model = kind.from_pretrained(
+                folder, dtype=torch.bfloat16 if half else torch.float32, trust_remote_code=False
+            )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             "A language model cannot be loaded", where=config.path, why=str(error).strip().splitlines()[0],

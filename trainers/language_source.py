@@ -134,8 +134,9 @@ def _with_saved_adapters(model: nn.Module, folder: Path) -> nn.Module:
     """Put the adapters of a PEFT folder onto a model, into those it has or as new ones."""
     from peft import PeftModel, set_peft_model_state_dict
 
-    from align.weights import load_tensors
+    from align.weights import load_tensors, require_inert
 
+    require_inert(folder)
     if not hasattr(model, "disable_adapter"):
         return PeftModel.from_pretrained(model, folder)
     unknown = set_peft_model_state_dict(model, load_tensors(folder / "adapter_model.safetensors")).unexpected_keys

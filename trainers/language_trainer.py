@@ -11,6 +11,7 @@ finite, and the run stops before that step is logged or saved. A version that st
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import shutil
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,7 @@ from align.sparsity.live import live_source
 from align.sparsity.sources import Source
 from align.sparsity.subnetwork import SubnetworkAdamW, read_places
 from trainers.language_engine import zero_stage
+from trainers.language_fsdp import load_optimizer, require_sharded, save_optimizer, set_weights, whole_weights
 from trainers.language_model import LogpCache, Reference, quiet, require_same_logps, weights_folder
 from trainers.language_objective import Models, RowLosses, add_totals, microbatch
 from trainers.sparsity import open_tracker
@@ -113,6 +115,9 @@ class AlignTrainer(transformers.Trainer):
         self.run, self.session, self.cache = run, session, cache
         self.expects_gradient = False
         self.models = Models(self.model, self.model, reference)
+        if run.fsdp:  # the model is split already: no wrapper, and no move
+            prepare = self.accelerator.prepare_model
+            self.accelerator.prepare_model = functools.partial(prepare, device_placement=False, evaluation_mode=True)
 
     def get_train_dataloader(self) -> DataLoader:
         """Return this process's microbatches of the whole run, one at a time; resuming skips them unread."""
@@ -142,6 +147,12 @@ class AlignTrainer(transformers.Trainer):
             eps=config.optimizer.eps,
         )  # fmt: skip
         return self.optimizer
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Run a microbatch forward and backward; FSDP2's gradients meet once an update, in its last one."""
+        if self.run.fsdp:
+            model.set_requires_gradient_sync(self.accelerator.sync_gradients)
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return 0: nothing here is called input_ids, which the Trainer counts by."""
@@ -207,16 +218,51 @@ class AlignTrainer(transformers.Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Read whole weights as `from_pretrained` does: some models keep them under other names on disk."""
-        if self.run.config.model.train == "full":
+        full = self.run.config.model.train == "full"
+        if full:
             with quiet():
-                saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=torch.float32)
-            self.model.load_state_dict(saved.state_dict())
+                saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=torch.float32).state_dict()
+        if self.run.fsdp:
+            set_weights(self.model, saved if full else self._adapters(resume_from_checkpoint), trained=not full)
+        elif full:
+            self.model.load_state_dict(saved)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def save_committed(self) -> None:
         """Write the checkpoint of the step at which the weights stand."""
         self._save_checkpoint(self.model, None)
+
+    def _adapters(self, folder: str) -> dict[str, Tensor]:
+        """Read the adapters of a checkpoint, by the names they have in the model."""
+        from peft import load_peft_weights
+
+        saved = load_peft_weights(folder, device="cpu")
+        names = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        return {name: saved[name.replace(f".{self.model.active_adapter}.", ".")] for name in names}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the whole weights as `from_pretrained` reads them, from one process."""
+        if not self.run.fsdp:
+            super().save_model(output_dir, _internal_call)
+            return
+        state = whole_weights(self.model, trained=self.run.config.model.train == "lora")
+        if self.run.world.leads:
+            self.model.save_pretrained(output_dir, state_dict=state)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Write the optimizer's state: under FSDP2 each process its share."""
+        if self.run.fsdp:
+            save_optimizer(self.model, self.optimizer, self.lr_scheduler, Path(output_dir), self.run.world)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Read what `_save_optimizer_and_scheduler` wrote."""
+        if self.run.fsdp and checkpoint is not None:
+            load_optimizer(self.model, self.optimizer, self.lr_scheduler, Path(checkpoint))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Have the Trainer write into a staging folder, and publish it whole."""
@@ -256,6 +302,8 @@ class _Commit(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the model before training: under ZeRO 3 its weights can be had in the engine alone."""
+        if self.run.fsdp:
+            require_sharded(self.trainer.model_wrapped)
         if zero_stage(self.run.deepspeed) == 3:
             require_same_logps(self.trainer.model)
         self.session.before()
@@ -308,6 +356,7 @@ class _Commit(TrainerCallback):
             self.trainer.subnetwork.mask_gradients()
         parameters = [p for p in self.trainer.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters]) if parameters else torch.zeros(())
+        norm = norm.full_tensor() if self.run.fsdp else norm  # of all processes' shares
         first = self._expected(state.global_step == 0)
         self.session.sitting.see(grad_norm=norm)
         guards.require_gradient(norm, torch.zeros(()), f"step {state.global_step + 1}", expected=first)

@@ -18,6 +18,7 @@ Where this differs from the paper (Bansal, Dang, Grover 2024, "Peering Through P
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -124,7 +125,7 @@ def peer(
     ask = _ask_world(world) if world else ask_events([*said.events, *more], config.data.key)
     found["selection"] = play(picks, ask)
     found["selection"] |= _what_was_picked(pool, picks, scores, world)
-    _write_picks(directory / "picks.jsonl", pool, picks)
+    write_picks(directory / "picks.jsonl", pool, picks)
     replace_text(directory / "peering.json", json.dumps(plain(found), indent=1, ensure_ascii=False) + "\n")
     return PeeringResult(directory, "complete", plain(found))
 
@@ -398,9 +399,12 @@ def _what_was_picked(
     return found
 
 
-def _write_picks(path: Path, pool: Outputs, picks: Mapping[str, Mapping[str, str]]) -> None:
-    """Write what was selected as data of an annotation task: a row an output, an output once a prompt."""
-    rows = []
+def write_picks(path: Path, pool: Outputs, picks: Mapping[str, Mapping[str, str]]) -> None:
+    """Write what was selected as data of an annotation task: a row an output, an output once a prompt.
+
+    Images are copied beside it under the paths they have, so that their ids stay what they were.
+    """
+    rows, folder = [], path.parent.resolve()
     for chosen in picks.values():
         by_output: dict[str, list[str]] = {}
         for who, name in chosen.items():
@@ -408,5 +412,9 @@ def _write_picks(path: Path, pool: Outputs, picks: Mapping[str, Mapping[str, str
         for name, pickers in by_output.items():
             item = pool.items[name]
             output = "image" if item.media == "image" else "response"
+            copy = (folder / item.response).resolve() if output == "image" else folder
+            if copy != folder and copy.is_relative_to(folder):
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(pool.folders[name] / item.response, copy)
             rows.append({"prompt": item.prompt, output: item.response, "picked_by": ", ".join(pickers)})
     replace_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

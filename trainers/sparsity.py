@@ -20,11 +20,12 @@ from align.tracking import RunLog
 FORMS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 
 
-def require_maskable(mask: str | None, *, adapted: bool, deepspeed: Any) -> None:
+def require_maskable(mask: str | None, *, adapted: bool, deepspeed: Any, fsdp: bool = False) -> None:
     """Refuse a mask where it cannot be kept to.
 
     Raises:
-        ConfigError: adapters, which move every weight of a layer, or DeepSpeed, which keeps weights in flat pieces.
+        ConfigError: adapters, which move every weight of a layer; DeepSpeed, which keeps weights in flat pieces; or
+            FSDP2, under which no process has a whole weight.
     """
     if mask is None:
         return
@@ -32,6 +33,11 @@ def require_maskable(mask: str | None, *, adapted: bool, deepspeed: Any) -> None
         raise ConfigError(
             "A mask needs full training", where="sparsity.mask", why="an adapter moves every weight of its layer",
             do="Set model.train: full",
+        )  # fmt: skip
+    if fsdp:
+        raise ConfigError(
+            "A mask does not go with FSDP2", where="sparsity.mask, --fsdp", why="no process holds a whole weight",
+            do="Train without --fsdp",
         )  # fmt: skip
     if deepspeed is not None:
         raise ConfigError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -20,14 +19,17 @@ from align.errors import ModelError
 from align.published import is_hub_name
 from align.registry import suggest
 from align.seeding import seed as derive_seed
+from align.textfiles import read_json
 from align.types import ImagePrompt, Prompt
-from align.weights import download_pipeline
+from align.weights import download_pipeline, require_inert
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from peft import LoraConfig as PeftLoraConfig
 
 ADAPTER = "policy"
+_LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
+"""Where the components of a pipeline come from; the last is the module of the safety checker in diffusers."""
 QUERY_KEY_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 
 
@@ -68,9 +70,12 @@ def read_index(folder: Path, family: str | None = None) -> tuple[str, dict[str, 
             do="Give a folder written by save_pretrained, or 'digits' for the embedded model",
         )
     try:
-        listed = json.loads(index.read_text(encoding="utf-8"))
-        name = family or listed["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
+        listed = read_json(index, ModelError)
+        own = listed["_class_name"]
+        if not isinstance(own, str):
+            raise TypeError(f"its class is {own!r}, and code of a folder is never run")
+        name = family or own
+    except (KeyError, TypeError) as error:
         raise ModelError("A pipeline's model_index.json cannot be read", where=str(index), why=str(error)) from error
     if name not in FAMILIES:
         raise ModelError(f"No model family runs {name!r}", where=str(index), do=suggest(name, FAMILIES))
@@ -101,6 +106,14 @@ def load_family(path: str | Path, family: str | None = None) -> Family:
             why=f"its model_index.json lists {lost[0]}, and there is no such folder in it",
             do="Download the whole pipeline, or save it again with save_pretrained",
         )  # fmt: skip
+    for part, home in parts.items():
+        if part not in absent and (len(home) != 2 or home[0] not in _LIBRARIES):
+            raise ModelError(
+                "A pipeline names code of its own", where=str(folder / "model_index.json"), why=f"{part} is {home}",
+                do="Do not trust it; a component is a class of diffusers or transformers",
+            )  # fmt: skip
+        require_inert(folder / part)
+    require_inert(folder)
     try:
         with quiet_loading():
             pipeline: DiffusionPipeline = getattr(diffusers, name).from_pretrained(

@@ -9,13 +9,14 @@ from __future__ import annotations
 import csv
 import json
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from align.errors import DataError
+from align.parquetfiles import parquet_rows
 from align.registry import suggest
+from align.textfiles import read_csv, read_json, read_lines
 
 ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
 MISSING_WORDS = frozenset({"", "nan", "none", "null", "na", "n/a", "<na>"})
@@ -58,55 +59,37 @@ def read_rows(path: str | Path, columns: Sequence[str] = ()) -> Iterator[Row]:
 
 
 def _delimited(path: Path, columns: Sequence[str], delimiter: str) -> Iterator[Row]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     names = list(columns)
     line = 0
     try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, delimiter=delimiter, strict=True)
-            for cells in reader:
-                line, began = reader.line_num, line + 1
-                if not cells:
-                    continue
-                if not names:
-                    names = [cell.strip() for cell in cells]
-                    if len(set(names)) < len(names):
-                        raise DataError("A table names two columns alike", where=f"{path}:{began}", do=_HEADERLESS)
-                elif len(cells) != len(names):
-                    raise DataError(
-                        "A row does not fit the columns", where=f"{path}:{began}",
-                        why=f"{len(cells)} cells for {len(names)} columns ({', '.join(names)})",
-                        do="Quote a cell that holds the separator, or mend the column map",
-                    )  # fmt: skip
-                else:
-                    yield f"{path}:{began}", dict(zip(names, cells, strict=True))
+        for began, last, cells in read_csv(path, DataError, delimiter):
+            line = last
+            if not cells:
+                continue
+            if not names:
+                names = [cell.strip() for cell in cells]
+                if len(set(names)) < len(names):
+                    raise DataError("A table names two columns alike", where=f"{path}:{began}", do=_HEADERLESS)
+            elif len(cells) != len(names):
+                raise DataError(
+                    "A row does not fit the columns", where=f"{path}:{began}",
+                    why=f"{len(cells)} cells for {len(names)} columns ({', '.join(names)})",
+                    do="Quote a cell that holds the separator, or mend the column map",
+                )  # fmt: skip
+            else:
+                yield f"{path}:{began}", dict(zip(names, cells, strict=True))
     except csv.Error as error:
         raise DataError("A file is not CSV", where=f"{path}:{line + 1}", why=str(error)) from error
-    except UnicodeDecodeError as error:
-        raise DataError(
-            "A file is not UTF-8 text", where=f"{path}:{line + 1}",
-            why=f"byte 0x{error.object[error.start]:02x} is part of no character", do="Save the file as UTF-8",
-        ) from error  # fmt: skip
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
-    number = 0
-    try:
-        with path.open(encoding="utf-8-sig", newline="\n") as stream:
-            for number, line in enumerate(stream, start=1):
-                if not line.strip():
-                    continue
-                yield _object(_parsed(line, f"{path}:{number}"), f"{path}:{number}")
-    except UnicodeDecodeError as error:
-        raise DataError("A file is not UTF-8 text", where=f"{path}:{number + 1}") from error
+    for number, line in enumerate(read_lines(path, DataError), start=1):
+        if line.strip():
+            yield _object(_parsed(line.removesuffix("\n"), f"{path}:{number}"), f"{path}:{number}")
 
 
 def _json(path: Path) -> Iterator[Row]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError("A file is not UTF-8 text", where=str(path)) from error
-    found = _parsed(text, str(path))
+    found = read_json(path, DataError)
     if not isinstance(found, list):
         raise DataError("A JSON table is a list of objects", where=str(path), why=f"found a {type(found).__name__}")
     for i, row in enumerate(found):
@@ -128,20 +111,8 @@ def _object(row: Any, where: str) -> Row:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise DataError("Reading Parquet needs pyarrow", where=str(path), do="Run `pip install pyarrow`") from error
-    number = 0
-    try:
-        with parquet.ParquetFile(path) as table:
-            for batch in table.iter_batches(batch_size=4096):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}:{number}", row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError("A file is not Parquet", where=str(path), why=str(error).splitlines()[0]) from error
+    for number, row in enumerate(parquet_rows(path), start=1):
+        yield f"{path}:{number}", row
 
 
 # --- cells ------------------------------------------------------------------------------------------

@@ -96,6 +96,8 @@ def connect(path: Path, *, create: bool) -> sqlite3.Connection:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError("A store's folder cannot be made", where=str(path), why=error.strerror or "") from error
+    elif not create and not path.stat().st_size:
+        raise DataError("A feedback store is empty", where=str(path), why="the file has no bytes", do="Restore a copy")
     with speaking(path):
         db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     try:
@@ -214,7 +216,7 @@ _MEANINGS = (
 
 @contextlib.contextmanager
 def speaking(path: Path) -> Iterator[None]:
-    """Turn what SQLite raises within a block into a `DataError` that says what to do."""
+    """Turn what SQLite, or a damaged value, raises within a block into a `DataError` that says what to do."""
     try:
         yield
     except sqlite3.Error as error:
@@ -230,6 +232,10 @@ def speaking(path: Path) -> Iterator[None]:
         ) from error  # fmt: skip
     except OverflowError as error:
         raise DataError("A number cannot be stored", where=str(path), why="it is beyond 64 bits") from error
+    except json.JSONDecodeError as error:
+        raise DataError(
+            "A feedback store is damaged", where=str(path), why=f"a value is no JSON: {error}", do="Restore a copy"
+        ) from error
 
 
 _json = json.JSONEncoder(ensure_ascii=False).encode

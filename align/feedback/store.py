@@ -139,7 +139,9 @@ class Store:
         """
         chosen = _filters(key=key, kind=kind, annotator=annotator, source=source, since=since, items=items)
         for page in self._pages(chosen, upto):
-            yield from (decode(row[1:]) for row in page)
+            with speaking(self.path):
+                events = [decode(row[1:]) for row in page]
+            yield from events
 
     def events_with_items(
         self,
@@ -246,21 +248,32 @@ class Store:
         }  # fmt: skip
 
     def check(self) -> None:
-        """Verify the file and every link in it.
+        """Verify the file, every link in it, and every item against its id, which is a hash of its content.
+
+        SQLite keeps no checksums: a changed answer that still reads as one goes unnoticed.
 
         Raises:
-            DataError: SQLite finds damage, or a row refers to one that is not there.
+            DataError: SQLite finds damage, a row refers to one that is not there, or an item is not what was added.
         """
         with speaking(self.path):
             found = [row[0] for row in self._db().execute("PRAGMA integrity_check(3)")]
             broken = (
                 [] if found != ["ok"] else [w for w, sql in _LINKS.items() if self._db().execute(sql).fetchone()[0]]
             )
+        if found == ["ok"] and not broken:
+            broken = self._changed_items()
         if found != ["ok"] or broken:
             raise DataError(
                 "A feedback store is damaged", where=str(self.path), why="; ".join(broken or found),
                 do="Restore a copy, or recover it with SQLite's `.recover`",
             )  # fmt: skip
+
+    def _changed_items(self) -> list[str]:
+        """Return a reason where an item is not what its id says; one that cannot be made is the first such."""
+        try:
+            return [f"item {name} has other content" for name, item in self.items().items() if item.id != name][:3]
+        except DataError as error:
+            return [str(error)]
 
 
 class Writer:

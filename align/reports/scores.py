@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from align.images import FORMATS, MOST_PIXELS
 from align.reports.charts import histogram
 from align.reports.page import image_uri, render
 from align.scoretable import components_of, read_scores
@@ -123,7 +124,9 @@ def thumbnail(path: Path) -> Thumbnail | None:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=FORMATS) as opened:
+            if opened.width * opened.height > MOST_PIXELS:
+                return None
             image = ImageOps.exif_transpose(opened).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None

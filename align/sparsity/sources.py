@@ -20,10 +20,9 @@ from numpy.typing import NDArray
 
 from align.errors import ModelError
 from align.sparsity.formats import ITEM_BYTES, TORCH_NAMES
-from align.weights import load_tensors
+from align.textfiles import read_json
+from align.weights import header_bytes, load_tensors
 
-MOST_HEADER = 32 << 20
-"""Bytes of a safetensors header; a hundred thousand tensors need 12 MB, and parsing takes six times as much memory."""
 STEMS = ("model", "diffusion_pytorch_model", "pytorch_model", "adapter_model", "pytorch_lora_weights")
 ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.safetensors|\.bin)")
@@ -292,10 +291,7 @@ def set_aliases_apart(source: Source) -> None:
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError("A JSON file beside the weights cannot be read", where=str(path), why=str(error)) from error
+    found = read_json(path, ModelError)
     return found if isinstance(found, dict) else {}
 
 
@@ -303,18 +299,8 @@ def _safetensors(path: Path, source: Source) -> list[Entry]:
     """Parse the header of a safetensors file (8 bytes of length, JSON, data) and map its data."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little") if size >= 8 else 0
-        if size < 10 or length > size - 8:
-            raise ModelError(
-                "A safetensors file is truncated or foreign", where=str(path),
-                why=f"its header would be {length:,} bytes in a file of {size:,}",
-            )  # fmt: skip
-        if length > MOST_HEADER:
-            raise ModelError(
-                "The header of a safetensors file is too long", where=str(path),
-                why=f"{length / 1e6:.0f} MB, where {MOST_HEADER / 1e6:.0f} MB is the most that is parsed",
-                do="Save the weights again without what fills its header",
-            )  # fmt: skip
+        length = header_bytes(path)
+        file.seek(8)
         try:
             header = json.loads(file.read(length))
             metadata = header.pop("__metadata__", None) or {}

@@ -8,19 +8,19 @@ import shutil
 import pytest
 
 from align import checkpoint
-from scripts import fault_injection
+from scripts import fault_injection, kill_save
 
 
-def require_killed_runs_equal(count, folder):
-    found = fault_injection.kills(count, 1, folder)
+def require_killed_runs_equal(count, folder, trainer="dance_grpo"):
+    found = fault_injection.kills(count, 1, folder, trainer)
     assert found["kills"] == count and found["runs"] >= 1
     assert len(set(found["steps_done_at_the_kills"])) > 1 + count // 10, "the kills all hit the same moment"
     assert not found["differing"], found
 
 
 def require_no_save_lost(count, folder):
-    found = fault_injection.saves(count, 1, folder)
-    assert found["kills"] == count and found["saves"] > 0 and found["checkpoints_verified"] > 0
+    found = kill_save.saves(count, 1, folder)
+    assert found["cases"] == count and found["saves"] > 0 and found["checkpoints_verified"] > 0
     assert not found["torn"] and not found["lost"], found
 
 
@@ -32,6 +32,20 @@ def test_killed_runs_end_as_one_that_was_left_alone(tmp_path):
 @pytest.mark.timeout(900)
 def test_thirty_kills_change_nothing(tmp_path):
     require_killed_runs_equal(30, tmp_path)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("trainer", fault_injection.RECIPES)
+def test_kills_change_nothing_for_any_trainer(tmp_path, trainer):
+    found = fault_injection.kills(30 if trainer in ("dance_grpo", "kto") else 5, 1, tmp_path, trainer)
+    assert found["kills"] >= 5 and not found["differing"], found
+
+
+def test_every_trainer_has_a_recipe_to_kill():
+    from trainers import _TRAINERS
+
+    assert fault_injection.RECIPES.keys() == _TRAINERS.keys()
 
 
 def test_a_run_killed_in_its_last_evaluation_draws_the_same_conclusion(tmp_path):
@@ -72,7 +86,7 @@ def test_a_save_that_writes_in_place_would_be_seen_to_tear(tmp_path, monkeypatch
     written = checkpoint.save
     monkeypatch.setattr(checkpoint, "save", naive)
     monkeypatch.setattr(checkpoint, "load_latest", lambda root: None)  # which would refuse what is torn
-    assert fault_injection.saves(12, 1, tmp_path)["torn"]
+    assert kill_save.saves(12, 1, tmp_path)["torn"]
 
 
 def test_a_changed_bit_of_a_run_would_be_seen(tmp_path):

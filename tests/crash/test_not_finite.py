@@ -33,17 +33,18 @@ SITES = {
 
 
 class Injected(DanceGRPO):
-    """A trainer whose step 2 meets a NaN at one site, and which notes the state after every update."""
+    """A trainer whose step `at` meets a NaN at one site, and which notes the state at first and after every update."""
 
-    def __init__(self, out, site, *, rank=0, update=0, settings=None, value=float("nan")):
-        super().__init__(load_config("digits/smoke", SETTINGS), out=out, deepspeed=settings)
+    def __init__(self, out, site, *, rank=0, update=0, settings=None, value=float("nan"), at=2, steps=3):
+        super().__init__(load_config("digits/smoke", [*SETTINGS, f"steps={steps}"]), out=out, deepspeed=settings)
+        self.at = at
         self.site, self.step, self.updates, self.value = site, 0, 0, value
         self.here, self.at_update = self.world.rank == rank, update
         self.states = []
 
     def armed(self, site):
         due = self.updates >= self.at_update or site in ("latents", "reward")
-        return self.here and self.site == site and self.step == 2 and due
+        return self.here and self.site == site and self.step == self.at and due
 
     def open_run(self):
         run = self.run = super().open_run()
@@ -79,6 +80,7 @@ class Injected(DanceGRPO):
         loop.replay = replayed
         first = next(iter(self.policy.trainable().values()))
         first.register_hook(lambda g: g * self.value if self.armed("gradient") else g)
+        self.states.append(self.state())
         return run
 
     def terms(self, tile, rollout, run, *, first):
@@ -121,12 +123,14 @@ def _hash(tensors):
 
 def stopped(out, site, **options):
     """Train until the injected value stops the run: the error's words, the state then and after the last update."""
-    trainer = Injected(out, site, **options)
+    trainer, kept = Injected(out, site, **options), loop.replay
     try:
         trainer.train()
     except (GuardError, RewardError) as error:
         return {"error": str(error), "step": trainer.step, "updates": trainer.updates, "last": trainer.states[-1],
                 "after": trainer.state()}  # fmt: skip
+    finally:
+        loop.replay = kept
     return {"error": "", "updates": trainer.updates}
 
 
@@ -151,10 +155,19 @@ def test_the_run_stops_before_the_update(tmp_path, site, value):
     require_stopped(stopped(tmp_path / "run", site, value=value), SITES[site], tmp_path / "run")
 
 
-@pytest.mark.parametrize("site", ["log-probability", "loss", "gradient"])
-def test_a_later_update_of_a_rollout_is_stopped_too(tmp_path, site):
+@pytest.mark.parametrize(
+    ("site", "value"),
+    [
+        ("log-probability", "nan"),
+        ("log-probability", "inf"),
+        ("log-probability", "-inf"),
+        ("loss", "nan"),
+        ("gradient", "nan"),
+    ],
+)
+def test_a_later_update_of_a_rollout_is_stopped_too(tmp_path, site, value):
     words = SITES[site] if site != "log-probability" else "The loss is not finite"
-    require_stopped(stopped(tmp_path / "run", site, update=1), words, tmp_path / "run", update=1)
+    require_stopped(stopped(tmp_path / "run", site, update=1, value=float(value)), words, tmp_path / "run", update=1)
 
 
 @pytest.mark.parametrize(
@@ -179,6 +192,32 @@ def test_a_nan_on_one_process_stops_both_alike(tmp_path, site, settings):
     assert (
         ranks[0].value["error"] == ranks[1].value["error"] and ranks[0].value["after"][0] == ranks[1].value["after"][0]
     )
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_every_site_at_twenty_steps_in_one_pair_of_processes(tmp_path):
+    """Each sitting goes on from the checkpoint before, and is stopped one step later: 100 stops, NaN and Inf in turn."""
+
+    def work():
+        return {
+            (site, step): stopped(
+                tmp_path / site, site, rank=step % 2, at=step, steps=21, value=float("nan" if step % 4 < 2 else "inf")
+            )
+            for site in SITES
+            for step in range(1, 21)
+        }
+
+    ranks = processes.world(2, work, tmp_path / "world", within=1700)
+    assert [rank.code for rank in ranks] == [0, 0], ranks
+    for (site, step), found in ranks[0].value.items():
+        late = site not in ("latents", "reward") and found["updates"]  # this process had no rows in the first update
+        words = SITES["loss" if late and site == "log-probability" else site]
+        assert words in found["error"], (site, step, found)
+        assert f"step {step}" in found["error"] and found["step"] == step, (site, step, found)
+        assert (found["updates"] == 0 or late) and found["after"] == found["last"], (site, step, found)
+        assert ranks[1].value[site, step]["after"] == found["after"]
+    assert len(ranks[0].value) == 100
 
 
 def test_the_stopped_run_goes_on_to_the_same_end(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 
 import processes
@@ -14,7 +13,15 @@ from safetensors.torch import load_file
 from align import checkpoint
 from align.errors import CheckpointError
 from align.launch import leave_world
-from tests.distributed.language_runs import ENGINES, Told, checkpoint_hashes, small
+from tests.distributed.language_runs import (
+    ENGINES,
+    Told,
+    checkpoint_hashes,
+    killed,
+    require_equal,
+    row,
+    small,
+)
 from trainers.tiny_language import build_tiny
 
 LORA = ("model.train=lora", "model.lora.rank=4", "model.gradient_checkpointing=true")
@@ -67,45 +74,6 @@ def several(model, root, names, deepspeed=None):
         return told
 
     return work
-
-
-def row(out, i=-1):
-    return json.loads((out / "metrics.jsonl").read_text().splitlines()[i])
-
-
-def same_answers(one, other):
-    """The answers of two runs: in the same order, to the letter where nothing was trained, their log-ratios alike."""
-    one, other = (
-        [json.loads(line) for line in (out / "generations.jsonl").read_text().splitlines()] for out in (one, other)
-    )
-    assert [(row["step"], row["index"]) for row in one] == [(s, i) for s in (0, 2, 3) for i in range(3)][: len(one)]
-    assert [(row["step"], row["index"]) for row in other] == [(row["step"], row["index"]) for row in one]
-    assert [row["completion"] for row in other[:3]] == [row["completion"] for row in one[:3]]
-    for mine, theirs in zip(one, other, strict=True):
-        assert (mine["log_ratio"] is None) == (theirs["log_ratio"] is None)
-        if mine["log_ratio"] is not None and mine["completion"] == theirs["completion"]:
-            assert theirs["log_ratio"] == pytest.approx(mine["log_ratio"], abs=1e-4)
-
-
-def require_equal(one, other):
-    """The last step's metrics, the evaluations, the final weights and the running state agree to 1e-5."""
-    name = next(f for f in ("model", "adapter_model") if (one / f"checkpoints/step_000003/{f}.safetensors").exists())
-    first, second = (load_file(run / f"checkpoints/step_000003/{name}.safetensors") for run in (one, other))
-    assert first.keys() == second.keys()
-    for key, value in first.items():
-        torch.testing.assert_close(second[key], value, atol=1e-5, rtol=1e-4, msg=key)
-    for i in range(3):
-        mine, theirs = row(one, i), row(other, i)
-        assert mine.keys() == theirs.keys()
-        for key in set(mine) & {
-            "loss", "rewards/up", "rewards/down", "log_ratio/down", "grad_norm", "lr", "z0", "delta/mean_up", "auc",
-        }:  # fmt: skip
-            assert theirs[key] == pytest.approx(mine[key], abs=1e-5), (i, key)
-    if (one / "generations.jsonl").exists():
-        same_answers(one, other)
-    summaries = [json.loads((run / "summary.json").read_text()) for run in (one, other)]
-    for key in {"auc_after", "rewards/margin_after"} & summaries[0].keys():
-        assert summaries[1][key] == pytest.approx(summaries[0][key], abs=1e-5), key
 
 
 @pytest.mark.parametrize("name", ["kto", "bco"])
@@ -162,31 +130,16 @@ def test_every_engine_trains_what_one_process_does_and_leaves_whole_weights(mode
         assert (adapted[0] - AutoModelForCausalLM.from_pretrained(model)(ids).logits).abs().max() > 1e-4
 
 
-def killed(config, out, settings, step):
-    """Train until both processes are killed, in the midst of `step`."""
-
-    def work():
-        told = Told(config, out, settings)
-        finish, count = told.run.objective.finish, [0]
-
-        def die(world):
-            count[0] += 1
-            if count[0] == step:
-                world.wait()
-                os.kill(os.getpid(), signal.SIGKILL)
-            return finish(world)
-
-        told.run.objective.finish = die
-        return told.train().status
-
-    return work
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "overrides"),
-    [("zero2", ("model.dtype=bf16", *LORA)), ("zero3", ("model.dtype=bf16",))],
-    ids=["zero2_lora", "zero3_full"],
+    [
+        pytest.param("zero2", ("model.dtype=bf16", *LORA), marks=pytest.mark.slow),
+        pytest.param("zero3", ("model.dtype=bf16",), marks=pytest.mark.slow),
+        pytest.param("fsdp2", ("model.dtype=bf16",), marks=pytest.mark.slow),
+        pytest.param("fsdp2", ("model.dtype=bf16", *LORA), marks=pytest.mark.soak),
+        pytest.param("zero2_offload", ("model.dtype=bf16",), marks=pytest.mark.soak),
+    ],
+    ids=["zero2_lora", "zero3_full", "fsdp2_full", "fsdp2_lora", "zero2_offload_full"],
 )
 def test_a_killed_run_resumes_as_if_nothing_had_been(model, tmp_path, settings, overrides):
     """Bit for bit, also in bfloat16, where it stays finite and the loss falls; another engine or size is refused."""
@@ -223,11 +176,19 @@ def test_a_killed_run_resumes_as_if_nothing_had_been(model, tmp_path, settings, 
 
 
 @pytest.mark.slow
-def test_plain_data_parallelism_goes_on_in_another_number_of_processes(model, alone, tmp_path):
-    trainer, overrides = RUNS["bco"]
+@pytest.mark.parametrize(("settings", "name", "sizes"), [(None, "bco", (2, 1)), ("fsdp2", "lora", (2, 4))])
+def test_some_engines_go_on_in_another_number_of_processes(model, alone, tmp_path, settings, name, sizes):
+    trainer, overrides = RUNS[name]
     config = small(model, trainer, *overrides)
-    dead = processes.world(2, killed(config, tmp_path / "run", None, 3), tmp_path / "w1", within=100)
-    assert [e.code for e in dead] == [-signal.SIGKILL] * 2, dead[0].output[-3000:]
+
+    def train():
+        status = Told(config, tmp_path / "run", settings).train().status
+        leave_world()
+        return status
+
+    dead = processes.world(sizes[0], killed(config, tmp_path / "run", settings, 3), tmp_path / "w1", within=100)
+    assert [e.code for e in dead] == [-signal.SIGKILL] * sizes[0], dead[0].output[-3000:]
     assert list(checkpoint.checkpoints(tmp_path / "run" / "checkpoints")) == [2]
-    assert Told(config, tmp_path / "run", None).train().status == "complete"
-    require_equal(alone("bco"), tmp_path / "run")
+    ended = processes.world(sizes[1], train, tmp_path / "w2", within=100)
+    assert [e.value for e in ended] == ["complete"] * sizes[1], ended[0].output[-3000:]
+    require_equal(alone(name), tmp_path / "run")

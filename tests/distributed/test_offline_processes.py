@@ -13,9 +13,8 @@ from PIL import Image
 import tiny
 from align import checkpoint
 from align.config import load_config
+from tests.distributed.weighing import cell, require_shares, train_weighed
 from trainers import Offline
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +41,27 @@ def train(made, out, loss, deepspeed=None):
         "evaluation": {"every": 2, "samples": 4, "final_samples": 4, "solver_steps": 3},
         "checkpoint": {"every": 2}, "tracking": {"samples_every": 0},
     }  # fmt: skip
-    return Offline(load_config(config), out=out, deepspeed=deepspeed).train().summary
+    trainer = Offline(load_config(config), out=out, deepspeed=deepspeed)
+    return {"summary": trainer.train().summary} if deepspeed is None else train_weighed(trainer)
 
 
-@pytest.mark.parametrize(("loss", "deepspeed"), [("kto", None), ("dpo", None), ("kto", "zero2")])
-def test_two_processes_train_as_one_does(made, tmp_path, monkeypatch, loss, deepspeed):
+@pytest.mark.parametrize(
+    ("loss", "deepspeed"),
+    [
+        pytest.param("kto", None, marks=pytest.mark.slow),
+        pytest.param("dpo", None, marks=pytest.mark.slow),
+        pytest.param("kto", "zero2", marks=pytest.mark.slow),
+        pytest.param("dpo", "zero2", marks=pytest.mark.soak),
+    ],
+)
+def test_two_processes_train_as_one_does(made, tmp_path, monkeypatch, record_property, loss, deepspeed):
     monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
-    alone = train(made, tmp_path / "alone", loss)
+    alone = train(made, tmp_path / "alone", loss)["summary"]
     ranks = processes.world(2, lambda: train(made, tmp_path / "two", loss, deepspeed), tmp_path / "world")
     assert [rank.code for rank in ranks] == [0, 0], ranks
-    assert ranks[0].value["implicit_after"]["mean"] == pytest.approx(alone["implicit_after"]["mean"], abs=0.02)
+    assert ranks[0].value["summary"]["implicit_after"]["mean"] == pytest.approx(
+        alone["implicit_after"]["mean"], abs=0.02
+    )
     rows, others = (processes.metrics(tmp_path / name) for name in ("alone", "two"))
     for row, other in zip(rows, others, strict=True):
         assert row.keys() == other.keys()
@@ -61,3 +71,10 @@ def test_two_processes_train_as_one_does(made, tmp_path, monkeypatch, loss, deep
     one, two = (checkpoint.load_latest(tmp_path / name / "checkpoints") for name in ("alone", "two"))
     for name, value in one.tensors["model"].items():
         torch.testing.assert_close(two.tensors["model"][name], value, atol=1e-5, rtol=1e-4)
+    if deepspeed is not None:
+        for told in (rank.value for rank in ranks):
+            assert (told["engine"], told["stage"]) == ("DeepSpeedEngine", int(deepspeed[-1]))
+            require_shares(told["shares"], deepspeed)
+        found = max(float((value - two.tensors["model"][n]).abs().max()) for n, value in one.tensors["model"].items())
+        name = f"offline {loss}"
+        record_property("cell", cell(name, "deepspeed_zero2", "lora", found, [rank.value for rank in ranks]))

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from align.config import load_config
 from align.launch import leave_world
 from tests.distributed.language_runs import ENGINES, Told
+from tests.distributed.weighing import cell, require_shares
 from trainers.tiny_language import build_tiny
 
 LOSSES = {"crpg": (), "gdpo": ("objective.aggregation=gdpo",), "crraft": ("objective.loss=crraft",),
@@ -59,7 +60,7 @@ def lines(path):
 
 
 def require_equal(one, other):
-    """Two runs are one: metrics, answers to the letter, and weights to rounding."""
+    """Two runs are one: metrics, answers to the letter, and weights to rounding, whose largest difference it returns."""
     for mine, theirs in zip(lines(one / "metrics.jsonl"), lines(other / "metrics.jsonl"), strict=True):
         for key, value in mine.items():
             if "seconds" not in key and "memory" not in key and "real_token" not in key:
@@ -73,6 +74,7 @@ def require_equal(one, other):
     assert a.keys() == b.keys()
     for key, value in a.items():
         torch.testing.assert_close(b[key], value, atol=2e-5, rtol=1e-4, msg=key)
+    return max(float((b[key] - value).abs().max()) for key, value in a.items())
 
 
 def test_two_processes_are_one(model, tmp_path):
@@ -87,21 +89,32 @@ def test_two_processes_are_one(model, tmp_path):
         require_equal(tmp_path / "one", tmp_path / "other")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("settings", "names"), [("zero2", list(LOSSES)), ("zero3", ["codpo"])], ids=["zero2", "zero3"])
-def test_every_engine_trains_what_one_process_does(model, tmp_path, settings, names):
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        pytest.param("zero2", list(LOSSES), marks=pytest.mark.slow, id="zero2"),
+        pytest.param("zero3", ["codpo"], marks=pytest.mark.slow, id="zero3"),
+        pytest.param("fsdp2", ["crpg", "codpo"], marks=pytest.mark.soak, id="fsdp2"),
+    ],
+)
+def test_every_engine_trains_what_one_process_does(model, tmp_path, record_property, settings, names):
     ended = processes.world(2, several(model, tmp_path / "two", names, settings), tmp_path / "w", within=280)
     for e in ended:
         assert isinstance(e.value, dict), e.output[-3000:]
     for name in names:
         for e in ended:
             told = e.value[name]
-            assert told["status"] == "complete" and told["engine"] == "DeepSpeedEngine"
-            assert told["stage"] == int(settings[-1]) and told["weights"] == ended[0].value[name]["weights"]
+            assert told["status"] == "complete" and told["weights"] == ended[0].value[name]["weights"]
+            if settings == "fsdp2":
+                assert told["split"] and told["copy_split"]
+            else:
+                assert told["engine"] == "DeepSpeedEngine" and told["stage"] == int(settings[-1])
+            require_shares(told["shares"], settings)
         Told(small(model, *LOSSES[name]), tmp_path / "one" / name, None).train()
-        require_equal(tmp_path / "one" / name, tmp_path / "two" / name)
         record = json.loads((tmp_path / "two" / name / "run.json").read_text())
         assert record["engine"] == ENGINES[settings] and record["processes"] == 2
+        found = require_equal(tmp_path / "one" / name, tmp_path / "two" / name)
+        record_property("cell", cell(f"rluf {name}", ENGINES[settings], "full", found, [e.value[name] for e in ended]))
 
 
 @pytest.mark.slow

@@ -1,14 +1,10 @@
-"""The figures of the monitor's benchmark and of the taste for bold digits, worked by hand and run small."""
+"""The figures of the monitor's benchmark, worked by hand."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 
-from align.feedback.store import Store
-from scripts import bench_monitor, taste
+from scripts import bench_monitor
 
 
 def cell(seed, accuracies, tripped_at):
@@ -33,26 +29,3 @@ def test_cells_are_kept(tmp_path):
     rows = first["rows"]
     trip = next(row for row in rows if row["hacked"])
     assert 0.1 < trip["farewells"] < 0.6 and any("bye" in s["name"] for s in trip["signals"] if s["tripped"])
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_thumbs_become_a_reward_and_a_policy(tmp_path, capsys):
-    """Every part once, on a half-trained model; whether the taste rises at that size is not asked."""
-    small = [
-        "model.path=digits/smoke", "model.lora.rank=4", "steps=2", "prompts_per_step=4", "group_size=4",
-        "sampler.solver_steps=4", "evaluation.solver_steps=6", "evaluation.every=0", "evaluation.final_samples=40",
-        "checkpoint.every=0", "tracking.samples_every=0", "monitor.action=warn",
-    ]  # fmt: skip
-    call = ["--out", str(tmp_path / "taste"), *small]
-    assert taste.main(call) in (0, 1)
-    found = json.loads((tmp_path / "taste" / "taste_found.json").read_text())
-    assert found["status"] == "complete" and found["shown"] == 8000 and 400 < found["thumbs"] < 1600
-    assert found["auroc"] > 0.5 and found["taste_gain"]["n"] == 40 and found["legibility_points"]["n"] == 40
-    with Store.open(tmp_path / "taste" / "store.db", create=False) as store:
-        assert store.counts()["events"] == 8000 + found["thumbs"]
-    rewards = json.loads((Path(found["report"]).parent / "run.json").read_text())["rewards"]
-    assert [reward["name"] for reward in rewards] == ["fitted", "digits/legibility"], "the taste itself is no reward"
-    kept = (tmp_path / "taste" / "store.db").stat().st_mtime_ns
-    taste.main(call)
-    assert (tmp_path / "taste" / "store.db").stat().st_mtime_ns == kept, "nobody is asked twice"

@@ -46,7 +46,7 @@ def test_rows_at_one_rate_and_at_one_norm():
     # equal shares at one rate, though sft went ten times as far: at one norm it moved fewer weights
     assert same_norm[0]["identical"] < same_norm[1]["identical"] and same_norm[0]["norm"] == same_norm[1]["norm"]
     assert (same_rate[0]["excess_low"], same_rate[0]["excess_high"]) == (pytest.approx(0.3), pytest.approx(0.4))
-    assert table(rows).count("\n") == 2 + len(rows) and "core identical" in plot(rows)
+    assert table(rows).count("\n") == 2 + len(rows) and "beyond rounding" in plot(rows)
     assert {ARMS[r["arm"]][0] for r in rows} == {r["domain"] for r in rows}
 
 

@@ -113,7 +113,7 @@ def test_what_accelerate_asks_for_becomes_settings(launched, tmp_path):
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
-        ({"USE_FSDP": "true"}, "accelerate asks for FSDP"),
+        ({"USE_FSDP": "true"}, "accelerate asks for FSDP.* add --fsdp"),
         ({"USE_MEGATRON_LM": "true"}, "accelerate asks for Megatron-LM"),
         ({"MIXED_PRECISION": "bf16"}, "accelerate asks for bf16, and model.dtype is fp32"),
         ({"MIXED_PRECISION": "fp8"}, "accelerate asks for fp8"),
@@ -169,12 +169,20 @@ def test_who_started_a_process_is_read_from_its_environment(launched):
         (["--launch", "deepspeed", "--deepspeed", "zero9"], "There are no DeepSpeed settings 'zero9'"),
         (["--launch", "torchrun", "--deepspeed", "zero2"], "ZeRO needs DeepSpeed's launcher"),
         (["--launch", "acelerate"], "Unknown launcher 'acelerate'"),
+        (["--fsdp"], "FSDP2 needs several processes (--fsdp): there is one"),
+        (["--launch", "torchrun", "--nproc", "1", "--fsdp"], "FSDP2 needs several processes"),
+        (["--launch", "deepspeed", "--deepspeed", "zero2", "--fsdp"], "FSDP2 and DeepSpeed do not go together"),
     ],
 )
 def test_a_launch_that_cannot_be_is_refused_before_anything_starts(capsys, tmp_path, flags, words):
     assert main(["train", "kto/smoke", "--out", str(tmp_path / "run"), *flags]) == 2
     said = capsys.readouterr().err
     assert words in said and "Traceback" not in said and not (tmp_path / "run").exists()
+
+
+def test_only_language_models_are_split_by_fsdp2(capsys, tmp_path):
+    assert main(["train", "digits/smoke", "--out", str(tmp_path / "run"), "--fsdp"]) == 2
+    assert "FSDP2 splits language models" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_accelerate_launches_language_models_alone(capsys, tmp_path):

@@ -21,7 +21,7 @@ from align.reports.peering import reading, write_page
 from rewards import embeddings
 from rewards.fit_data import load_data
 from tests.people import write_rows
-from trainers.peering import Outputs, ask_events, peer, pick, play
+from trainers.peering import Outputs, ask_events, peer, pick, play, write_picks
 
 
 @pytest.fixture(autouse=True)
@@ -248,3 +248,23 @@ def test_the_verb_plans_runs_and_refuses(tmp_path, monkeypatch, capsys):
     (tmp_path / "run" / "report.html").unlink()
     assert main(["report", "run"]) == 0 and (tmp_path / "run" / "report.html").is_file()
     assert main(["resume", "run"]) == 0 and "Judged by rankings" in capsys.readouterr().out
+
+
+def test_picked_images_come_along_and_keep_their_ids(tmp_path):
+    """A path out of the run's folder is left as it is, and nothing is written there."""
+    there, run = tmp_path / "candidates", tmp_path / "run"
+    (there / "images").mkdir(parents=True)
+    run.mkdir()
+    items = [Item("a cat", f"{name}.png", media="image") for name in ("images/a", "images/b", "../outside")]
+    for name in ("a", "b", "../../outside"):
+        (there / "images" / f"{name}.png").write_bytes(name.encode())
+    (tmp_path / "outside.png").rename(tmp_path / "kept.png")
+    pool = Outputs({item.id: item for item in items}, {item.id: there for item in items})
+    write_picks(
+        run / "picks.jsonl", pool,
+        {"a cat": {"ratings": items[0].id, "rankings": items[1].id}, "the cat": {"ratings": items[2].id}},
+    )  # fmt: skip
+    rows = [json.loads(line) for line in (run / "picks.jsonl").read_text().splitlines()]
+    assert [Item(r["prompt"], r["image"], media="image").id for r in rows] == [item.id for item in items]
+    assert [(run / r["image"]).read_bytes() for r in rows[:2]] == [b"a", b"b"]
+    assert not (tmp_path / "outside.png").exists()

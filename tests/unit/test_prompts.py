@@ -110,7 +110,7 @@ def test_iterables_are_prompts_too():
         ("p.csv", b"prompt,x\na,b\n\n", "A line is empty (FILE, line 3)"),
         ("p.csv", b'prompt\n"a cat\n', "A file is not CSV (FILE, line 2)"),
         ("p.csv", b"prompt\n", "There is no prompt (FILE)"),
-        ("p.parquet", b"PAR1 not really", "A file is not Parquet (FILE)"),
+        ("p.parquet", b"PAR1 not really", "A file is not Parquet, or is damaged (FILE)"),
         ("p.docx", b"x", "unknown format (FILE): it ends in '.docx'"),
         ("p", b"x", "its name has no ending"),
     ],

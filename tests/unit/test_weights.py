@@ -110,7 +110,7 @@ WATCH = """
 def test_a_payload_is_refused_and_nothing_runs(tmp_path, kind):
     touched = tmp_path / "touched"
     (tmp_path / "w.pt").write_bytes(poisoned(kind, Payload(touched)))
-    with pytest.raises(ModelError, match="cannot be read" if kind == "newest pickle" else "more than tensors.*system"):
+    with pytest.raises(ModelError, match="more than tensors.*system"):
         load_tensors(tmp_path / "w.pt")
     assert not touched.exists()
     pickle.loads(pickle.dumps(Payload(touched)))  # noqa: S301  the payload is live: unpickling it elsewhere does what it says

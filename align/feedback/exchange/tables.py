@@ -10,14 +10,14 @@ import csv
 import io
 import json
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from align.errors import DataError
-from align.textfiles import read_text
+from align.parquetfiles import parquet_rows
+from align.textfiles import read_csv, read_json_text, read_lines
 
 READS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
 WRITES = (".csv", ".jsonl", ".parquet")
@@ -90,29 +90,28 @@ def read_table(path: str | Path, *, columns: Sequence[str] = (), delimiter: str 
             where=str(path), do="Check the path",
         )  # fmt: skip
     if ending in DELIMITERS:
-        return _read_csv(path, columns, delimiter or DELIMITERS[ending])
-    return {".json": _read_json, ".parquet": _read_parquet}.get(ending, _read_jsonl)(path)
+        return _named(path, _read_csv(path, columns, delimiter or DELIMITERS[ending]))
+    return _named(path, {".json": _read_json, ".parquet": _read_parquet}.get(ending, _read_jsonl)(path))
 
 
-def _text(path: Path) -> str:
+def _named(path: Path, rows: Iterator[Row | Bad]) -> Iterator[Row | Bad]:
+    """Yield rows; where the file is no text, the column is named too."""
     try:
-        return read_text(path, DataError)
+        yield from rows
     except DataError as error:
         bad = error.__cause__
         if not isinstance(bad, UnicodeDecodeError):
             raise
-        before = bad.object[: bad.start]
-        place = f"{path}:{before.count(10) + 1}:{len(before) - before.rfind(10)}"
+        line = error.where.rpartition(", line ")[2]
+        place = f"{path}:{line}:{bad.start - bad.object.rfind(10, 0, bad.start)}"
         raise DataError(error.what, where=place, why=error.why, do=error.do) from bad
 
 
 def _read_csv(path: Path, columns: Sequence[str], delimiter: str) -> Iterator[Row | Bad]:
-    csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True, delimiter=delimiter)
     header, done = list(columns), 0
     try:
-        for cells in reader:
-            line, done = done + 1, reader.line_num
+        for line, last, cells in read_csv(path, DataError, delimiter):
+            done = last
             place = f"{path}:{line}"
             if not cells:
                 continue
@@ -172,12 +171,12 @@ def _rows(found: Any, place: str) -> Row | Bad:
 
 
 def _read_jsonl(path: Path) -> Iterator[Row | Bad]:
-    for number, line in enumerate(_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_lines(path, DataError), start=1):
         if not line.strip():
             continue
         place = f"{path}:{number}"
         try:
-            found = _parse(line, place)
+            found = _parse(line.removesuffix("\n"), place)
         except DataError as error:
             yield Bad(place, error)
         else:
@@ -185,7 +184,8 @@ def _read_jsonl(path: Path) -> Iterator[Row | Bad]:
 
 
 def _read_json(path: Path) -> Iterator[Row | Bad]:
-    found = _parse(_text(path), f"{path}:1")
+    text = read_json_text(path, DataError)
+    found = _parse(text, f"{path}:1")
     if isinstance(found, dict) and isinstance(found.get("data"), list):
         found = found["data"]
     if not isinstance(found, list):
@@ -195,21 +195,16 @@ def _read_json(path: Path) -> Iterator[Row | Bad]:
 
 
 def _read_parquet(path: Path) -> Iterator[Row | Bad]:
-    pyarrow, parquet = _arrow(path)
     number = 0
     try:
-        with parquet.ParquetFile(path) as table:
-            names = table.schema_arrow.names
-            _require_names(names, f"{path}:0")
-            for batch in table.iter_batches(batch_size=4096):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield Row(f"{path}:{number}", row)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, ValueError) as error:
-        raise DataError(
-            "A file is not Parquet, or is damaged", where=f"{path}:{number + 1}:1", why=str(error).splitlines()[0],
-            do="Write it again",
-        ) from error  # fmt: skip
+        for number, row in enumerate(parquet_rows(path), start=1):
+            if number == 1:
+                _require_names(list(row), f"{path}:0")
+            yield Row(f"{path}:{number}", row)
+    except DataError as error:
+        if error.where != str(path):
+            raise
+        raise DataError(error.what, where=f"{path}:{number + 1}:1", why=error.why, do=error.do) from error
 
 
 def _arrow(path: Path) -> tuple[Any, Any]:

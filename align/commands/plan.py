@@ -1,0 +1,496 @@
+"""`align plan`: what a configuration holds on each accelerator, what fits, and the command that starts it."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import re
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from align.errors import ConfigError
+from align.footprint import Footprint
+from align.output import add_json, give, number, positive, table
+from align.plan import COUNTS, ENGINES, Job, Row, choose, launch
+from align.plan import table as rows_of
+
+ROWS = 8
+"""Rows of a forward that is timed, at most: one alone leaves a processor idle."""
+
+SMALL = 2e7
+"""Weights of a local model up to which a forward is timed without being asked for."""
+
+EXTRAPOLATED = (
+    "Extrapolated: measured are the bytes of weights, gradients and optimizer of small models on 1, 2 and 4 CPU "
+    "processes (docs/scale.md says how far off it was); activations are counted on the architecture, 1.5 GB of "
+    "overhead is assumed, a VAE's decoding is left out, and a step's time has no communication in it"
+)
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Say what a run would hold and take on 1 to 64 accelerators, and which of them it fits on."""
+    found = make_plan(
+        options.config, options.overrides, gpus=options.gpus, memory_gb=options.memory, per_node=options.per_node,
+        forward_seconds=options.forward_seconds, measure=options.measure,
+    )  # fmt: skip
+    return give(options, found, _text(found))
+
+
+def plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `align plan`."""
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or a recipe that `align configs list` shows")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="change a value, e.g. model.train=lora"
+    )
+    parser.add_argument("--gpus", type=positive, default=8, metavar="N", help="accelerators you have (default: 8)")
+    parser.add_argument("--memory", type=number, default=80.0, metavar="GB", help="of each, in GB (default: 80)")
+    parser.add_argument("--per-node", type=positive, default=8, metavar="N", help="of each machine (default: 8)")
+    parser.add_argument(
+        "--forward-seconds", type=number, metavar="S", help="of one forward of the model for one row, where you know it"
+    )
+    parser.add_argument(
+        "--measure", action="store_true", help="load the model and time that here; small local ones are timed unasked"
+    )
+    add_json(parser)
+
+
+def make_plan(
+    source: str | Path, overrides: Sequence[str] = (), *, gpus: int = 8, memory_gb: float = 80.0, per_node: int = 8,
+    forward_seconds: float | None = None, measure: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the plan of a configuration, JSON-ready.
+
+    Args:
+        source, overrides: as `load_config` takes them.
+        gpus: accelerators that there are; a recommendation is for so many at most.
+        memory_gb: of each, in GB of 1e9 bytes.
+        per_node: accelerators of a machine.
+        forward_seconds: of one forward for one row.
+        measure: load the model and time it.
+
+    Raises:
+        ConfigError: a configuration that cannot train, or a model whose size nothing tells.
+    """
+    from align.checks import require_valid
+    from align.config import load_config
+
+    config, memory = load_config(source, overrides), memory_gb * 1e9
+    require_valid(config)
+    job, about = describe_job(config)
+    timed = "given" if forward_seconds is not None else "unknown"
+    if forward_seconds is None and (measure or (about["local"] and about["parameters"] <= SMALL)):
+        forward_seconds, timed = measure_forward(config), "measured here"
+    rows = rows_of(job, memory, forward_seconds)
+    best = choose(rows, gpus)
+    verb = "fit" if config.trainer == "fit" else "train"
+    command = functools.partial(_command, str(source), tuple(overrides), job, gpus, per_node, verb)
+    return {
+        "config": str(source), "name": config.name, "trainer": config.trainer, "gpus": gpus, "memory_gb": memory_gb,
+        "per_node": per_node, **about, "rows_a_step": job.rows, "feq_a_row": job.feq, "feq_a_step": job.rows * job.feq,
+        "forward_seconds": forward_seconds, "forward_seconds_are": timed,
+        "engines": [_row(row) for row in rows],
+        "recommendation": None if best is None else {**_row(best), "command": command(best, ())},
+        "ranked": [row.engine for row in rows if best and row.fits and row.processes == best.processes],
+        "would_fit": [] if best is not None else [
+            {"changes": list(changes), **_row(row), "command": command(row, changes)}
+            for changes, row in _remedies(source, overrides, config, gpus, memory)
+        ],
+        "fits_on_more": None if best is not None else next(
+            ({"engine": row.engine, "processes": row.processes} for row in rows if row.fits), None
+        ),
+        "extrapolated": EXTRAPOLATED,
+    }  # fmt: skip
+
+
+# What a run needs
+
+
+def describe_job(config: Any) -> tuple[Job, dict[str, Any]]:
+    """Return what a run needs, and what is said of its model.
+
+    Raises:
+        ConfigError: a model whose size nothing tells, or a run that one process does in seconds.
+    """
+    from align.language_config import LanguageConfig
+
+    if isinstance(config, LanguageConfig):
+        return _language(config)
+    if config.trainer == "fit":
+        return _fit(config)
+    if config.trainer == "peering":
+        raise ConfigError("Peering runs in one process", where="trainer", do="Plan the fits that it is made of")
+    return _visual(config)
+
+
+def _visual(config: Any) -> tuple[Job, dict[str, Any]]:
+    from align.checks import feq_ledger
+    from align.diffusion.footprint import ENCODERS, architecture
+    from align.diffusion.policy import resolve_model
+    from align.offline_checks import offline_ledger
+    from align.published import denoiser_size, is_builtin, latent_shape, published
+
+    model, local = config.model, not published(config.model)
+    if is_builtin(model.path):
+        model = model.model_copy(update={"path": str(resolve_model(model.path))})
+        config = config.model_copy(update={"model": model})
+    size = denoiser_size(model)
+    if size is None:
+        raise _unknown(model.path, "its folder has no weights")
+    known, shape, made = published(model), latent_shape(config), architecture(model)
+    family = known.family if known else _pipeline_class(model.path)
+    half, full, offline = model.dtype == "bf16", model.train == "full", config.trainer == "offline"
+    width = 2.0 if half else 4.0
+    foot = Footprint(0.0, 0.0)
+    if made is not None and shape is not None:
+        sides = getattr(config.sampler, "guidance", "off")
+        foot = _denoiser_footprint(
+            made[0], repr(sorted(made[1].items())), shape, half, None if full else model.lora.rank,
+            _targets(family, model), model.gradient_checkpointing, 2 if sides == "both_branches" else 1, model.path,
+            model.family,
+        )  # fmt: skip
+    ledger = offline_ledger(config) if offline else feq_ledger(config)
+    encoders = width * ENCODERS.get(family, 0.0) if known else width * _other_weights(Path(model.path), made)
+    lagging = config.trainer == "forward" and getattr(config.objective, "old_policy", "step") != "step"
+    job = Job(
+        "visual", trained=size[0] if full else size[1] * model.lora.rank,
+        frozen=(0.0 if full else size[0] * width) + (0.0 if model.offload else encoders),
+        half=half, averages=int(config.optimizer.ema_decay is not None) + int(lagging),
+        reference=size[0] if full and (offline or config.objective.kl_weight) else 0,
+        rewards=sum(map(_reward_bytes, (*getattr(config, "rewards", ()), *config.heldout_rewards))),
+        encoders=encoders if model.offload else 0.0, training=foot.training or None, sampling=foot.sampling or None,
+        microbatch=config.batch.tile, rows=int(ledger["samples_per_step"]), feq=float(ledger["feq_per_sample"]),
+    )  # fmt: skip
+    return job, _about(
+        config, size[0], job, local,
+        sizes="from the headers of its files" if local else "as published",
+        activations=f"counted on {made[0]}" if job.training and made else "unknown",
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=32)
+def _denoiser_footprint(
+    kind: str, digest: str, shape: tuple[int, ...], half: bool, rank: int | None, targets: tuple[str, ...],
+    checkpointing: bool, branches: int, path: str, family: str | None,
+) -> Footprint:  # fmt: skip
+    """Count once what plans of several variants ask for; `digest` stands for the architecture at `path`."""
+    from align.config import ModelConfig
+    from align.diffusion.footprint import architecture, denoiser_footprint
+
+    made = architecture(ModelConfig(path=path, family=family))
+    try:
+        return denoiser_footprint(
+            kind, made[1] if made else {}, shape, half=half, rank=rank, targets=targets, checkpointing=checkpointing,
+            branches=branches,
+        )  # fmt: skip
+    except (AttributeError, TypeError, KeyError):  # a denoiser of another's package, or whose inputs are not known here
+        return Footprint(0.0, 0.0)
+
+
+def _pipeline_class(folder: str) -> str:
+    from align.diffusion.policy import read_index
+
+    return read_index(Path(folder))[0]
+
+
+def _targets(family: str, model: Any) -> tuple[str, ...]:
+    from align.diffusion.families import FAMILIES
+
+    return tuple(model.lora.targets or FAMILIES.get(family).lora_targets)
+
+
+def _other_weights(folder: Path, made: Any) -> float:
+    """Return the weights of a folder's text encoders, by their files' size at 4 bytes each."""
+    return sum(f.stat().st_size for f in folder.glob("*encoder*/*.safetensors")) / 4.0
+
+
+def _language(config: Any) -> tuple[Job, dict[str, Any]]:
+    from align.footprint import language_footprint, language_size, logits_bytes, read_config
+    from align.language_checks import describe_language_config
+    from trainers.language_model import reference_mode, resolve_language_model
+
+    model = config.model
+    folder = resolve_language_model(model.path)
+    made = read_config(folder)
+    if made is None:
+        raise _unknown(model.path, "there is no config.json of it here")
+    half, full = model.dtype == "bf16", model.train == "full"
+    size = language_size(made, None if full else model.lora.targets)
+    many = {"dpo": 2, "rluf": config.sampling.completions if config.trainer == "rluf" else 1}.get(config.trainer, 1)
+    tokens = config.data.max_length
+    foot = language_footprint(
+        made, tokens=tokens, half=half, rank=None if full else model.lora.rank,
+        checkpointing=model.gradient_checkpointing,
+    )  # fmt: skip
+    mode = reference_mode(config.reference.mode, model.train) if hasattr(config, "reference") else "none"
+    rewards = (getattr(config, part, {}).values() for part in ("rewards", "heldout_rewards"))
+    job = Job(
+        "language", trained=size.parameters if full else size.adapted * model.lora.rank,
+        frozen=0.0 if full else size.parameters * (2.0 if half else 4.0), half=half,
+        reference=size.parameters if mode == "copy" else 0,
+        rewards=sum(_reward_bytes(reward) for part in rewards for reward in part),
+        training=many * foot.training, sampling=many * foot.sampling,
+        fixed=logits_bytes(many * config.microbatch * tokens, size.vocabulary), microbatch=config.microbatch,
+        accumulation=config.batch_size // config.microbatch, rows=config.batch_size,
+        feq=float(describe_language_config(config, [])["forwards"]), widest=size.widest,
+        outside=max(0, size.parameters - size.depth * size.widest),
+    )  # fmt: skip
+    return job, _about(
+        config, size.parameters, job, Path(folder).is_dir(), sizes="counted on its configuration",
+        activations=f"counted on {type(made).__name__} at {tokens} tokens a row",
+    )  # fmt: skip
+
+
+def _fit(config: Any) -> tuple[Job, dict[str, Any]]:
+    from align.footprint import language_footprint, language_size, logits_bytes, read_config
+
+    model = config.model
+    if model.backbone != "classifier":
+        raise ConfigError(
+            "A head on frozen embeddings needs no plan", where=f"model.backbone {model.backbone}",
+            why="one process fits it in seconds", do="Run `align fit`, or set model.backbone: classifier",
+        )  # fmt: skip
+    made = read_config(model.path)
+    if made is None:
+        raise _unknown(model.path, "there is no config.json of it here")
+    full, tokens = model.train == "full", model.max_length or 512
+    size = language_size(made, None if full else model.lora.targets)
+    foot = language_footprint(
+        made, tokens=tokens, half=False, rank=None if full else model.lora.rank, checkpointing=False
+    )
+    job = Job(
+        "fit", trained=size.parameters if full else size.adapted * model.lora.rank,
+        frozen=0.0 if full else size.parameters * 4.0, training=foot.training, sampling=foot.sampling,
+        fixed=logits_bytes(0, 1), microbatch=config.batch_size, rows=config.batch_size, feq=3.0,
+        widest=size.widest,
+    )  # fmt: skip
+    return job, _about(
+        config, size.parameters, job, Path(model.path).is_dir(), sizes="counted on its configuration",
+        activations=f"counted on {type(made).__name__} at {tokens} tokens a row",
+    )  # fmt: skip
+
+
+def _unknown(path: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"Nothing tells how large {path!r} is", where="model.path", why=why,
+        do="Give a folder with its config.json and weights, or a published model's name",
+    )  # fmt: skip
+
+
+def _about(config: Any, parameters: int, job: Job, local: bool, *, sizes: str, activations: str) -> dict[str, Any]:
+    return {
+        "model": config.model.path, "train": config.model.train, "dtype": getattr(config.model, "dtype", "fp32"),
+        "parameters": parameters, "trained": job.trained, "local": local, "sizes_are": sizes,
+        "activations_are": activations,
+    }  # fmt: skip
+
+
+def _reward_bytes(reward: Any) -> float:
+    """Return the bytes that a reward keeps on the accelerator: float32, by its card, where it stays there."""
+    from rewards import list_rewards
+
+    if reward.args.get("placement", "resident") != "resident":
+        return 0.0
+    name = reward.args.get("reward", reward.name) if reward.name == "frames" else reward.name
+    size = next((card.size for card in list_rewards() if card.name == name), "")
+    found = re.match(r"([\d.]+) ([kMB]) weights", size)
+    return 4.0 * float(found[1]) * {"k": 1e3, "M": 1e6, "B": 1e9}[found[2]] if found else 0.0
+
+
+def measure_forward(config: Any) -> float:
+    """Return the seconds of a forward of a configuration's model for one row: of several together, the median of three.
+
+    It is loaded, and runs where it would train: on the accelerator, or on this CPU.
+    """
+    import torch
+
+    if config.trainer == "fit":
+        raise ConfigError("A classifier's forward is not timed here", where="--measure", do="Give --forward-seconds")
+    if hasattr(config.model, "chat_template"):
+        from trainers.language_model import load_language_model
+
+        model = load_language_model(config.model, seed=0)
+        model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        rows = min(config.microbatch, ROWS)
+        ids = torch.zeros(rows, config.data.max_length, dtype=torch.long, device=next(model.parameters()).device)
+        work = functools.partial(model, input_ids=ids, attention_mask=torch.ones_like(ids), logp_labels=ids)
+        return _median_seconds(work) / rows
+    from trainers.evaluation import load_policy
+
+    policy = load_policy(config).with_guidance(1.0)
+    rows = min(config.batch.tile or ROWS, ROWS)
+    x = torch.zeros(rows, *policy.latent_shape, device=policy.device)
+    times = torch.full((rows,), 500.0, device=policy.device)
+    return _median_seconds(functools.partial(policy.velocity, x, times, ["a picture"] * rows)) / rows
+
+
+def _median_seconds(work: Any) -> float:
+    import torch
+
+    seconds = []
+    with torch.no_grad():
+        for _ in range(4):  # the first one warms up
+            began = time.perf_counter()
+            work()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[1:])
+
+
+# What would make it fit
+
+
+def _changes(config: Any, gpus: int) -> list[str]:
+    """Return what makes a run smaller, what costs least first; adapters, which are another run, last."""
+    model, found = config.model, []
+    if not getattr(model, "gradient_checkpointing", True):
+        found.append("model.gradient_checkpointing=true")
+    if getattr(model, "dtype", "bf16") == "fp32":
+        found.append("model.dtype=bf16")
+    rewards = getattr(config, "rewards", ())
+    if isinstance(rewards, tuple):
+        for part in ("rewards", "heldout_rewards"):
+            found += [
+                f"{part}.{i}.args.placement=offload" for i, reward in enumerate(getattr(config, part, ()))
+                if _reward_bytes(reward) > 1e8
+            ]  # fmt: skip
+    if getattr(model, "offload", True) is False:
+        found.append("model.offload=true")
+    if (getattr(config, "microbatch", None) or 0) > gpus:
+        found.append(f"microbatch={gpus}")
+    if getattr(getattr(config, "batch", None), "tile", None) not in (None, 1):
+        found.append("batch.tile=1")
+    if getattr(getattr(config, "reference", None), "mode", "precomputed") != "precomputed" and model.train == "full":
+        found.append("reference.mode=precomputed")
+    if getattr(config.optimizer, "ema_decay", None) is not None:
+        found.append("optimizer.ema_decay=null")
+    return found
+
+
+def _remedies(
+    source: str | Path, overrides: Sequence[str], config: Any, gpus: int, memory: float
+) -> Iterable[tuple[tuple[str, ...], Row]]:
+    """Yield the smallest sets of changes that make a run fit: one alone, several together, adapters."""
+    from align.config import load_config
+
+    def fits(changes: Sequence[str]) -> Row | None:
+        job, _ = describe_job(load_config(source, [*overrides, *changes]))
+        return choose(rows_of(job, memory), gpus)
+
+    single = _changes(config, gpus)
+    together = [single[:n] for n in range(1, len(single) + 1)]
+    lora = [["model.train=lora", *more] for more in ([], *together)] if config.model.train == "full" else []
+    kept = False
+    for group in ([[one] for one in single], together, lora):
+        for changes in group:
+            if (row := fits(changes)) is not None:
+                yield tuple(changes), row
+                kept = True
+                break
+        if kept and group is together:
+            kept = False
+
+
+def _command(
+    source: str, overrides: tuple[str, ...], job: Job, gpus: int, per_node: int, verb: str, row: Row,
+    changes: Sequence[str],
+) -> str:  # fmt: skip
+    words = [*overrides, *changes]
+    if job.kind == "visual" and job.microbatch is None and row.room is not None and row.room < 16:
+        words.append(f"batch.tile={row.room}")  # the run would derive more from memory that it has not filled yet
+    return launch(" ".join([source, *words]), row.engine, row.processes, per_node, verb=verb)
+
+
+# What is shown
+
+
+def _row(row: Row) -> dict[str, Any]:
+    found = asdict(replace(row, held=row.held))
+    return {
+        "engine": row.engine, "processes": row.processes, "fits": row.fits, "why_not": row.why_not,
+        "peak_gb": row.held.peak / 1e9, "peak_is": row.held.phase,
+        "parts_gb": {name: size / 1e9 for name, size in found["held"]["parts"].items()},
+        "rows_at_once": row.held.rows, "rows_that_fit": row.room, "step_seconds": row.seconds,
+    }  # fmt: skip
+
+
+def _text(found: dict[str, Any]) -> str:
+    what = "all" if found["train"] == "full" else "adapters of"
+    head = [
+        ("model", f"{found['model']}, {_number(found['parameters'])} weights ({found['sizes_are']})"),
+        ("trains", f"{what} {_number(found['trained'])} weights, {found['dtype']}, {found['trainer']}"),
+        ("cost",
+         f"{found['feq_a_row']:g} F_eq a row x {found['rows_a_step']} rows = {found['feq_a_step']:,.0f} a step"),
+        ("forward", _forward(found)),
+        ("activations", found["activations_are"]),
+    ]  # fmt: skip
+    return "\n".join([
+        table(head), "", f"peak GB on each of so many accelerators; * fits {found['memory_gb']:g} GB", _matrix(found),
+        "", *_advice(found), "", f"{found['extrapolated']}.",
+    ])  # fmt: skip
+
+
+def _forward(found: dict[str, Any]) -> str:
+    if found["forward_seconds"] is None:
+        return "unknown, so no step is timed; give --forward-seconds S, or --measure where the model is"
+    return f"{found['forward_seconds']:.3g} s a row ({found['forward_seconds_are']})"
+
+
+def _matrix(found: dict[str, Any]) -> str:
+    cells = {(row["engine"], row["processes"]): row for row in found["engines"]}
+    order = [name for names in ENGINES.values() for name in names]
+    engines = sorted({row["engine"] for row in found["engines"]}, key=order.index)
+    lines = ["".join(["accelerators".ljust(14), *(f"{n:>9}" for n in COUNTS)])]
+    for engine in engines:
+        row = [engine.ljust(14)]
+        for n in COUNTS:
+            cell = cells.get((engine, n))
+            shown = "" if cell is None else "-" if cell["why_not"] else f"{cell['peak_gb']:.3g}{'*' * cell['fits']}"
+            row.append(f"{shown:>9}")
+        lines.append("".join(row).rstrip())
+    seconds = {row["processes"]: row["step_seconds"] for row in found["engines"] if not row["why_not"]}
+    if found["forward_seconds"] is not None:
+        lines.append(
+            "".join(["s a step".ljust(14), *(f"{seconds[n]:>9.3g}" if n in seconds else " " * 9 for n in COUNTS)])
+        )
+    return "\n".join(lines)
+
+
+def _advice(found: dict[str, Any]) -> list[str]:
+    best = found["recommendation"]
+    if best is not None:
+        others = ", ".join(name for name in found["ranked"] if name != best["engine"])
+        return [
+            f"recommended: {best['engine']} on {best['processes']}" + (f"; then {others}" if others else ""),
+            _parts(best), *_when(best), "", f"  {best['command']}",
+        ]  # fmt: skip
+    rows = [row for row in found["engines"] if not row["why_not"] and row["processes"] <= found["gpus"]]
+    least = min(rows, key=lambda row: row["peak_gb"])
+    lines = [f"nothing fits on {found['gpus']}; the least is {least['engine']} on {least['processes']}", _parts(least)]
+    for other in found["would_fit"]:
+        lines += ["", f"fits with {' '.join(other['changes'])}: {other['engine']} on {other['processes']}, "
+                  f"{other['peak_gb']:.3g} GB", f"  {other['command']}"]  # fmt: skip
+    more = found["fits_on_more"]
+    if more is not None:
+        lines += ["", f"as it is, it fits on {more['processes']} accelerators with {more['engine']}"]
+    elif not found["would_fit"]:
+        lines += ["", "no change that is known here makes it fit: take accelerators with more memory"]
+    return lines
+
+
+def _when(row: dict[str, Any]) -> list[str]:
+    rows = row["rows_that_fit"]
+    at_once = f"; {rows} rows fit into a training microbatch" if rows is not None else ""
+    return [f"  the peak is while {row['peak_is']}{at_once}"]
+
+
+def _parts(row: dict[str, Any]) -> str:
+    return table([(f"  {name}", f"{size:.3g} GB") for name, size in row["parts_gb"].items() if size >= 5e-7])
+
+
+def _number(count: float) -> str:
+    return f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.3g} M" if count >= 1e6 else f"{count:,.0f}"

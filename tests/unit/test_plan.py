@@ -1,0 +1,79 @@
+"""What a plan says, against bytes worked by hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from align.cli import main
+from align.plan import OVERHEAD, Job, choose, held, launch, per_weight, refusal, step_seconds, table
+
+MILLION = 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("kind", "engine", "half", "accumulation", "bytes_of"),
+    [
+        ("language", "single", False, 1, (4, 4, 8, 0)),  # weights, gradients, two moments
+        ("language", "data_parallel", False, 1, (4, 4, 8, 4)),  # DDP's buckets
+        ("language", "zero1", True, 1, (2, 2, 3, 0.5)),  # bfloat16; (4 + 8) / 4 of the optimizer
+        ("language", "zero2", True, 1, (2, 0.5, 3, 0)),  # gradients split as they arise
+        ("language", "zero3", True, 1, (0.5, 0.5, 3, 0)),
+        ("language", "fsdp2", False, 1, (1, 1, 2, 0)),
+        ("language", "fsdp2", False, 2, (1, 4, 2, 1)),  # gradients are whole until the update
+        ("visual", "zero2", False, 1, (4, 4, 3, 1)),  # our own loop adds gradients up once an update
+    ],
+)
+def test_bytes_of_a_trained_weight_on_one_of_four(kind, engine, half, accumulation, bytes_of):
+    found = per_weight(kind, engine, 4, half=half, accumulation=accumulation)
+    assert tuple(found[part] for part in ("weights", "gradients", "optimizer", "exchange")) == bytes_of
+
+
+def test_the_peak_is_the_largest_phase_on_top_of_what_stays():
+    job = Job("language", trained=10 * MILLION, training=5e6, sampling=1e6, fixed=2e6, microbatch=8, rows=8)
+    found = held(job, "single", 1)
+    assert found.parts["trained weights"] == 40e6 and found.parts["optimizer"] == 80e6
+    assert found.rows == 8 and found.phase == "training"
+    assert found.peak == 40e6 + 80e6 + OVERHEAD + 40e6 + 8 * 5e6 + 2e6
+    lora = Job("language", trained=MILLION, frozen=100e6, reference=0, training=0.0, sampling=9e6, microbatch=4, rows=4)
+    assert held(lora, "single", 1).phase == "sampling"
+    assert held(lora, "single", 1).peak == 4e6 + 100e6 + 8e6 + OVERHEAD + 4 * 9e6
+
+
+def test_frozen_weights_are_split_where_weights_are():
+    job = Job("language", trained=MILLION, frozen=800e6, microbatch=4, rows=4, widest=10 * MILLION, outside=5 * MILLION)
+    assert held(job, "zero2", 4).parts["frozen weights"] == 800e6
+    assert held(job, "fsdp2", 4).parts["frozen weights"] == 200e6
+    assert held(job, "fsdp2", 4).parts["gathered weights"] == 4 * (5 + 2 * 10) * MILLION
+
+
+def test_a_plan_takes_what_fits_on_most_and_exchanges_least():
+    job = Job("language", trained=1000 * MILLION, microbatch=8, rows=8)
+    rows = table(job, memory=20e9)
+    assert not next(row for row in rows if row.engine == "data_parallel" and row.processes == 8).fits
+    best = choose(rows, 8)
+    assert (best.engine, best.processes) == ("zero1", 8)
+    assert choose(table(job, memory=1e9), 64) is None
+    assert all(row.why_not for row in rows if row.processes > 8), "a microbatch of 8 does not divide over 16"
+    assert refusal(Job("visual", trained=1, rows=3), 4) == "3 rows a step are fewer than 4 processes"
+
+
+def test_a_step_is_the_busiest_process():
+    assert step_seconds(Job("visual", trained=1, rows=10, feq=22.0), 4, 0.5) == 3 * 22 * 0.5
+
+
+def test_commands_start_what_was_planned():
+    assert launch("a.yaml", "zero3", 8, 8) == "align train a.yaml --launch deepspeed --nproc 8 --deepspeed zero3"
+    assert launch("a.yaml", "fsdp2", 2, 8) == "align train a.yaml --launch torchrun --nproc 2 --fsdp"
+    assert "--hostfile" in launch("a.yaml", "zero2", 16, 8) and "--nnodes 2" in launch("a.yaml", "fsdp2", 16, 8)
+
+
+def test_the_verb_tells_what_fits_and_refuses_what_it_cannot_know(tmp_path, capsys):
+    assert main(["plan", "kto/qwen2_5_7b_ultrafeedback", "--gpus", "4", "--json", str(tmp_path / "p.json")]) == 0
+    said, plan = capsys.readouterr().out, json.loads((tmp_path / "p.json").read_text())
+    assert plan["parameters"] == 7_615_616_512 and "recommended: zero1 on 4" in said and "Extrapolated" in said
+    assert plan["recommendation"]["command"].endswith("--launch deepspeed --nproc 4 --deepspeed zero1")
+    assert main(["plan", "kto/smoke", "model.path=nobody/nothing"]) == 2
+    assert "Nothing tells how large" in capsys.readouterr().err
+    assert main(["plan", "fit/digits"]) == 2
