@@ -49,7 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: arguments without the program's name; those of the process when None.
     """
+    from align.stops import interrupting
+
     arguments = list(sys.argv[1:] if argv is None else argv)
+    with interrupting():
+        return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
     try:
         if arguments and not arguments[0].startswith("-"):
             _known(arguments[0], _VERBS, "verb")
@@ -63,8 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"align: {error}\n")
         return 2
     except KeyboardInterrupt:
+        from align.launch import supervised
+
         sys.stderr.write("align: Interrupted.\n")
-        return INTERRUPTED
+        return 0 if supervised() else INTERRUPTED  # a launcher takes any other code than 0 for a crash
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -185,7 +194,7 @@ def _launch(options: argparse.Namespace, arguments: list[str], out: Path, config
     from align.checkpoint import checkpoints
     from align.engine import deepspeed_settings, read_settings
     from align.launch import launch_command, run_launched, shown
-    from align.run import read_record
+    from align.sitting import read_record
 
     fsdp = "fsdp" in _engine(options, config)
     settings = options.deepspeed or ("zero2" if options.launch == "deepspeed" and not fsdp else None)
@@ -218,8 +227,11 @@ def _launch(options: argparse.Namespace, arguments: list[str], out: Path, config
     record = read_record(out)
     if record != before and record.get("status") in _ENDS:
         return _ENDS[record["status"]]
-    if code == 0:
+    if code == 0 or (record != before and record.get("status") == "complete"):
         return 0
+    if code == INTERRUPTED:
+        sys.stderr.write("align: Stopped before it began; the same command starts again.\n")
+        return INTERRUPTED
     saved = max(checkpoints(out / "checkpoints"), default=None)
     raise AlignError(
         "A process of the run ended early", where=f"{options.launch}, exit code {code}",

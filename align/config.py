@@ -247,6 +247,11 @@ class RewardConfig(Section):
     transform: tuple[dict[str, Any], ...] = Field(
         default=(), description="Transforms of its scores, in order, such as [{clip: [-3, 3]}, {sigmoid: {}}]."
     )
+    hung_after_seconds: Float = Field(
+        default=600.0, gt=0,
+        description="Seconds that it may take for a batch on this machine; then it is interrupted, and the batch's "
+        "scores are missing.",
+    )  # fmt: skip
 
 
 class CombineConfig(Section):
@@ -313,6 +318,15 @@ class CheckpointConfig(Section):
 
     every: Int = Field(default=10, ge=0, description="Steps between checkpoints; 0 writes only the last.")
     keep: Int = Field(default=2, ge=1, description="Checkpoints kept, newest first.")
+    grace_seconds: Float = Field(
+        default=10.0, ge=0,
+        description="Seconds that the step at hand may go on after a stop is asked for; then it is abandoned, and the "
+        "step before it saved.",
+    )  # fmt: skip
+    hung_after_seconds: Float = Field(
+        default=1800.0, gt=0,
+        description="Seconds that processes wait for one of them; then it is named, and the run ends.",
+    )  # fmt: skip
 
 
 class TrackingConfig(Section):

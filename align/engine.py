@@ -43,9 +43,13 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerCon
 
 class Engine(Protocol):
     """Carries updates out. `optimizer_state` and `load_optimizer_state` speak of whole tensors, `{index}.{slot}`
-    by the place of each weight, so that a run can go on under another engine or another number of processes."""
+    by the place of each weight, so that a run can go on under another engine or another number of processes.
+
+    `lockstep`: the processes meet within a model's forward or backward pass, so none may leave one alone.
+    """
 
     name: str
+    lockstep: bool
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of `loss`."""
@@ -70,6 +74,8 @@ class ReplicaEngine:
         optimizer: what takes the steps, AdamW as configured when None. Where it has `mask_gradients`, that is called
             on the whole gradient, before its norm is taken.
     """
+
+    lockstep = False
 
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, world: World,
@@ -136,6 +142,8 @@ class DeepSpeedEngine:
     Raises:
         ConfigError: DeepSpeed or its launcher is missing, or settings that this loop cannot run under.
     """
+
+    lockstep = False
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ Whether the reward is being hacked is `trainers.monitor`'s to say.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from align.errors import GuardError
@@ -48,6 +49,30 @@ def require_gradient(norm: torch.Tensor, loss_check: torch.Tensor, where: str, *
     require_finite(norm, "The gradient norm", where)
     if expected and float(norm) == 0:
         raise GuardError("No trained weight received a gradient", where=where, why="the loss does not depend on them")
+
+
+def weights_check(parameters: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return 0 times the norm of the weights that this process holds: not a number when the norm is not finite."""
+    import torch
+
+    mine = [getattr(p, "ds_tensor", p).detach() for p in parameters]
+    return 0.0 * torch.nn.utils.get_total_norm([p.to_local() if hasattr(p, "to_local") else p for p in mine]).float()
+
+
+def require_weights(check: torch.Tensor, where: str) -> None:
+    """Refuse a step whose update left weights that are not finite, before it is logged or saved.
+
+    Args:
+        check: `weights_check`, summed over processes.
+
+    Raises:
+        GuardError: on every process alike.
+    """
+    if not bool(check.isfinite()):
+        raise GuardError(
+            "The trained weights are not finite", where=where, why="its update made them so, from a finite gradient",
+            do="The step is not kept: the last checkpoint is as it was. Lower optimizer.lr, or use fp32",
+        )  # fmt: skip
 
 
 def first_ratio_errors(logp: torch.Tensor, logp_old: torch.Tensor, std: torch.Tensor) -> tuple[float, float]:

@@ -8,6 +8,7 @@ meets the others only to exchange scores, to add up gradients and to agree on a 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import shlex
 import shutil
@@ -17,20 +18,22 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from align.errors import AlignError, ConfigError
+from align.meetings import Meetings, gone, open_meetings
 from align.registry import suggest
+from align.stops import SIGNALS, Stopped, heard
 
 if TYPE_CHECKING:
     import torch
 
 LAUNCHERS = ("deepspeed", "torchrun", "accelerate")
-_STOP_FILE = "ALIGN_STOP_FILE"
+_STOP_FILE, _PROCESS = "ALIGN_STOP_FILE", "process_"
 
 
 @contextlib.contextmanager
@@ -43,10 +46,7 @@ def meeting() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # torch.distributed raises nothing more specific
-        raise AlignError(
-            "Another process of the run is gone", why=str(error).strip().splitlines()[0],
-            do="The last checkpoint is whole: `align resume` goes on from it; what that process said stands elsewhere",
-        ) from error  # fmt: skip
+        raise gone(error) from error
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,12 @@ class World:
     Args:
         rank: number of this process, from 0.
         size: how many there are.
+        meetings: where they meet; of a process that is alone, None.
     """
 
     rank: int = 0
     size: int = 1
+    meetings: Meetings | None = field(default=None, compare=False, repr=False)
 
     @property
     def leads(self) -> bool:
@@ -72,14 +74,7 @@ class World:
 
     def gather(self, value: Any) -> list[Any]:
         """Return the values of all processes, by rank. Everyone must call it."""
-        if self.size == 1:
-            return [value]
-        import torch.distributed as dist
-
-        found: list[Any] = [None] * self.size
-        with meeting():
-            dist.all_gather_object(found, value)
-        return found
+        return [value] if self.meetings is None else self.meetings.gather(value)
 
     def led(self, work: Callable[[], Any]) -> None:
         """Have the leading process do `work` while all wait. Everyone must call it.
@@ -102,30 +97,51 @@ class World:
 
     def add(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum `tensor` over all processes in place, and return it."""
-        if self.size > 1:
-            import torch.distributed as dist
-
-            with meeting():
-                dist.all_reduce(tensor)
-        return tensor
+        return tensor if self.meetings is None else self.meetings.add(tensor)
 
     def wait(self) -> None:
         """Return when all processes have come here."""
-        if self.size > 1:
-            import torch.distributed as dist
+        if self.meetings is not None:
+            self.meetings.meet()
 
-            with meeting():
-                dist.barrier()
+    def at(self, doing: str) -> None:
+        """Say what this process does from now on, for whoever has to name it."""
+        if self.meetings is not None:
+            self.meetings.at(doing)
+
+    def abandon(self) -> None:
+        """Have all processes abandon what they do, at their next meeting. Returns when they have."""
+        if self.meetings is not None:
+            with contextlib.suppress(Stopped):
+                self.meetings.meet(abandon=True)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Let what interrupts one process within the block interrupt all."""
+        try:
+            yield
+        except KeyboardInterrupt as stop:
+            if not (isinstance(stop, Stopped) and stop.agreed):
+                self.abandon()
+            raise
 
 
-def join_world() -> World:
+def join_world(seconds: float = 1800.0) -> World:
     """Return the world the launcher made, joining its process group; alone without a launcher.
 
     NCCL where there are GPUs, each process on its own, else gloo.
 
+    Args:
+        seconds: how long a process waits for the others.
+
     Raises:
         ConfigError: the launcher's environment is not whole.
     """
+    if supervised():  # which then can ask this process to stop
+        with contextlib.suppress(OSError):  # it is gone already
+            Path(os.environ[_STOP_FILE]).with_name(f"{_PROCESS}{os.getpid()}").touch()
+        if asked_to_stop():  # before it could be told
+            raise KeyboardInterrupt
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World()
@@ -141,8 +157,10 @@ def join_world() -> World:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ["RANK"])))
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return World(dist.get_rank(), dist.get_world_size())
+        limit = datetime.timedelta(seconds=seconds)
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=limit)
+    found = open_meetings(seconds)
+    return World(found.rank, found.size, found)
 
 
 def started_by() -> str | None:
@@ -210,8 +228,11 @@ def launch_command(launcher: str, processes: int, arguments: Sequence[str]) -> t
 def run_launched(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run a launch command to its end and return its exit code.
 
-    SIGTERM, SIGINT or SIGHUP asks all its processes to stop after the step at hand, however long that is:
-    the launchers themselves would kill them after 30 s, or not pass it on. A second one ends them.
+    SIGTERM, SIGINT, SIGUSR1 or SIGHUP asks all its processes to stop, as SIGUSR1 does each of them: the launchers
+    themselves would kill them after 30 s, or not pass it on. A second one ends them.
+
+    Returns:
+        the launcher's exit code; 130 where it is 0 and a stop was asked for.
     """
     with tempfile.TemporaryDirectory() as folder:
         stop = Path(folder) / "stop"
@@ -224,16 +245,13 @@ def run_launched(command: Sequence[str], environment: Mapping[str, str]) -> int:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGTERM)
             stop.touch()
+            for path in Path(folder).glob(f"{_PROCESS}*"):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(path.name.removeprefix(_PROCESS)), signal.SIGUSR1)
 
-        before = {}
-        with contextlib.suppress(ValueError):  # only the main thread may set handlers
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-                before[number] = signal.signal(number, ask)
-        try:
-            return process.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        with heard(ask, (*SIGNALS, signal.SIGHUP)):
+            code = process.wait()
+            return 130 if code == 0 and stop.exists() else code
 
 
 def asked_to_stop() -> bool:

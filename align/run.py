@@ -14,30 +14,32 @@ Every process of a run does the same; the one of rank 0 writes.
 from __future__ import annotations
 
 import contextlib
-import datetime
-import json
 import os
 import platform
 import resource
 import shutil
-import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from align import checkpoint, guards, launch
+from align import checkpoint, guards, stops
 from align.averaging import Average
 from align.config import RunConfig, VisualConfig, diff_configs, load_config, save_config
 from align.engine import Engine, ReplicaEngine
-from align.errors import AlignError, CheckpointError, ConfigError
+from align.errors import CheckpointError, ConfigError
 from align.launch import World
+from align.sitting import Sitting
 from align.tracking import Progress, RunLog
 from align.types import StepStats
 
 if TYPE_CHECKING:
     import torch
+
+
+_WAITS = ("grace_seconds", "hung_after_seconds")
+"""Ends of the keys that say how long is waited, which changes no run."""
 
 
 class Watch(Protocol):
@@ -101,7 +103,9 @@ def require_directory(
         raise ConfigError("The folder is not empty and is not a run", where=str(directory), do="Choose another --out")
     if overwrite:
         return []
-    changed = diff_configs(load_config(directory / "config.yaml"), config)
+    changed = [
+        found for found in diff_configs(load_config(directory / "config.yaml"), config) if not found[0].endswith(_WAITS)
+    ]
     if changed and not fork:
         raise ConfigError(
             "This folder holds a run of another configuration",
@@ -155,7 +159,8 @@ def claiming(
     world.led(lambda: require_directory(directory, config, overwrite=overwrite, fork=fork))
     if not world.leads:
         world.wait()
-    yield changed
+    with world.together():
+        yield changed
     if world.leads:
         world.wait()
     world.led(lambda: changed.extend(claim_directory(directory, config, overwrite=overwrite, fork=fork)))
@@ -204,66 +209,43 @@ class Run:
         self.average = None if decay is None else Average(self.parameters, decay)
         self.averages = {**kept, **({} if self.average is None else {"average": self.average})}
         self.log = RunLog(self.directory, tensorboard=config.tracking.tensorboard, silent=not world.leads)
-        self.stopping, self.hacked = "", ""
-        self._signal = ""
+        self.sitting = Sitting(self.directory, config, world, self.log, self._keep_committed)
         self._loss_check: torch.Tensor | None = None
         self.counters: dict[str, float] = {}
         self.watch: Watch | None = None
         self.step = 0
         self._grad_norms: list[float] = []
         self._optimizer_seconds = 0.0
-        self._handlers: dict[int, Any] = {}
+        self._moved = False
         self._restore()
+        self._committed = self._beside()
         for key, old, new in changed:
             self.log.warn(self.step, "note", "fork", f"from here on {key} is {new!r}; it was {old!r}")
         self._started = time.perf_counter()
         self._elapsed = (self.counters.get("seconds", 0.0), self.counters.get("cpu_seconds", 0.0))
         self._mark = (self._started, time.process_time())
-        first = read_record(self.directory).get("started")
-        self.record = {
-            "trainer": config.trainer,
-            "name": config.name,
-            "seed": config.seed,
-            "started": first or _now(),
-            "finished": None,
-            "status": "running",
-            "steps_planned": config.steps,
-            "engine": self.engine.name,
-            "processes": world.size,
-            **(record or {}),
-            **describe_machine(),
-        }
-        self.log.write_run(self.record)
+        self.sitting.begin(config.steps, self.engine.name, **(record or {}), **describe_machine())
 
     def __enter__(self) -> Run:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            try:
-                self._handlers[number] = signal.signal(number, self._request_stop)
-            except ValueError:  # only the main thread may set handlers
-                break
+        self.sitting.enter()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        if kind is not None:
-            with contextlib.suppress(AlignError, OSError):  # on a full disk this fails too; `error` says why
-                self.finish("failed")
-        self.log.close()
+    ) -> bool:
+        return self.sitting.leave(error)
 
-    def _request_stop(self, number: int, frame: FrameType | None) -> None:
-        if self._signal == "SIGINT" and number == signal.SIGINT:  # launchers repeat a SIGTERM; a person repeats ^C
-            raise KeyboardInterrupt
-        self._signal = signal.Signals(number).name
+    def _beside(self) -> tuple[dict[str, float], torch.Tensor]:
+        """What a checkpoint keeps beside weights and optimizer, as it is now."""
+        import torch
 
-    def _agree_to_stop(self) -> str:
-        """Stop on all processes when one was asked to."""
-        asked = self._signal or ("launcher" if launch.asked_to_stop() else "")
-        asked = self.world.first([asked])
-        self.stopping = "monitor" if self.hacked else asked
-        return self.stopping
+        return dict(self.counters), torch.get_rng_state()
+
+    def _keep_committed(self) -> None:
+        """Save the last committed step where memory holds it and the disk does not. Every process must call it."""
+        here = self.step in checkpoint.checkpoints(self.directory / "checkpoints")
+        if self.step and not any(self.world.gather(here or self._moved)):
+            self.save()
 
     def _restore(self) -> None:
         import torch
@@ -305,9 +287,10 @@ class Run:
     def steps(self) -> Iterator[int]:
         """Yield the steps still to do, counted from 1, until done or asked to stop."""
         self._mark = (time.perf_counter(), time.process_time())
-        self._agree_to_stop()
+        self.sitting.agree_to_stop()
         with Progress(self.config.steps, initial=self.step, silent=not self.world.leads) as self._progress:
-            while self.step < self.config.steps and not self.stopping:  # `commit` agrees, and saves when it stops
+            while self.step < self.config.steps and not self.sitting.stopping:  # `commit` agrees, saves when it stops
+                self.sitting.begin_step(self.step + 1)
                 yield self.step + 1
 
     def backward(self, loss: torch.Tensor, *, weight: float) -> None:
@@ -324,22 +307,27 @@ class Run:
         import torch
 
         began = time.perf_counter()
-        norm = self.engine.reduce()
-        check = torch.zeros_like(norm) if self._loss_check is None else self._loss_check.to(norm)
+        device = next(iter(self.parameters.values())).device
+        check = torch.zeros((), device=device) if self._loss_check is None else self._loss_check.to(device).float()
         self._loss_check = None
-        guards.require_gradient(norm, self.world.add(check), f"step {self.step + 1}", expected=expect_gradient)
+        check = self.world.add(check)
+        norm = self.engine.reduce()
+        self.sitting.see(update=len(self._grad_norms) + 1, grad_norm=norm)
+        guards.require_gradient(norm, check, f"step {self.step + 1}", expected=expect_gradient)
+        self._moved = True
         if self.watch is not None:
             self.watch.before_update(self.step + 1)
         self.engine.step(norm)
         if self.watch is not None:
             self.watch.after_update(self.config.optimizer.lr)
         self._grad_norms.append(float(norm))
+        self.sitting.tiles = []
         self._optimizer_seconds += time.perf_counter() - began
         return float(norm)
 
-    def asked_to_stop(self) -> bool:
-        """Whether this process was asked to stop; the others may not know yet."""
-        return bool(self._signal) or launch.asked_to_stop()
+    def cut(self) -> contextlib.AbstractContextManager[None]:
+        """Let a stop that is due abandon the block, which changes neither weights nor what is counted."""
+        return stops.region("meetings" if self.engine.lockstep else "cut")
 
     def say(self, step: int, code: str, message: str) -> None:
         """Tell whoever watches, now, and keep it in the run's log."""
@@ -351,21 +339,16 @@ class Run:
         self.log.warn(step, "alarm", code, message)
         self._progress.say(f"step {step}: {message}")
         if stop:
-            self.hacked = message
+            self.sitting.hacked = message
 
     @property
     def outcome(self) -> str:
         """How a run that measured its end has ended: complete, or hacked where the monitor stopped it."""
-        return "hacked" if self.hacked else "complete"
-
-    def stop_uncommitted(self) -> None:
-        """Stop in the middle of a step: what was last committed is kept. Every process must call it."""
-        self._agree_to_stop()
-        if self.step not in checkpoint.checkpoints(self.directory / "checkpoints"):
-            self.save()
+        return "hacked" if self.sitting.hacked else "complete"
 
     def update_average(self) -> None:
         """Take the weights into their running average, where there is one: once a step, after its updates."""
+        self._moved = True
         if self.average is not None:
             self.average.update()
 
@@ -382,6 +365,8 @@ class Run:
 
     def commit(self, step: int, metrics: Mapping[str, float], stats: StepStats) -> None:
         """Log the step, and checkpoint when it is due, last, or a stop was asked for. Every process must call it."""
+        check = self.world.add(guards.weights_check(self.parameters.values()))  # all meet: none abandons the step now
+        guards.require_weights(check, f"step {step}")
         now, cpu = time.perf_counter(), time.process_time()
         row = {
             "step": step,
@@ -406,24 +391,20 @@ class Run:
         self._grad_norms, self._optimizer_seconds = [], 0.0
         self._mark = (now, cpu)
         self.counters["seconds"], self.counters["cpu_seconds"] = row["seconds_total"], row["cpu_seconds_total"]
-        self.step = step
+        self.step, self._moved, self._committed = step, False, self._beside()
         self.log.metrics(row)
         self._progress.update(row)
         every = self.config.checkpoint.every
-        if self._agree_to_stop() or step == self.config.steps or (every and step % every == 0):
+        if self.sitting.agree_to_stop() or step == self.config.steps or (every and step % every == 0):
             self.save()
 
     def save(self) -> None:
         """Write the checkpoint of the current step. Every process must call it; it is the same for any number."""
-        import torch
-
-        tensors = {
-            "model": self.parameters,
-            "optimizer": self.engine.optimizer_state(),
-            "rng": {"torch": torch.get_rng_state()},
-        }
+        self.sitting.at("saving")
+        counters, rng = self._committed
+        tensors = {"model": self.parameters, "optimizer": self.engine.optimizer_state(), "rng": {"torch": rng}}
         tensors |= {group: average.values for group, average in self.averages.items()}
-        state = {"counters": self.counters, "config": self.config.model_dump(mode="json"), "hacked": self.hacked}
+        state = {"counters": counters, "config": self.config.model_dump(mode="json"), "hacked": self.sitting.hacked}
         root, keep = self.directory / "checkpoints", self.config.checkpoint.keep
         self.world.led(lambda: checkpoint.save(root, self.step, tensors, state, keep=keep))
 
@@ -434,21 +415,3 @@ class Run:
     def cpu_seconds(self) -> float:
         """Return the CPU seconds of this run so far, over all its sittings, imports and set-up included."""
         return self._elapsed[1] + time.process_time()
-
-    def finish(self, status: str) -> None:
-        """Record how the run ended: complete, hacked, stopped or failed."""
-        self.record.update(status=status, finished=_now())
-        self.log.write_run(self.record)
-
-
-def read_record(directory: Path) -> dict[str, Any]:
-    """Return what run.json says; nothing where it is missing or unreadable, as it only describes the run."""
-    try:
-        record = json.loads((directory / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

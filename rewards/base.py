@@ -14,11 +14,16 @@ import numpy as np
 
 from align.errors import AlignError, ConfigError, RewardError
 from align.registry import Registry, suggest
+from align.stops import Overdue, cut, time_limit
 from align.types import Samples, Scores
 from align.weights import Weights
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+HUNG_AFTER = 600.0
+"""Seconds that a reward may take for a batch where no configuration says so."""
 
 
 @dataclass(frozen=True)
@@ -297,24 +302,30 @@ def missing(names: tuple[str, ...], reasons: list[str]) -> Scores:
     return Scores(np.full(shape, np.nan), np.zeros(shape, bool), names, tuple(reasons))
 
 
-def score_safely(reward: Reward, samples: Samples) -> Scores:
+def score_safely(reward: Reward, samples: Samples, seconds: float = HUNG_AFTER) -> Scores:
     """Score samples; where the batch as a whole fails, each sample by itself, so one cannot spoil the others.
 
-    A sample that fails is missing with its message. A defect in the reward's own code, seen as an
-    exception that is neither `AlignError`, `ValueError`, `RuntimeError` nor `OSError`, is raised.
+    A sample that fails is missing with its message. A reward that takes longer than `seconds` is interrupted, and all
+    its samples are missing; a remote one has a deadline of its own, and other threads than the main one have none. A
+    defect in the reward's own code, seen as an exception that is neither `AlignError`, `ValueError`, `RuntimeError` nor
+    `OSError`, is raised.
 
     Raises:
         RewardError: scores of the wrong number or components, or whatever the reward raises as one: it is about
             the reward and not about a sample, such as a server that scores with another reward by now.
     """
     try:
-        scores = reward.score(samples)
+        with time_limit(None if hasattr(reward, "deadline_s") else seconds), cut():
+            scores = reward.score(samples)
     except RewardError:
         raise
+    except Overdue as error:
+        batch = f"a batch of {len(samples)}, the first {samples.prompts[0][:80]!r}"
+        return missing(reward.names, [f"{reward.card.name}: {error}, {batch}"] * len(samples))
     except (AlignError, ValueError, RuntimeError, OSError) as error:
         if len(samples) == 1:
             return missing(reward.names, [f"{reward.card.name}: {error}"])
-        parts = [score_safely(reward, samples.select([i])) for i in range(len(samples))]
+        parts = [score_safely(reward, samples.select([i]), seconds) for i in range(len(samples))]
         return Scores(
             np.concatenate([p.values for p in parts]),
             np.concatenate([p.valid for p in parts]),

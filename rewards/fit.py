@@ -32,7 +32,7 @@ from align.feedback.events import Item
 from align.feedback.overview import plain
 from align.fit_config import FitConfig, require_fit
 from align.launch import World, join_world
-from align.run import Run, claim_directory
+from align.run import Run, claiming
 from align.seeding import permutation, seed
 from align.sparsity.callback import Travelled
 from align.sparsity.receipt import write_receipt
@@ -491,29 +491,30 @@ def fit_reward(
     require_fit(config)
     if deepspeed is not None:
         require_deepspeed(deepspeed)
-    world = join_world()
+    world = join_world(config.checkpoint.hung_after_seconds)
     if world.size > 1 or deepspeed is not None:
         require_launchable(config, world.size)
     directory = Path(out) if out is not None else Path("runs") / config.name
-    data = load_data(config.data.paths, config.data) if data is None else data
-    parts, dropped = _parts(config, data)
-    train_rows, share, left = thin(parts["train"], config)
-    notes = warnings_on(train_rows, config)
-    names = sorted({name for rows in parts.values() for row in rows for name in row.items})
-    places = {name: i for i, name in enumerate(names)}
-    items = [data.items[name] for name in names]
-    if config.data.media == "image":
-        content_keys(items, data.folders)  # what is missing is said before anything is written
-    world.led(lambda: claim_directory(directory, config, overwrite=overwrite))
-    trained_on = sorted({places[name] for row in train_rows for name in row.items})
-    if not world.leads:
-        world.wait()  # what the first process builds and caches, the others find
-    if config.model.backbone == "classifier":
-        latent = _classifier(config, directory, items)
-    else:
-        latent = _frozen(config, data, items, trained_on)
-    if world.leads:
-        world.wait()
+    with claiming(directory, config, world, overwrite=overwrite):
+        data = load_data(config.data.paths, config.data) if data is None else data
+        parts, dropped = _parts(config, data)
+        train_rows, share, left = thin(parts["train"], config)
+        notes = warnings_on(train_rows, config)
+        names = sorted({name for rows in parts.values() for row in rows for name in row.items})
+        places = {name: i for i, name in enumerate(names)}
+        items = [data.items[name] for name in names]
+        if config.data.media == "image":
+            content_keys(items, data.folders)  # what is missing is said before anything is written
+        trained_on = sorted({places[name] for row in train_rows for name in row.items})
+        if config.model.backbone != "classifier":
+            latent = _frozen(config, data, items, trained_on)
+    if config.model.backbone == "classifier":  # after the claim: it may keep a copy of the model in the folder
+        if not world.leads:
+            world.wait()
+        with world.together():
+            latent = _classifier(config, directory, items)
+        if world.leads:
+            world.wait()
     trimmed: list[dict[str, Any]] = []
     if config.users.trim:
         screened = [row for name in _screened(config) for row in parts[name]]
@@ -542,17 +543,24 @@ def fit_reward(
         for note in notes if run.step == 0 else ():
             run.log.warn(0, "warning", "data", note)
         for step in run.steps():
-            loss, stats = batch_loss(answers, latent, rows, _rows_at(step, len(train), config), world)
-            run.backward(loss, weight=1.0)
+            chosen = _rows_at(step, len(train), config)
+            run.sitting.see(rows=lambda at=chosen: _seen(at, train_rows, data))
+            run.sitting.at("training")
+            with run.cut():
+                loss, stats = batch_loss(answers, latent, rows, chosen, world)
+                run.sitting.see_tile(loss=loss.detach(), **stats)
+                run.backward(loss, weight=1.0)
             run.update()
             run.update_average()
             whole_loss = float(world.add(loss.detach().clone()))
             run.commit(step, {"loss": whole_loss, **stats}, StepStats(first_ratio_error=float("nan")))
-        if run.stopping:
-            run.finish("stopped")
+        if run.sitting.stopping and run.step < config.steps:
+            run.sitting.finish("stopped")
             return FitResult(directory, "stopped", {})
+        run.sitting.at("calibrating")
         with run.delivered():
-            value = _values(latent, len(places), world)
+            with run.cut():
+                value = _values(latent, len(places), world)
             card = _card(config, data, value, answers.cpu(), parts, places, train)
             card |= {
                 "left_out": {**left, "between parts of the split": dropped},
@@ -561,8 +569,18 @@ def fit_reward(
             }
             world.led(lambda: _write_artefact(directory / "reward", config, latent, card))
         world.led(lambda: card.update(sparsity=_receipt(directory, config, run.log.read_metrics())))
-        run.finish("complete")
-    return FitResult(directory, "complete", plain(card))
+        run.sitting.finish("complete")
+        return FitResult(directory, "complete", plain(card))
+    return FitResult(directory, "stopped", {})
+
+
+def _seen(rows: Sequence[int], observations: Sequence[Observation], data: FitData) -> list[dict[str, Any]]:
+    """Return the rows of a step, for people to read."""
+    found = []
+    for row in (observations[i] for i in rows):
+        outputs = [dict(zip(("prompt", "output"), sample_of(data.items[name]), strict=True)) for name in row.items]
+        found.append({"kind": row.kind, "said": row.value, "by": row.user, "outputs": outputs})
+    return found
 
 
 def _receipt(directory: Path, config: FitConfig, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

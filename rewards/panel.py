@@ -46,6 +46,7 @@ class Panel:
     ) -> None:
         self.rewards, self.combined, self._reward_weights = list(rewards), combined, tuple(weights)
         self.configs = list(configs or [RewardConfig(name=r.card.name) for r in rewards])
+        self.limits = [config.hung_after_seconds for config in self.configs]
         columns: list[tuple[str, int, float, RewardConfig]] = []
         place = 0
         for reward, weight, config in zip(rewards, weights, self.configs, strict=True):
@@ -75,7 +76,8 @@ class Panel:
 
     def score(self, samples: Samples) -> Scores:
         """Score B samples with every reward: `[B, K]`, raw. What fails is missing."""
-        return self.joined([score_safely(reward, samples) for reward in self.rewards])
+        asked = zip(self.rewards, self.limits, strict=True)
+        return self.joined([score_safely(reward, samples, limit) for reward, limit in asked])
 
     def joined(self, scored: Sequence[Scores]) -> Scores:
         """Return the panel's components of what each of its rewards said of the same samples."""

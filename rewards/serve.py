@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-import signal
 import socket
 import threading
 import time
@@ -28,6 +27,7 @@ from starlette.requests import ClientDisconnect
 from align.config import load_rewards
 from align.errors import ConfigError, DataError
 from align.registry import suggest
+from align.stops import ending
 from rewards.base import Reward, get_reward, score_safely
 from rewards.remote import RemoteReward
 from rewards.roster import entry_of
@@ -219,7 +219,7 @@ def serve(
     ready: Callable[[dict[str, Any]], None] = lambda where: None,
     log: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Serve rewards until SIGTERM or SIGINT; requests under way are answered first.
+    """Serve rewards until SIGTERM, SIGINT or SIGUSR1; requests under way are answered first.
 
     Args:
         asked: names and arguments of the rewards.
@@ -234,11 +234,8 @@ def serve(
         listener.listen(128)
         ready({"url": _url(listener), "rewards": [s.entry["reward"] for s in served]})
         server = _server(build_app(served, limit_mb=limit_mb, log=log))
-        before = signal.signal(signal.SIGTERM, lambda number, frame: None)  # to end in peace is what was asked for
-        try:
+        with ending(server):
             server.run(sockets=[listener])
-        finally:
-            signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

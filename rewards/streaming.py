@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from multiprocessing.pool import AsyncResult, ThreadPool
 from types import TracebackType
 from typing import Protocol
 
@@ -15,9 +15,10 @@ from rewards.remote import remote_rewards
 
 
 class ManyRewards(Protocol):
-    """What a stream asks of a panel: its rewards, and how their scores are put side by side."""
+    """What a stream asks of a panel: its rewards, the seconds each may take, how their scores are put side by side."""
 
     rewards: list[Reward]
+    limits: list[float]
 
     def joined(self, scored: Sequence[Scores]) -> Scores:
         """Return the scores of all rewards on the same samples as one."""
@@ -48,22 +49,24 @@ class ScoreStream:
         self.panel, self.most_parts = panel, most_parts
         self._remote = [bool(remote_rewards([reward])) for reward in panel.rewards]
         threads = sum(self._remote) * most_parts
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="score") if threads else None
-        self._parts: list[list[Scores | Future[Scores]]] = []
-        self._pending: deque[list[Future[Scores]]] = deque()
+        self._pool = ThreadPool(threads) if threads else None  # its threads keep no process from ending
+        self._parts: list[list[Scores | AsyncResult[Scores]]] = []
+        self._pending: deque[list[AsyncResult[Scores]]] = deque()
 
     def submit(self, samples: Samples) -> None:
         """Have one more part scored. An error of a reward of this machine is raised here."""
         while len(self._pending) >= self.most_parts:
-            wait(self._pending.popleft())
-        asked: dict[int, Future[Scores]] = {}
+            for result in self._pending.popleft():
+                result.wait()
+        asked: dict[int, AsyncResult[Scores]] = {}
         for k, reward in enumerate(self.panel.rewards):
             if self._pool is not None and self._remote[k]:
-                asked[k] = self._pool.submit(score_safely, reward, samples)
+                asked[k] = self._pool.apply_async(score_safely, (reward, samples))
         self._pending.append(list(asked.values()))
-        self._parts.append(
-            [asked[k] if k in asked else score_safely(reward, samples) for k, reward in enumerate(self.panel.rewards)]
-        )
+        self._parts.append([
+            asked[k] if k in asked else score_safely(reward, samples, self.panel.limits[k])
+            for k, reward in enumerate(self.panel.rewards)
+        ])  # fmt: skip
 
     def result(self) -> Scores:
         """Wait for all parts and return their scores, in the order they were submitted.
@@ -75,7 +78,7 @@ class ScoreStream:
         if not self._parts:
             raise ConfigError("No part was submitted to a stream of scores")
         done = [
-            self.panel.joined([entry.result() if isinstance(entry, Future) else entry for entry in part])
+            self.panel.joined([entry.get() if isinstance(entry, AsyncResult) else entry for entry in part])
             for part in self._parts
         ]
         self._parts.clear()
@@ -88,4 +91,4 @@ class ScoreStream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool.terminate()  # what is still asked for is nobody's

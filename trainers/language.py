@@ -83,7 +83,7 @@ class LanguageRun:
     ) -> None:
         self.config, self.objective = config, objective
         self.findings = require_valid(config)
-        self.world = join_world()
+        self.world = join_world(config.checkpoint.hung_after_seconds)
         require_divisible(config, self.world.size)
         self.deepspeed = engine_settings(deepspeed, config, self.world)
         self.fsdp = fsdp
@@ -183,17 +183,21 @@ class LanguageRun:
         with settled():
             # Under ZeRO 3 these arguments are why `from_pretrained` leaves each process its share of the weights.
             arguments = training_arguments(self, self.directory / "checkpoints" / ".staging")
-            model = load_language_model(self.config.model, seed=self.config.seed)
-            reference = self._reference(model) if self.objective.referenced else None
-            if self.fsdp:
-                shard_module(model)
-            cache = self._precompute(model) if self.reference == "precomputed" else None
+            with self.world.together():
+                model = load_language_model(self.config.model, seed=self.config.seed)
+                reference = self._reference(model) if self.objective.referenced else None
+                if self.fsdp:
+                    shard_module(model)
+                cache = self._precompute(model) if self.reference == "precomputed" else None
             log = RunLog(self.directory, tensorboard=self.config.tracking.tensorboard, silent=not self.world.leads)
             with Session(self, log, saved, began) as session:
                 trainer = AlignTrainer(self, session, cache, reference, model=model, args=arguments)
                 session.evaluation = LanguageEvaluation(self, trainer.models, cache, log)
-                trainer.train(resume_from_checkpoint=None if found is None else str(found))
+                session.save = trainer.save_committed
+                with session.region():
+                    trainer.train(resume_from_checkpoint=None if found is None else str(found))
                 return session.after()
+            return RunResult(self.directory, "stopped", {})
 
     def _require_same_engine(self, saved: Mapping[str, Any]) -> None:
         """Refuse a checkpoint whose optimizer is split in another way. DeepSpeed keeps a file of each process; the

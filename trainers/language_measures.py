@@ -17,7 +17,7 @@ from align.groupstats import bootstrap_mean
 from align.language_config import LanguageConfig
 from align.launch import World
 from align.seeding import permutation
-from align.tracking import RunLog
+from align.tracking import RunLog, read_jsonl
 from trainers.language_generation import Answer, Decoding, Prompt, answer, as_given
 from trainers.language_objective import HeldOut
 from trainers.preference_data import Tokens, collate
@@ -166,7 +166,9 @@ class LanguageEvaluation:
         self.found: dict[int, dict[str, Any]] = {}
 
     def before(self, step: int) -> None:
-        """Measure the model before training, unless the run goes on."""
+        """Measure the model before training; of a run that goes on, what a stop left unmeasured."""
+        if step and self._is_due(step) and step not in {row.get("step") for row in self._rows()}:
+            self._evaluate(step)
         if step == 0:
             self._evaluate(0)
             if self.run.prompts and self.models.reference is not None and not self.models.reference.live:
@@ -175,17 +177,20 @@ class LanguageEvaluation:
 
     def during(self, step: int) -> None:
         """Measure when it is due."""
-        every = self.run.config.evaluation.every
-        if every and step % every == 0 and step < self.run.steps:
+        if self._is_due(step):
             self._evaluate(step)
+
+    def _is_due(self, step: int) -> bool:
+        every = self.run.config.evaluation.every
+        return bool(every) and step % every == 0 and step < self.run.steps
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return read_jsonl(self.run.directory / "evaluation.jsonl")[0]
 
     def after(self, step: int) -> dict[str, Any]:
         """Measure the trained model and return the run's summary."""
         final = self.found.get(step) or self._evaluate(step)
-        from align.tracking import read_jsonl
-
-        rows = read_jsonl(self.run.directory / "evaluation.jsonl")[0]
-        first = next((row for row in rows if row["step"] == 0), {})
+        first = next((row for row in self._rows() if row["step"] == 0), {})
         keys = [key for key in final if key not in ("step", "seconds", "n", "monitor")]
         return {
             "name": self.run.config.name, "steps": step, "heldout_rows": len(self.rows),

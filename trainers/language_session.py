@@ -1,23 +1,21 @@
-"""One sitting of a language run: signals, run.json, the log of its steps, how it ended."""
+"""One sitting of a language run: what its steps measured, the log, how it ended."""
 
 from __future__ import annotations
 
-import contextlib
-import datetime
+import copy
 import json
 import shutil
-import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from align import launch
+from align import checkpoint, launch, stops
 from align.run import describe_machine, peak_memory_mb
+from align.sitting import Sitting
 from align.tracking import Progress, RunLog, read_jsonl
 from trainers.language_measures import LanguageEvaluation, one_class_share, update_metrics
 from trainers.language_model import weights_folder
@@ -32,7 +30,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Session:
-    """One sitting of a run: signals, the log, what the steps measured, how it ended."""
+    """One sitting of a run: the log, what the steps measured, how it ended.
+
+    `save` writes the checkpoint of the step that is committed; all processes call it.
+    """
 
     run: LanguageRun
     log: RunLog
@@ -40,9 +41,7 @@ class Session:
     began: float
     step: int = 0
     evaluation: LanguageEvaluation | None = None
-    _signal: str = ""
-    _stopping: str = ""
-    hacked: str = ""
+    save: Callable[[], None] | None = None
     _heeded: int = -1
     _measures: list[dict[str, np.ndarray]] = field(default_factory=list)
     _loss: float = 0.0
@@ -59,6 +58,7 @@ class Session:
         self.counters: dict[str, float] = dict(saved.get("counters", {}))
         if saved:
             run.objective.restore(saved["objective"])
+        self._objective = copy.deepcopy(run.objective.state())
         self.log.truncate_after(self.step if saved or (self.directory / "metrics.jsonl").is_file() else -1)
         for key, old, new in run._changed:
             self.log.warn(self.step, "note", "fork", f"from here on {key} is {new!r}; it was {old!r}")
@@ -68,46 +68,43 @@ class Session:
         if not saved:
             for message in run.about.get("warnings", ()):
                 self.log.warn(0, "warning", "data", message)
-        self._handlers: dict[int, Any] = {}
-        with contextlib.suppress(ValueError):  # only the main thread may set handlers
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._handlers[number] = signal.signal(number, self._ask)
+        self.sitting = Sitting(self.directory, run.config, run.world, self.log, self._keep_committed)
+        self.sitting.enter()
         self._mark = (time.perf_counter(), time.process_time())
         self._elapsed = (self.counters.get("seconds", 0.0), self.counters.get("cpu_seconds", 0.0))
         self.progress = Progress(run.steps, initial=self.step, silent=not run.world.leads)
         self.progress.__enter__()
         return self
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> bool:
         self.progress.__exit__(kind, error, trace)
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        shutil.rmtree(self.directory / "checkpoints" / ".staging", ignore_errors=True)
-        if kind is not None:
-            with contextlib.suppress(OSError):
-                self.finish("failed")
-        self.log.close()
+        try:
+            return self.sitting.leave(error)
+        finally:
+            shutil.rmtree(self.directory / "checkpoints" / ".staging", ignore_errors=True)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self._signal == "SIGINT" and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._signal = signal.Signals(number).name
+    def _keep_committed(self) -> None:
+        """Save the last committed step where the disk does not hold it: until the next one, memory does."""
+        here = self.step in checkpoint.checkpoints(self.directory / "checkpoints")
+        if self.step and self.save is not None and not any(self.run.world.gather(here)):
+            self.save()
+
+    def region(self) -> Any:
+        """Let a stop that is due abandon the block: anywhere in one process; several meet in the Trainer's own places,
+        so they abandon it where all of them check."""
+        alone = self.run.world.size == 1 and self.run.deepspeed is None
+        return stops.region("cut" if alone else "meetings")
 
     def before(self) -> None:
         """Write the run's record, and measure the model before training."""
         run = self.run
-        existing = self.directory / "run.json"
-        first = json.loads(existing.read_text(encoding="utf-8")).get("started") if existing.is_file() else None
         model = run_model(self.evaluation)
-        self.record = {
-            "trainer": run.config.trainer, "name": run.config.name, "seed": run.config.seed,
-            "started": first or _now(), "finished": None, "status": "running", "steps_planned": run.steps,
-            "engine": run.engine, "processes": run.world.size, "launcher": launch.started_by(),
-            "reference": run.reference,
-            "model": {"path": run.config.model.path, "train": run.config.model.train, **model}, **run.about,
+        self.sitting.begin(
+            run.steps, run.engine, launcher=launch.started_by(), reference=run.reference,
+            model={"path": run.config.model.path, "train": run.config.model.train, **model}, **run.about,
             **describe_machine(),
-        }  # fmt: skip
-        self.log.write_run(self.record)
+        )  # fmt: skip
+        self.sitting.at("evaluation")
         self.evaluation.before(self.step)
         self._heed(self.step)
 
@@ -140,14 +137,14 @@ class Session:
         self._measures, self._loss, self._real = [], 0.0, [0, 0]
         self._mark = (now, cpu)
         self.counters["seconds"], self.counters["cpu_seconds"] = row["seconds_total"], row["cpu_seconds_total"]
+        self._objective = copy.deepcopy(run.objective.state())
         self.log.metrics(row)
         self.progress.update(row)
-        self.evaluation.during(step)
+        self.sitting.at("evaluation")
+        with self.region():
+            self.evaluation.during(step)
         self._heed(step)
-        asked = self._signal or ("launcher" if launch.asked_to_stop() else "")
-        asked = run.world.first([asked])
-        self._stopping = "monitor" if self.hacked else asked
-        return self._stopping
+        return self.sitting.agree_to_stop()
 
     def _heed(self, step: int) -> None:
         """Say what the hack monitor found at the evaluation of this step, and have the run stop where it is to."""
@@ -162,25 +159,27 @@ class Session:
         self.log.warn(step, "alarm", "drift", verdict.message)
         self.progress.say(f"step {step}: {verdict.message}")
         if verdict.stops:
-            self.hacked = verdict.message
+            self.sitting.hacked = verdict.message
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps beside the Trainer's files."""
         run = self.run
         return {
-            "step": self.step, "objective": run.objective.state(), "counters": self.counters,
+            "step": self.step, "objective": self._objective, "counters": self.counters,
             "config": run.config.model_dump(mode="json"), "engine": run.engine, "processes": run.world.size,
-            "hacked": self.hacked,
+            "hacked": self.sitting.hacked,
         }  # fmt: skip
 
     def after(self) -> RunResult:
         """Measure the trained model and write the summary; or say that the run was stopped."""
-        if self._stopping not in ("", "monitor") and self.step < self.run.steps:
-            self.finish("stopped")
+        if self.sitting.stopping not in ("", "monitor") and self.step < self.run.steps:
+            self.sitting.finish("stopped")
             return RunResult(self.directory, "stopped", {})
-        summary = self.evaluation.after(self.step)
+        self.sitting.at("evaluation")
+        with self.region():
+            summary = self.evaluation.after(self.step)
         self._heed(self.step)
-        status, run = "hacked" if self.hacked else "complete", self.run
+        status, run = "hacked" if self.sitting.hacked else "complete", self.run
         if run.objective.online:
             rows = read_jsonl(self.directory / "evaluation.jsonl")[0]
             summary["monitor"] = last_said(rows, run.config.monitor.action)
@@ -192,14 +191,8 @@ class Session:
             )  # fmt: skip
             path = self.directory / "summary.json"
             path.write_text(json.dumps(summary, indent=1), encoding="utf-8")
-        self.finish(status)
+        self.sitting.finish(status)
         return RunResult(self.directory, status, summary)
-
-    def finish(self, status: str) -> None:
-        """Record how the run ended: complete, hacked, stopped or failed."""
-        if hasattr(self, "record"):
-            self.record.update(status=status, finished=_now())
-            self.log.write_run(self.record)
 
 
 def run_model(evaluation: LanguageEvaluation | None) -> dict[str, int]:
@@ -207,7 +200,3 @@ def run_model(evaluation: LanguageEvaluation | None) -> dict[str, int]:
     weights = list(evaluation.models.plain.parameters()) if evaluation is not None else []
     sizes = [(int(getattr(p, "ds_numel", p.numel())), p.requires_grad) for p in weights]  # whole ones, under ZeRO 3
     return {"parameters": sum(n for n, _ in sizes), "trained_parameters": sum(n for n, trains in sizes if trains)}
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -10,6 +10,7 @@ finite, and the run stops before that step is logged or saved. A version that st
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import shutil
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from align import checkpoint, guards
+from align import checkpoint, guards, stops
 from align.errors import GuardError
 from align.sparsity.live import live_source
 from align.sparsity.sources import Source
@@ -162,12 +163,28 @@ class AlignTrainer(transformers.Trainer):
     ) -> Tensor:
         """Return this process's part of the global batch's loss, refused when any process's is not finite."""
         self.models.policy = model
+        self.session.sitting.see(rows=lambda: self._seen(inputs))
         found = self.run.objective.losses(self.models, inputs, num_items_in_batch, self.run.world)
+        self.session.sitting.see_tile(
+            rows=inputs["index"].tolist(), losses=found.rows.detach(), loss=found.loss.detach(),
+            **{name: value.detach() for name, value in found.measures.items()},
+        )  # fmt: skip
         self._require_finite(found, inputs)
         if self.state.global_step == 0:
             self._require_reference(found, inputs)
         self.session.collect(found, inputs)
         return found.loss * self.run.world.size  # gradients are averaged over processes
+
+    def _seen(self, inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return the rows of a microbatch, for people to read."""
+        tokens, decode = self.run.tokens, self.run.tokenizer.decode
+        return [
+            {
+                "row": tokens.place[i], "prompt": decode(tokens.prompts[i]),
+                "completion": decode(tokens.completions[i]), "label": float(tokens.label[i]),
+            }
+            for i in inputs["index"].tolist()
+        ]  # fmt: skip
 
     def _require_finite(self, found: RowLosses, inputs: Mapping[str, Any]) -> None:
         bad = ~found.rows.detach().isfinite()
@@ -212,6 +229,10 @@ class AlignTrainer(transformers.Trainer):
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def save_committed(self) -> None:
+        """Write the checkpoint of the step at which the weights stand."""
+        self._save_checkpoint(self.model, None)
+
     def _adapters(self, folder: str) -> dict[str, Tensor]:
         """Read the adapters of a checkpoint, by the names they have in the model."""
         from peft import load_peft_weights
@@ -245,6 +266,11 @@ class AlignTrainer(transformers.Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Have the Trainer write into a staging folder, and publish it whole."""
+        self.session.sitting.at("saving")
+        with stops.whole():
+            self._save_whole(model, trial)
+
+    def _save_whole(self, model: nn.Module, trial: Any) -> None:
         staging = Path(self.args.output_dir)
         self.run.world.led(lambda: shutil.rmtree(staging, ignore_errors=True))
         if zero_stage(self.run.deepspeed) == 3:
@@ -271,6 +297,7 @@ class _Commit(TrainerCallback):
     def __init__(self, run: LanguageRun, session: Session, trainer: AlignTrainer) -> None:
         self.run, self.session, self.trainer = run, session, trainer
         self.norm, self.lr = float("nan"), float("nan")
+        self._update = contextlib.ExitStack()  # no stop between here and the commit
         self.watch: Tracker | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -297,6 +324,8 @@ class _Commit(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the weights before the update: no microbatch moves them."""
+        self.session.sitting.begin_step(state.global_step + 1)
+        self.session.sitting.at("training")
         if self.watch is not None:
             self.watch.before_update(state.global_step + 1)
 
@@ -319,6 +348,7 @@ class _Commit(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Refuse a gradient that is not finite, then clip it."""
+        self._update.enter_context(stops.whole())
         self.lr = float(self.trainer.lr_scheduler.get_last_lr()[0])
         if self.trainer.is_deepspeed_enabled:
             return control  # it has stepped already; see on_step_end
@@ -328,6 +358,7 @@ class _Commit(TrainerCallback):
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters]) if parameters else torch.zeros(())
         norm = norm.full_tensor() if self.run.fsdp else norm  # of all processes' shares
         first = self._expected(state.global_step == 0)
+        self.session.sitting.see(grad_norm=norm)
         guards.require_gradient(norm, torch.zeros(()), f"step {state.global_step + 1}", expected=first)
         limit = self.run.config.optimizer.max_grad_norm
         if limit is not None:
@@ -339,6 +370,8 @@ class _Commit(TrainerCallback):
         """Write the step down, and stop or save when it is time."""
         if self.trainer.is_deepspeed_enabled:
             self._require_step(self.trainer.model_wrapped, state.global_step)
+        trained = [p for p in self.trainer.model.parameters() if p.requires_grad]
+        guards.require_weights(self.run.world.add(guards.weights_check(trained)), f"step {state.global_step}")
         measured: dict[str, float] = {}
         if self.watch is not None:
             self.watch.after_update(self.lr)
@@ -346,6 +379,7 @@ class _Commit(TrainerCallback):
         stop = self.session.commit(state.global_step, {"lr": self.lr, "grad_norm": self.norm, **measured})
         every = self.run.config.checkpoint.every
         last = state.global_step >= self.run.steps
+        self._update.close()
         control.should_training_stop = bool(stop) or last
         control.should_save = bool(stop) or last or bool(every and state.global_step % every == 0)
         return control

@@ -121,7 +121,7 @@ class Offline:
         require_valid(self.config)
         if deepspeed is not None:
             require_deepspeed(deepspeed)
-        self.world, self.deepspeed = join_world(), deepspeed
+        self.world, self.deepspeed = join_world(self.config.checkpoint.hung_after_seconds), deepspeed
         self.directory = Path(out or Path("runs") / self.config.name)
         with claiming(self.directory, self.config, self.world, overwrite=overwrite, fork=fork) as self._changed:
             sampler, objective = self.config.sampler, self.config.objective
@@ -157,8 +157,9 @@ class Offline:
     def train(self) -> RunResult:
         """Train to the configured number of steps, or until asked to stop."""
         policy = self.policy
-        self._encode()
-        policy.keep_reference()
+        with self.world.together():
+            self._encode()
+            policy.keep_reference()
         with self.open_run() as run:
             prompts = distinct_prompts(self.heldout_rows.rows)
             receipt = Receipt(run, policy, prompts, {"heldout": self.heldout}, implicit=self.implicit_accuracy)
@@ -166,12 +167,15 @@ class Offline:
             for step in run.steps():
                 began = time.perf_counter()
                 rows = self.rows_at(step)
+                run.sitting.see(rows=lambda seen=rows: self._seen(seen, step))  # noqa: B023 (asked within this step)
+                run.sitting.at("training")
                 stats = self.learn(run, rows, step)
                 run.update_average()
                 self._watch_errors(stats, run, step)
                 metrics = {**self._metrics(rows, run, step), "time/train": time.perf_counter() - began}
                 run.commit(step, {**metrics, **receipt.during(step)}, stats)
             return finish(run, receipt)
+        return RunResult(self.directory, "stopped", {})
 
     def open_run(self) -> Run:
         """Return the run in this trainer's folder, resumed where there is a checkpoint."""
@@ -225,16 +229,18 @@ class Offline:
         first: list[Errors] = []
         point = torch.zeros((), dtype=torch.float64)
         if objective.loss == "kto":
-            with torch.set_grad_enabled(len(parts) == 1):
+            with torch.set_grad_enabled(len(parts) == 1), run.cut():
                 first = [self.errors(part, step) for part in parts]
             point = reference_point(self.world.add(sum(gain_sums(errors.gain) for errors in first)))
         worst = 0.0
-        for i, part in enumerate(parts):
-            errors = first[i] if len(first) == 1 else self.errors(part, step, first[i].reference if first else None)
-            worst = max_or_nan(worst, float(errors.gain.abs().max()))
-            terms = self.terms(part, errors, point)
-            run.backward(terms.loss.mean(), weight=len(part.rows) / len(pairs))
-            count(stats, terms)
+        with run.cut():
+            for i, part in enumerate(parts):
+                errors = first[i] if len(first) == 1 else self.errors(part, step, first[i].reference if first else None)
+                worst = max_or_nan(worst, float(errors.gain.abs().max()))
+                terms = self.terms(part, errors, point)
+                run.sitting.see_tile(rows=part.rows, draws=part.draws, loss=terms.loss.detach(), **terms.stats)
+                run.backward(terms.loss.mean(), weight=len(part.rows) / len(pairs))
+                count(stats, terms)
         if run.step == 0:
             worst = max(self.world.gather(worst))
             guards.require_reference(worst, FIRST_ERROR_TOLERANCE[self.config.model.dtype], f"step {step}")
@@ -289,6 +295,16 @@ class Offline:
             )  # fmt: skip
         found = errors.now.detach().reshape(-1, size).mean(0), errors.gain.reshape(-1, size).mean(0)
         return Terms(terms.loss, {**terms.stats, "matching_error": found[0], "error_gain": found[1]})
+
+    def _seen(self, rows: Sequence[int], step: int) -> list[dict[str, Any]]:
+        """Return what an update learns from, for people to read."""
+        found = []
+        for r in rows:
+            row = self.rows.rows[r]
+            images = [image.digest for image in row.images]
+            found.append({"row": r, "prompt": row.prompt, "label": row.label, "images": images,
+                          "seed": [self.config.seed, step, r]})  # fmt: skip
+        return found
 
     # Measures
 

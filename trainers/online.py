@@ -34,6 +34,7 @@ from align.launch import World, join_world
 from align.prompts import PromptSet, short_repr
 from align.run import Run, claiming
 from align.seeding import permutation
+from align.stops import Stopped
 from align.types import (
     Advantages,
     ImagePrompt,
@@ -90,7 +91,7 @@ class OnlineRun:
         require_valid(self.config)
         if deepspeed is not None:
             require_deepspeed(deepspeed)
-        self.world, self.deepspeed = join_world(), deepspeed
+        self.world, self.deepspeed = join_world(self.config.checkpoint.hung_after_seconds), deepspeed
         self._require_enough_samples()
         self.directory = Path(out or Path("runs") / self.config.name)
         with claiming(self.directory, self.config, self.world, overwrite=overwrite, fork=fork) as self._changed:
@@ -206,9 +207,10 @@ class OnlineRun:
     def train(self) -> RunResult:
         """Train to the configured number of steps, or until asked to stop."""
         config, policy, rewards = self.config, self.policy, self.rewards
-        for prompts in (self.prompts, self.heldout_prompts):  # in the same batches wherever a run is resumed
-            policy.encodings.add(prompts.asked)
-        self.prepare()
+        with self.world.together():
+            for prompts in (self.prompts, self.heldout_prompts):  # in the same batches wherever a run is resumed
+                policy.encodings.add(prompts.asked)
+            self.prepare()
         with self.open_run() as run:
             receipt = Receipt(
                 run, policy, self.heldout_prompts.asked, {"reward": rewards, "heldout": self.heldout},
@@ -217,21 +219,25 @@ class OnlineRun:
             receipt.before()
             for step in run.steps():
                 clock = _Clock()
+                run.sitting.at("rollout")
                 prompts = self.prompts.at(step, config.prompts_per_step, config.seed)
                 with ScoreStream(rewards) as stream:
-                    with self.sampling_weights():
+                    with self.sampling_weights(), run.cut():
                         deliver = clock.timed("time/reward", stream.submit)
                         rollout = self.rollout(prompts, step, self._batches(run)[0], deliver)
+                    run.sitting.see(samples=lambda seen=rollout: samples_seen(seen))
                     self._require_finite(rollout, step)
                     clock.lap("time/rollout", less={"time/decode": rollout.decode_seconds})
-                    scores = self._collect(stream, rollout, run, step)
-                if scores is None:  # asked to stop while a reward server was down
-                    run.stop_uncommitted()
-                    continue
+                    run.sitting.at("waiting for scores")
+                    with run.cut():
+                        scores = self._collect(stream, rollout, run, step)
+                run.sitting.see(samples=lambda seen=rollout, said=scores: samples_seen(seen, said))
                 rewards.require_scored(scores, f"step {step}")
                 composed = rewards.compose(scores, config.group_size)
                 advantages = self.advantages_of(composed)
                 clock.lap("time/reward")
+                run.sitting.see(samples=lambda seen=(rollout, scores, advantages): samples_seen(*seen))
+                run.sitting.at("training")
                 stats = self.learn(run, rollout, advantages, step)
                 run.update_average()
                 clock.lap("time/train")
@@ -240,6 +246,7 @@ class OnlineRun:
                 metrics |= self.after_step(run, stats, step)
                 run.commit(step, {**metrics, **receipt.during(step), **clock.laps}, stats)
             return finish(run, receipt)
+        return RunResult(self.directory, "stopped", {})
 
     def open_run(self) -> Run:
         """Return the run in this trainer's folder, resumed where there is a checkpoint."""
@@ -265,28 +272,34 @@ class OnlineRun:
         kept = np.flatnonzero(advantages.kept.reshape(-1))
         order = kept[permutation(len(kept), self.config.seed, step, "minibatches")]
         size = self._batches(run)[1]
-        self.begin(rollout, values, size)
+        with run.cut():
+            self.begin(rollout, values, size)
         first = True
         for rows in np.array_split(order, self.config.updates_per_step):
             moving = rows[self.moves(values.numpy()[rows])]
             if not len(moving):
                 continue  # nothing was learnt from these samples
             mine = [int(r) for r in moving if r in rollout.rows]
-            for tile in self.tiles(rollout, mine, values, size, len(rows)):
-                terms = self.terms(tile, rollout, run, first=first)
-                run.backward(terms.loss.mean(), weight=tile.share)
-                count(stats, terms)
+            with run.cut():
+                for tile in self.tiles(rollout, mine, values, size, len(rows)):
+                    terms = self.terms(tile, rollout, run, first=first)
+                    run.sitting.see_tile(prompts=tile.prompts, loss=terms.loss.detach(), **terms.stats)
+                    run.backward(terms.loss.mean(), weight=tile.share)
+                    count(stats, terms)
             if first:
                 self.before_update(stats, step)
             run.update(expect_gradient=first and float(values[moving].abs().max()) > EQUAL)
             first = False
         return merge_stats(self.world.gather(stats))
 
-    def _collect(self, stream: ScoreStream, rollout: Rollout, run: Run, step: int) -> Scores | None:
-        """Return the scores of all processes; None when asked to stop while waiting for a reward server.
+    def _collect(self, stream: ScoreStream, rollout: Rollout, run: Run, step: int) -> Scores:
+        """Return the scores of all processes.
 
         A server that is down leaves scores missing. While that is more than `combine.max_fail_frac` allows, the run
         waits until the server is back and has the rollout scored again: nothing is lost, and nothing counts as 0.
+
+        Raises:
+            Stopped: asked to stop while waiting for a server; the grace time has nothing to wait for then.
         """
         scores = stack_scores(self.world.gather(stream.result()))
         remote = remote_rewards(self.rewards.rewards)
@@ -295,9 +308,9 @@ class OnlineRun:
             if not down:
                 return scores  # the servers answer, so this is for the guard to judge
             run.say(step, "reward_server", f"the run waits for a reward server: {down}")
-            back = wait_until_healthy(remote, run.asked_to_stop, lambda message: None)
+            back = wait_until_healthy(remote, lambda: run.sitting.asked, lambda message: None)
             if not all(self.world.gather(back)):
-                return None
+                raise Stopped(agreed=True)
             run.say(step, "reward_server", "the reward server is back; the rollout is scored again")
             scores = stack_scores(self.world.gather(self.rewards.score(rollout.samples)))
         return scores
@@ -451,12 +464,34 @@ def describe_model(policy: Policy, config: Any) -> dict[str, Any]:
 
 def finish(run: Run, receipt: Receipt) -> RunResult:
     """End a run that was stopped, or measure and end one that is complete or that the hack monitor stopped."""
-    if run.stopping not in ("", "monitor") and run.step < run.config.steps:
-        run.finish("stopped")
+    if run.sitting.stopping not in ("", "monitor") and run.step < run.config.steps:
+        run.sitting.finish("stopped")
         return RunResult(run.directory, "stopped", {})
     summary = receipt.after()
-    run.finish(run.outcome)
+    run.sitting.finish(run.outcome)
     return RunResult(run.directory, run.outcome, summary)
+
+
+def samples_seen(
+    rollout: Rollout, scores: Scores | None = None, advantages: Advantages | None = None
+) -> list[dict[str, Any]]:
+    """Return what is known of a process's samples, for people to read.
+
+    Args:
+        scores, advantages: of all samples, as far as the step came.
+    """
+    found = []
+    for i, (place, prompt) in enumerate(zip(rollout.rows, rollout.prompts, strict=True)):
+        p, g = divmod(place, rollout.group_size)
+        row = {"sample": place, "prompt": prompt, "seed": [*rollout.key, p, g]}
+        row["latents_finite"] = bool(rollout.x[i].isfinite().all())
+        if scores is not None:
+            row["scores"] = dict(zip(scores.names, scores.values[place].tolist(), strict=True))
+            row |= {"error": scores.errors[place]} if scores.errors and scores.errors[place] else {}
+        if advantages is not None:
+            row["advantage"] = float(advantages.values[p, g])
+        found.append(row)
+    return found
 
 
 def config_to_resume(directory: str | Path) -> Any:

@@ -108,7 +108,7 @@ class Receipt:
         """
         step = self.run.step
         base, final = self._base, self._evaluate(step, self.config.evaluation.final_samples)
-        if not self.run.hacked:
+        if not self.run.sitting.hacked:
             self._watch(step, final)
         if not self.run.world.leads:
             return {}
@@ -162,7 +162,8 @@ class Receipt:
 
     def _evaluate(self, step: int, samples: int) -> Measurement:
         members = members_for(samples, len(self.prompts))
-        with self.run.delivered():
+        self.run.sitting.at("evaluation")
+        with self.run.delivered(), self.run.cut():
             measured = measure(self.policy, self.prompts, members, self.panels, world=self.run.world, **self._sampler)
             if self._implicit is not None and step:
                 self._learnt = self._implicit()
@@ -190,7 +191,7 @@ class Receipt:
         """Return what the hack monitor sees in an evaluation, and keep its verdict."""
         if self._base is None or not self._watches:
             return {}
-        if self.run.hacked and self._verdict is not None:
+        if self.run.sitting.hacked and self._verdict is not None:
             return {"monitor": self._verdict.as_dict()}  # the row of the step that stopped the run says why
         judge = "heldout" if "heldout" in self.panels else None
         before = Monitor(
@@ -231,7 +232,7 @@ class Receipt:
         if not self.run.world.leads:
             return
         prompts, columns = self.prompts[:GRID_PROMPTS], GRID_MEMBERS if self.policy.family.fps is None else 1
-        with self.run.delivered():
+        with self.run.delivered(), self.run.cut():
             made = generate(self.policy, prompts, columns, **self._sampler)
         folder = self.run.directory / "samples"
         folder.mkdir(exist_ok=True)

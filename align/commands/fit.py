@@ -40,7 +40,7 @@ def fit_into(
     Args:
         again: the arguments that do so, for the processes that `launch` starts.
     """
-    from align.launch import asked_to_stop, leave_world, require_launcher
+    from align.launch import leave_world, require_launcher, supervised
     from align.reports.training import write_report
     from align.run import require_directory
     from rewards.fit import fit_reward, require_launchable
@@ -54,12 +54,12 @@ def fit_into(
     found: dict[str, Any] = {"directory": str(result.directory), "status": result.status}
     if os.environ.get("RANK", "0") != "0":
         leave_world()  # waits for the process that still writes
-        return 0
+        return 0 if supervised() or result.status != "stopped" else INTERRUPTED
     if result.status == "stopped":
         # Who asked a launch to stop reads how it went in run.json; a launcher takes any other code than 0 for a crash.
         give(options, found, f"stopped; `align resume {result.directory}` goes on")
         leave_world()
-        return 0 if asked_to_stop() else INTERRUPTED
+        return 0 if supervised() else INTERRUPTED
     for warning in result.card["warnings"]:
         sys.stderr.write(f"align: Warning: {warning}.\n")
     report = write_report(result.directory)

@@ -130,7 +130,7 @@ def test_resume_is_bit_for_bit_with_the_old_policy(folders, tmp_path):
         commit = opened.commit
 
         def committed(step, *rest):
-            opened._signal = "SIGTERM" if step == 2 else ""
+            opened.sitting.stop.asked = "SIGTERM" if step == 2 else ""
             commit(step, *rest)
 
         opened.commit = committed

@@ -6,11 +6,10 @@ import contextlib
 import ipaddress
 import os
 import re
-import signal
 import socket
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from align.errors import ConfigError
 from align.feedback.server.guard import Limits
 from align.feedback.tasks import Task, describe_task, load_task, read_tokens
+from align.stops import ending
 
 _ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?")
 _NAME = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
@@ -115,7 +115,7 @@ def serve(
     ready: Callable[[dict[str, Any]], object] = lambda found: None,
     stop: threading.Event | None = None,
 ) -> dict[str, Any]:
-    """Serve until SIGINT, SIGTERM or `stop`; `ready` is told the address once requests are answered.
+    """Serve until SIGINT, SIGTERM, SIGUSR1 or `stop`; `ready` is told the address once requests are answered.
 
     Returns what was done: units complete, answers of each annotator, gold answers given and right.
 
@@ -162,32 +162,16 @@ def serve(
             timeout_keep_alive=30, timeout_graceful_shutdown=5, h11_max_incomplete_event_size=32_768, backlog=512,
         )  # fmt: skip
         server = uvicorn.Server(config)
-        with _stops(server, stop):
+        if stop is not None:
+            threading.Thread(target=_end_after, args=(stop, server), daemon=True).start()
+        with ending(server):
             server.run(sockets=[listening])
         return dict(app.state.page.summary())
 
 
-@contextlib.contextmanager
-def _stops(server: Any, stop: threading.Event | None) -> Iterator[None]:
-    """Let signals, however often they come, and `stop` end the server in order, so that what was said is written."""
-
-    def end(*_: object) -> None:
-        server.should_exit = True
-
-    def wait(event: threading.Event) -> None:
-        event.wait()
-        end()
-
-    if stop is not None:
-        threading.Thread(target=wait, args=(stop,), daemon=True).start()
-    signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    server.capture_signals = contextlib.nullcontext
-    before = {number: signal.signal(number, end) for number in signals}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _end_after(stop: threading.Event, server: Any) -> None:
+    stop.wait()
+    server.should_exit = True
 
 
 def _listen(host: str, port: int) -> socket.socket:
