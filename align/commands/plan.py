@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import re
+import shlex
 import statistics
 import time
 from collections.abc import Iterable, Sequence
@@ -374,25 +375,25 @@ def _changes(config: Any, gpus: int) -> list[str]:
 def _remedies(
     source: str | Path, overrides: Sequence[str], config: Any, gpus: int, memory: float
 ) -> Iterable[tuple[tuple[str, ...], Row]]:
-    """Yield the smallest sets of changes that make a run fit: one alone, several together, adapters."""
+    """Yield the smallest sets of changes that make a run fit: one alone or several together, and adapters."""
+    from align.checks import require_valid
     from align.config import load_config
 
     def fits(changes: Sequence[str]) -> Row | None:
-        job, _ = describe_job(load_config(source, [*overrides, *changes]))
-        return choose(rows_of(job, memory), gpus)
+        try:
+            changed = load_config(source, [*overrides, *changes])
+            require_valid(changed)
+        except ConfigError:  # such as a microbatch that does not divide the batch
+            return None
+        return choose(rows_of(describe_job(changed)[0], memory), gpus)
 
     single = _changes(config, gpus)
     together = [single[:n] for n in range(1, len(single) + 1)]
     lora = [["model.train=lora", *more] for more in ([], *together)] if config.model.train == "full" else []
-    kept = False
-    for group in ([[one] for one in single], together, lora):
-        for changes in group:
-            if (row := fits(changes)) is not None:
-                yield tuple(changes), row
-                kept = True
-                break
-        if kept and group is together:
-            kept = False
+    for group in ([[one] for one in single] + together, lora):
+        found = ((changes, row) for changes in group if (row := fits(changes)) is not None)
+        if first := next(found, None):
+            yield tuple(first[0]), first[1]
 
 
 def _command(
@@ -402,7 +403,7 @@ def _command(
     words = [*overrides, *changes]
     if job.kind == "visual" and job.microbatch is None and row.room is not None and row.room < 16:
         words.append(f"batch.tile={row.room}")  # the run would derive more from memory that it has not filled yet
-    return launch(" ".join([source, *words]), row.engine, row.processes, per_node, verb=verb)
+    return launch(shlex.join([source, *words]), row.engine, row.processes, per_node, verb=verb)
 
 
 # What is shown
