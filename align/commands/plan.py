@@ -9,7 +9,6 @@ import shlex
 import statistics
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +153,7 @@ def _visual(config: Any) -> tuple[Job, dict[str, Any]]:
             model.family,
         )  # fmt: skip
     ledger = offline_ledger(config) if offline else feq_ledger(config)
-    encoders = width * ENCODERS.get(family, 0.0) if known else width * _other_weights(Path(model.path), made)
+    encoders = width * ENCODERS.get(family, 0.0) if known else width * _other_weights(Path(model.path))
     lagging = config.trainer == "forward" and getattr(config.objective, "old_policy", "step") != "step"
     job = Job(
         "visual", trained=size[0] if full else size[1] * model.lora.rank,
@@ -203,7 +202,7 @@ def _targets(family: str, model: Any) -> tuple[str, ...]:
     return tuple(model.lora.targets or FAMILIES.get(family).lora_targets)
 
 
-def _other_weights(folder: Path, made: Any) -> float:
+def _other_weights(folder: Path) -> float:
     """Return the weights of a folder's text encoders, by their files' size at 4 bytes each."""
     return sum(f.stat().st_size for f in folder.glob("*encoder*/*.safetensors")) / 4.0
 
@@ -246,7 +245,7 @@ def _language(config: Any) -> tuple[Job, dict[str, Any]]:
 
 
 def _fit(config: Any) -> tuple[Job, dict[str, Any]]:
-    from align.footprint import language_footprint, language_size, logits_bytes, read_config
+    from align.footprint import language_footprint, language_size, read_config
 
     model = config.model
     if model.backbone != "classifier":
@@ -265,7 +264,7 @@ def _fit(config: Any) -> tuple[Job, dict[str, Any]]:
     job = Job(
         "fit", trained=size.parameters if full else size.adapted * model.lora.rank,
         frozen=0.0 if full else size.parameters * 4.0, training=foot.training, sampling=foot.sampling,
-        fixed=logits_bytes(0, 1), microbatch=config.batch_size, rows=config.batch_size, feq=3.0,
+        microbatch=config.batch_size, rows=config.batch_size, feq=3.0,
         widest=size.widest,
     )  # fmt: skip
     return job, _about(
@@ -410,11 +409,10 @@ def _command(
 
 
 def _row(row: Row) -> dict[str, Any]:
-    found = asdict(replace(row, held=row.held))
     return {
         "engine": row.engine, "processes": row.processes, "fits": row.fits, "why_not": row.why_not,
         "peak_gb": row.held.peak / 1e9, "peak_is": row.held.phase,
-        "parts_gb": {name: size / 1e9 for name, size in found["held"]["parts"].items()},
+        "parts_gb": {name: size / 1e9 for name, size in row.held.parts.items()},
         "rows_at_once": row.held.rows, "rows_that_fit": row.room, "step_seconds": row.seconds,
     }  # fmt: skip
 
