@@ -221,11 +221,6 @@ def language_footprint(config: Any, *, tokens: int, half: bool, rank: int | None
     return by_depth(of, {"num_hidden_layers": int(config.get_text_config().num_hidden_layers)})
 
 
-def logits_bytes(tokens: int, vocabulary: int) -> float:
-    """Return what logits of so many tokens take with their gradient: they exist in chunks of `LOGITS` at most."""
-    return 2.0 * min(4.0 * tokens * vocabulary, LOGITS)
-
-
 def _language(config: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from align.footprint import LOGITS
+
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
 """How many accelerators a plan looks at."""
 
@@ -54,7 +56,7 @@ class Job:
         encoders: bytes of what comes to the accelerator by turns: text encoders.
         training: bytes that a row keeps with its gradient; None where it is not known.
         sampling: bytes that a row takes without.
-        fixed: bytes that a microbatch takes whatever its rows, such as logits.
+        logits: bytes of a row's float32 logits, which exist with their gradient in chunks of `footprint.LOGITS`.
         microbatch: rows at once over all processes (visual: on each); None where a run derives it from the memory.
         accumulation: microbatches of an update.
         rows: rows of a step over all processes, each `feq` forwards.
@@ -73,7 +75,7 @@ class Job:
     encoders: float = 0.0
     training: float | None = None
     sampling: float | None = None
-    fixed: float = 0.0
+    logits: float = 0.0
     microbatch: int | None = None
     accumulation: int = 1
     rows: int = 1
@@ -153,7 +155,7 @@ def held(job: Job, engine: str, processes: int, rows: int | None = None) -> Held
     moving = {
         "gradients": job.trained * found["gradients"],
         "exchange": job.trained * found["exchange"] + size * min(BUCKET.get(engine, 0.0), job.trained),
-        "training activations": rows * (job.training or 0.0) + job.fixed,
+        "training activations": rows * (job.training or 0.0) + 2 * min(rows * job.logits, LOGITS),
         "sampling activations": (4 if job.microbatch is None else 1) * rows * (job.sampling or 0.0),
         "encoders": job.encoders,
     }
@@ -241,9 +243,23 @@ def _room(job: Job, engine: str, processes: int, memory: float) -> int | None:
     return fewest
 
 
-def choose(rows: list[Row], processes: int) -> Row | None:
-    """Return the best row that fits on so many accelerators at most: on most of them, then what exchanges least."""
-    fitting = [row for row in rows if row.fits and row.processes <= processes]
+def layout(processes: int, per_node: int) -> tuple[int, int]:
+    """Return the fewest machines that can have equally many of the processes, and how many each has."""
+    nodes = next(n for n in range(math.ceil(processes / per_node), processes + 1) if processes % n == 0)
+    return nodes, processes // nodes
+
+
+def choose(rows: list[Row], accelerators: int, per_node: int) -> Row | None:
+    """Return the best row that fits on the accelerators there are: on most of them, then what exchanges least.
+
+    Args:
+        per_node: accelerators of a machine; each machine of a run has equally many processes.
+    """
+    machines = math.ceil(accelerators / per_node)
+    fitting = [
+        row for row in rows
+        if row.fits and row.processes <= accelerators and layout(row.processes, per_node)[0] <= machines
+    ]  # fmt: skip
     if not fitting:
         return None
     most = max(row.processes for row in fitting)
@@ -263,10 +279,11 @@ def launch(config: str, engine: str, processes: int, per_node: int, *, verb: str
     if processes <= per_node:
         launcher = "deepspeed" if engine.startswith("zero") else "torchrun"
         return f"align {verb} {config} --launch {launcher} --nproc {processes}{settings}"
+    nodes, each = layout(processes, per_node)
+    run = f"align.cli {verb} {config}{settings} --out $SHARED/run"
     if engine.startswith("zero"):
-        return f"deepspeed --hostfile hosts --no_local_rank --module align.cli {verb} {config}{settings}"
-    nodes = math.ceil(processes / per_node)
+        return f"deepspeed --hostfile hosts --num_nodes {nodes} --num_gpus {each} --no_local_rank --module {run}"
     return (
-        f"torchrun --nnodes {nodes} --node_rank $RANK_OF_NODE --nproc_per_node {per_node} --master_addr $HEAD "
-        f"--master_port 29500 -m align.cli {verb} {config}{settings}"
+        f"torchrun --nnodes {nodes} --node_rank $RANK_OF_NODE --nproc_per_node {each} --master_addr $HEAD "
+        f"--master_port 29500 -m {run}"
     )

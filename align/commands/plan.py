@@ -85,7 +85,7 @@ def make_plan(
     if forward_seconds is None and (measure or (about["local"] and about["parameters"] <= SMALL)):
         forward_seconds, timed = measure_forward(config), "measured here"
     rows = rows_of(job, memory, forward_seconds)
-    best = choose(rows, gpus)
+    best = choose(rows, gpus, per_node)
     verb = "fit" if config.trainer == "fit" else "train"
     command = functools.partial(_command, str(source), tuple(overrides), job, gpus, per_node, verb)
     return {
@@ -97,7 +97,7 @@ def make_plan(
         "ranked": [row.engine for row in rows if best and row.fits and row.processes == best.processes],
         "would_fit": [] if best is not None else [
             {"changes": list(changes), **_row(row), "command": command(row, changes)}
-            for changes, row in _remedies(source, overrides, config, gpus, memory)
+            for changes, row in _remedies(source, overrides, config, gpus, per_node, memory)
         ],
         "fits_on_more": None if best is not None else next(
             ({"engine": row.engine, "processes": row.processes} for row in rows if row.fits), None
@@ -208,7 +208,7 @@ def _other_weights(folder: Path) -> float:
 
 
 def _language(config: Any) -> tuple[Job, dict[str, Any]]:
-    from align.footprint import language_footprint, language_size, logits_bytes, read_config
+    from align.footprint import language_footprint, language_size, read_config
     from align.language_checks import describe_language_config
     from trainers.language_model import reference_mode, resolve_language_model
 
@@ -233,7 +233,7 @@ def _language(config: Any) -> tuple[Job, dict[str, Any]]:
         reference=size.parameters if mode == "copy" else 0,
         rewards=sum(_reward_bytes(reward) for part in rewards for reward in part),
         training=many * foot.training, sampling=many * foot.sampling,
-        fixed=logits_bytes(many * config.microbatch * tokens, size.vocabulary), microbatch=config.microbatch,
+        logits=4.0 * many * tokens * size.vocabulary, microbatch=config.microbatch,
         accumulation=config.batch_size // config.microbatch, rows=config.batch_size,
         feq=float(describe_language_config(config, [])["forwards"]), widest=size.widest,
         outside=max(0, size.parameters - size.depth * size.widest),
@@ -324,7 +324,7 @@ def measure_forward(config: Any) -> float:
     rows = min(config.batch.tile or ROWS, ROWS)
     x = torch.zeros(rows, *policy.latent_shape, device=policy.device)
     times = torch.full((rows,), 500.0, device=policy.device)
-    return _median_seconds(functools.partial(policy.velocity, x, times, ["a picture"] * rows)) / rows
+    return _median_seconds(functools.partial(policy.velocity, x, times, [""] * rows)) / rows
 
 
 def _median_seconds(work: Any) -> float:
@@ -372,7 +372,7 @@ def _changes(config: Any, gpus: int) -> list[str]:
 
 
 def _remedies(
-    source: str | Path, overrides: Sequence[str], config: Any, gpus: int, memory: float
+    source: str | Path, overrides: Sequence[str], config: Any, gpus: int, per_node: int, memory: float
 ) -> Iterable[tuple[tuple[str, ...], Row]]:
     """Yield the smallest sets of changes that make a run fit: one alone or several together, and adapters."""
     from align.checks import require_valid
@@ -384,7 +384,7 @@ def _remedies(
             require_valid(changed)
         except ConfigError:  # such as a microbatch that does not divide the batch
             return None
-        return choose(rows_of(describe_job(changed)[0], memory), gpus)
+        return choose(rows_of(describe_job(changed)[0], memory), gpus, per_node)
 
     single = _changes(config, gpus)
     together = [single[:n] for n in range(1, len(single) + 1)]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from align.cli import main
-from align.plan import OVERHEAD, Job, choose, held, launch, per_weight, refusal, step_seconds, table
+from align.footprint import LOGITS
+from align.plan import OVERHEAD, Job, choose, held, launch, layout, per_weight, refusal, step_seconds, table
 
 MILLION = 1_000_000
 
@@ -31,11 +33,13 @@ def test_bytes_of_a_trained_weight_on_one_of_four(kind, engine, half, accumulati
 
 
 def test_the_peak_is_the_largest_phase_on_top_of_what_stays():
-    job = Job("language", trained=10 * MILLION, training=5e6, sampling=1e6, fixed=2e6, microbatch=8, rows=8)
+    job = Job("language", trained=10 * MILLION, training=5e6, sampling=1e6, logits=1e5, microbatch=8, rows=8)
     found = held(job, "single", 1)
     assert found.parts["trained weights"] == 40e6 and found.parts["optimizer"] == 80e6
     assert found.rows == 8 and found.phase == "training"
-    assert found.peak == 40e6 + 80e6 + OVERHEAD + 40e6 + 8 * 5e6 + 2e6
+    assert found.peak == 40e6 + 80e6 + OVERHEAD + 40e6 + 8 * 5e6 + 2 * 8e5
+    assert held(job, "data_parallel", 4).parts["training activations"] == 2 * 5e6 + 2 * 2e5, "two rows on each"
+    assert held(replace(job, logits=1e9), "single", 1).parts["training activations"] == 8 * 5e6 + 2 * LOGITS
     lora = Job("language", trained=MILLION, frozen=100e6, reference=0, training=0.0, sampling=9e6, microbatch=4, rows=4)
     assert held(lora, "single", 1).phase == "sampling"
     assert held(lora, "single", 1).peak == 4e6 + 100e6 + 8e6 + OVERHEAD + 4 * 9e6
@@ -52,9 +56,9 @@ def test_a_plan_takes_what_fits_on_most_and_exchanges_least():
     job = Job("language", trained=1000 * MILLION, microbatch=8, rows=8)
     rows = table(job, memory=20e9)
     assert not next(row for row in rows if row.engine == "data_parallel" and row.processes == 8).fits
-    best = choose(rows, 8)
+    best = choose(rows, 8, per_node=8)
     assert (best.engine, best.processes) == ("zero1", 8)
-    assert choose(table(job, memory=1e9), 64) is None
+    assert choose(table(job, memory=1e9), 64, per_node=8) is None
     assert all(row.why_not for row in rows if row.processes > 8), "a microbatch of 8 does not divide over 16"
     assert refusal(Job("visual", trained=1, rows=3), 4) == "3 rows a step are fewer than 4 processes"
 
@@ -66,7 +70,16 @@ def test_a_step_is_the_busiest_process():
 def test_commands_start_what_was_planned():
     assert launch("a.yaml", "zero3", 8, 8) == "align train a.yaml --launch deepspeed --nproc 8 --deepspeed zero3"
     assert launch("a.yaml", "fsdp2", 2, 8) == "align train a.yaml --launch torchrun --nproc 2 --fsdp"
-    assert "--hostfile" in launch("a.yaml", "zero2", 16, 8) and "--nnodes 2" in launch("a.yaml", "fsdp2", 16, 8)
+    assert "--num_nodes 2 --num_gpus 8 " in launch("a.yaml", "zero2", 16, 8)
+    assert "--nnodes 2 " in launch("a.yaml", "fsdp2", 16, 8)
+
+
+def test_each_machine_has_equally_many_processes():
+    assert layout(16, 8) == (2, 8) and layout(16, 6) == (4, 4) and layout(8, 5) == (2, 4) and layout(4, 8) == (1, 4)
+    assert "--nnodes 4 --node_rank $RANK_OF_NODE --nproc_per_node 4 " in launch("a.yaml", "fsdp2", 16, 6)
+    rows = table(Job("visual", trained=1, rows=64), memory=80e9)
+    assert choose(rows, 18, per_node=6).processes == 8, "three machines: 16 would need a fourth"
+    assert choose(rows, 24, per_node=6).processes == 16
 
 
 def test_the_verb_tells_what_fits_and_refuses_what_it_cannot_know(tmp_path, capsys):
