@@ -81,11 +81,19 @@ _REPLACES = {
 }
 
 
+# As bytes, since damaged ones may be no text. Indexes of others are left alone, and tables of SQLite's own.
+_SCHEMA_OF = (
+    "SELECT CAST(name AS BLOB), CAST(sql AS BLOB) FROM sqlite_master"
+    " WHERE type <> 'index' AND substr(name, 1, 7) <> 'sqlite_'"
+)
+
+
 def connect(path: Path, *, create: bool) -> sqlite3.Connection:
     """Open the store at `path`, making it first where there is none and `create` is true.
 
     Raises:
-        DataError: no such file, not a store, a store of a newer version, damaged, or not writable.
+        DataError: no such file, not a store, a store of a newer version or with tables, views or triggers of others,
+            damaged, or not writable.
     """
     if path.is_dir():
         raise DataError("A feedback store is a file, and this is a folder", where=str(path), do="Name a file in it")
@@ -109,7 +117,27 @@ def connect(path: Path, *, create: bool) -> sqlite3.Connection:
     return db
 
 
+@lru_cache(maxsize=1)
+def _own() -> frozenset[tuple[bytes, bytes]]:
+    """The names of what a store holds, and the statements that made it."""
+    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
+        _make(db)
+        return frozenset(db.execute(_SCHEMA_OF))
+
+
+def _require_own(db: sqlite3.Connection, path: Path) -> None:
+    """Refuse views, triggers and tables of others: they run with every statement, and can change what it says."""
+    foreign = set(db.execute(_SCHEMA_OF)) - _own()
+    if foreign:
+        raise DataError(
+            "A feedback store holds what align did not put there", where=str(path),
+            why=", ".join(sorted(repr(str(name or b"", "utf-8", "replace")) for name, _ in foreign))[:200],
+            do="Drop it with sqlite3 if it is yours; do not trust the store otherwise",
+        )  # fmt: skip
+
+
 def _prepare(db: sqlite3.Connection, path: Path) -> None:
+    db.execute("PRAGMA trusted_schema = OFF")
     db.execute("PRAGMA synchronous = FULL")
     db.execute("PRAGMA cache_size = -32768")
     application = db.execute("PRAGMA application_id").fetchone()[0]
@@ -130,6 +158,7 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
             "A feedback store is of another version", where=str(path),
             why=f"it is of version {version or 'unknown'}, and this library reads {SCHEMA}", do="Update align",
         )  # fmt: skip
+    _require_own(db, path)
     # SQLite does not wait for others here.
     _until(time.monotonic() + BUSY_SECONDS, lambda: db.execute("PRAGMA journal_mode = WAL"))
 
@@ -230,6 +259,10 @@ def speaking(path: Path) -> Iterator[None]:
             "A text cannot be stored", where=str(path), why="it holds half of a character (a lone surrogate)",
             do="Mend the text where it comes from",
         ) from error  # fmt: skip
+    except UnicodeDecodeError as error:  # a damaged name within SQLite's own message
+        raise DataError(
+            "A feedback store is damaged", where=str(path), why=f"a name is no text: {error}", do="Restore a copy"
+        ) from error
     except OverflowError as error:
         raise DataError("A number cannot be stored", where=str(path), why="it is beyond 64 bits") from error
     except json.JSONDecodeError as error:

@@ -5,9 +5,11 @@ A child process imports the loaders, then takes one case after another under an 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -28,6 +30,7 @@ from pathlib import Path
 from align import checkpoint, images, prompts, scoretable, textfiles, weights
 from align.errors import AlignError
 from align.feedback import columns
+from align.feedback.store import Store
 from align.feedback.exchange import tables
 from align.sparsity import sources
 DOORS = {
@@ -35,6 +38,7 @@ DOORS = {
     "image": lambda p: images.image_file(Path(p), p).pixels(), "prompts": prompts.load_prompts,
     "scores": scoretable.read_scores, "columns": lambda p: list(columns.read_rows(p)),
     "exchange": lambda p: list(tables.read_table(p)), "checkpoint": checkpoint.verify,
+    "store": lambda p: list(Store.open(p, create=False).current()),
     "yaml": lambda p: textfiles.parse_yaml(textfiles.read_text(p), p), "json": textfiles.read_json,
     "plain pickle": lambda p: pickle.load(open(p, "rb")),
 }
@@ -78,6 +82,8 @@ def write(folder: Path) -> list[tuple[str, str]]:
     import pyarrow
     from PIL import Image
     from pyarrow import parquet
+
+    from align.feedback.store import Store
 
     cases: list[tuple[str, str]] = []
 
@@ -127,6 +133,19 @@ def write(folder: Path) -> list[tuple[str, str]]:
     add("page.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "image")
     add("vector.svg", b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', "image")
     cases.append(("image", str(folder / "huge.png")))
+    one = bytes.fromhex("21f90400000000002c0000000001000100000202440100")
+    add("moving.gif", b"GIF89a" + bytes.fromhex("01000100800000000000ffffff") + one * 1_000_000 + b";", "image")
+    schemas = {
+        "view": "DROP TABLE notes; CREATE VIEW notes AS WITH RECURSIVE n(no) AS (SELECT 1 UNION ALL SELECT no + 1 FROM n)"
+        " SELECT no, no AS item, '{}' AS metadata FROM n",
+        "trigger": "CREATE TRIGGER more AFTER INSERT ON events BEGIN INSERT INTO notes SELECT NULL, 1, '{}'; END",
+        "table": "CREATE VIRTUAL TABLE found USING fts5(text)",
+    }
+    for name, schema in schemas.items():
+        Store.open(folder / f"{name}.db").close()
+        with contextlib.closing(sqlite3.connect(folder / f"{name}.db")) as db:
+            db.executescript(schema)
+        cases.append(("store", str(folder / f"{name}.db")))
     step = folder / "step_000001"
     step.mkdir()
     (step / "manifest.json").write_text(json.dumps({"step": 1, "files": {}}))
