@@ -29,6 +29,11 @@ def _rebuild(kind: type[AlignError], what: str, where: str, why: str, do: str) -
     return kind(what, where=where, why=why, do=do)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what a library said, or the error's name where it said nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class ConfigError(AlignError):
     """A configuration that cannot mean what its author intended."""
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from align import stops
-from align.errors import AlignError
+from align.errors import AlignError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,7 @@ BOARD_SECONDS = 5.0
 def gone(error: RuntimeError, missing: str = "") -> AlignError:
     """Return what it means that processes could not meet, in place of a socket's words."""
     return AlignError(
-        "Another process of the run is gone", where=missing, why=str(error).strip().splitlines()[0],
+        "Another process of the run is gone", where=missing, why=first_line(error),
         do=f"{GOES_ON}; what that process said stands elsewhere",
     )  # fmt: skip
 
@@ -111,7 +111,7 @@ class Meetings:
         missing = "; ".join(
             f"process {r}, " + (f"last seen in {seen[r][1]}" if r in seen else "which does not answer") for r in late
         )
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         if "timed out" not in reason.lower() and "timeout" not in reason.lower():
             return gone(error, missing)
         return AlignError(

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from align.errors import AlignError, DataError
+from align.errors import AlignError, DataError, first_line
 
 MOST_CHUNK_BYTES = 256 << 20
 """Bytes of one column in one row group, unpacked: a page of it is unpacked whole."""
@@ -66,7 +66,7 @@ def parquet_rows(path: str | Path) -> Iterator[dict[str, Any]]:
                     yield from found.to_pylist()
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError, ValueError) as error:
         raise DataError(
-            "A file is not Parquet, or is damaged", where=str(path), why=(str(error).splitlines() or [""])[0][:200],
+            "A file is not Parquet, or is damaged", where=str(path), why=first_line(error)[:200],
             do="Write it again",
         ) from error  # fmt: skip
 

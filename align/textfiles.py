@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.errors import AlignError, ConfigError
+from align.errors import AlignError, ConfigError, first_line
 
 if TYPE_CHECKING:
     from yaml.nodes import Node
@@ -206,7 +206,7 @@ def parse_yaml(text: str, where: str) -> Document:
             do="Check indentation, quotes and the space after each colon",
         ) from error
     except yaml.YAMLError as error:
-        raise ConfigError("A file is not YAML", where=where, why=str(error).splitlines()[0]) from error
+        raise ConfigError("A file is not YAML", where=where, why=first_line(error)) from error
     rows = text.splitlines()
     document = Document(None, header=rows[0][1:].strip() if rows and rows[0].startswith("#") else "")
     if node is not None:

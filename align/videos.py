@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from align.errors import DataError
+from align.errors import DataError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +44,7 @@ def save_video(path: str | Path, video: Video) -> None:
         writer.close()
         temporary.replace(target)
     except OSError as error:
-        raise DataError("A video cannot be written", where=str(target), why=str(error).splitlines()[0]) from error
+        raise DataError("A video cannot be written", where=str(target), why=first_line(error)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

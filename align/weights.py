@@ -26,7 +26,7 @@ from pickle import UnpicklingError, _Unpickler
 from typing import TYPE_CHECKING, Any
 from zipfile import _ECD_OFFSET, _ECD_SIZE, _EndRecData
 
-from align.errors import ModelError
+from align.errors import ModelError, first_line
 from align.textfiles import read_json
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def download(repo: str, file: str, revision: str | None = None) -> Path:
         return Path(hf_hub_download(repo, file, revision=revision))
     except (OSError, ValueError, RuntimeError) as error:  # what the hub client raises derives from one of these
         raise ModelError(
-            "Weights could not be fetched", where=f"{repo}, {file}", why=str(error).strip().splitlines()[0],
+            "Weights could not be fetched", where=f"{repo}, {file}", why=first_line(error),
             do="Download the file where there is a network, and give its path",
         ) from error  # fmt: skip
 
@@ -124,7 +124,7 @@ def download_folder(repo: str, revision: str | None = None) -> Path:
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(
             "There is no such folder, and the hub has no model of that name to be fetched", where=repo,
-            why=(str(error).strip().splitlines() or [type(error).__name__])[0],
+            why=first_line(error),
             do="Give the path of a folder, or download the repository where there is a network",
         ) from error  # fmt: skip
     if not any(folder.glob("*.safetensors")):
@@ -145,7 +145,7 @@ def download_pipeline(repo: str) -> Path:
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(
             "There is no such folder, and the hub has no pipeline of that name to be fetched", where=repo,
-            why=(str(error).strip().splitlines() or [type(error).__name__])[0],
+            why=first_line(error),
             do="Give the path of a folder, or download the repository where there is a network",
         ) from error  # fmt: skip
 
@@ -379,7 +379,7 @@ def _foreign(path: Path) -> Iterator[None]:
         raise ModelError(
             "A file of weights cannot be read", where=str(path),
             why="it is not what torch saves" if "Weights only load failed" in str(error)
-            else (str(error).strip().splitlines() or ["it ends early"])[0][:200],
+            else first_line(error)[:200],
             do="Fetch it again",
         ) from error  # fmt: skip
 
@@ -643,7 +643,7 @@ def _unreadable(path: Path) -> Iterator[None]:
     try:
         yield
     except (UnpicklingError, *_UNREADABLE) as error:
-        why = (str(error).strip().splitlines() or ["it ends early"])[0][:200]
+        why = first_line(error)[:200]
         if "global" in why:
             raise ModelError(
                 "A checkpoint asks for a class that is not allowed", where=str(path), why=why,

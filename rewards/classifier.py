@@ -19,10 +19,12 @@ from torch import Tensor
 from align.errors import ConfigError, DataError, ModelError
 from align.registry import suggest
 from align.types import Samples
-from align.weights import download_folder, file_sha256, load_tensors, weights_sha256
+from align.weights import download_folder, file_sha256, weights_sha256
 from rewards.base import RewardCard, identity_of
 from rewards.chats import as_turns, completion_text, require_texts
+from rewards.folders import load_whole, read_model_config
 from rewards.placement import Placement
+from rewards.tokens import load_tokenizer
 
 TEMPLATES = ("chat", "plain", "pair", "completion")
 Encoded = dict[str, list[int]]
@@ -60,7 +62,8 @@ class Classifier:
         self.template, self.dtype, self.placement = template, dtype, Placement(placement, dtype, batch_size)
         here = Path(path).expanduser()
         self.folder = here if here.is_dir() else download_folder(str(path))
-        self.config, self.tokenizer = _described(self.folder)
+        self.config = read_model_config(self.folder, "a transformers classifier")
+        self.tokenizer = load_tokenizer(str(self.folder))
         if labels is not None and self.config.num_labels != labels:
             raise ModelError(
                 f"A classifier with {labels} output{'s' * (labels > 1)} is needed", where=str(path),
@@ -169,20 +172,6 @@ class Classifier:
             left = left[size:]
 
 
-def _described(folder: Path) -> tuple[Any, Any]:
-    """Return the configuration and the tokenizer of a folder."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    try:
-        return (
-            AutoConfig.from_pretrained(folder, trust_remote_code=False),
-            AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError("This is no folder of a transformers classifier", where=str(folder), why=why) from error
-
-
 def _limit(config: Any, tokenizer: Any, asked: int | None) -> int:
     own = min(getattr(config, "max_position_embeddings", None) or _UNLIMITED, _UNLIMITED)
     if config.model_type in _OFFSET_POSITIONS:  # their first position is the one after the padding's
@@ -195,23 +184,9 @@ def _limit(config: Any, tokenizer: Any, asked: int | None) -> int:
 
 def _loaded(folder: Path, config: Any, half: torch.dtype | None) -> Any:
     """Return the model with every weight from the folder; a head that would be made up is an error."""
-    from transformers import AutoModelForSequenceClassification
-
-    state = load_tensors(folder)
-    try:
-        with torch.device("meta"):
-            kind = type(AutoModelForSequenceClassification.from_config(config, trust_remote_code=False))
-        model, found = kind.from_pretrained(
-            None, config=config, state_dict=state, dtype=half or torch.float32, output_loading_info=True
-        )
-    except (ValueError, RuntimeError, KeyError, ImportError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError("These weights do not make a classifier", where=str(folder), why=why) from error
-    if found["missing_keys"]:
-        raise ModelError(
-            "These are not the weights of a trained classifier", where=str(folder),
-            why=f"they lack {min(found['missing_keys'])}", do="Give a folder that was saved from a sequence classifier",
-        )  # fmt: skip
+    model, state = load_whole(
+        folder, config, "AutoModelForSequenceClassification", "a trained classifier", half or torch.float32
+    )
     for name, head in model.named_children() if half is not None else ():
         if name != model.base_model_prefix:
             for key, weight in head.named_parameters():

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from align.diffusion.digits_data import cache_directory, load_judge, load_split, parse_prompt
-from align.errors import DataError, ModelError
+from align.errors import DataError, ModelError, first_line
 from align.types import Samples
-from align.weights import load_tensors, weights_sha256
+from align.weights import load_tensors, require_inert, weights_sha256
 from align.wordbags import embed_words, unit_rows
 from rewards.chats import as_turns, completion_text
 from rewards.media import clip_pixels, pixel_problem, resize, stacked
@@ -115,6 +115,7 @@ class HiddenStates:
                 "This is no folder of a transformers model", where=path, why="it has no config.json",
                 do="Give a folder that save_pretrained wrote, or use bags of words, which need none",
             )  # fmt: skip
+        require_inert(self.folder)
         level = logging.get_verbosity()
         logging.set_verbosity_error()  # a decoder's output layer is not needed, which is no news
         try:
@@ -123,7 +124,7 @@ class HiddenStates:
                 self.folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
             )
         except (OSError, ValueError, KeyError) as error:
-            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            why = first_line(error)
             raise ModelError("A model that is to embed texts cannot be loaded", where=path, why=why) from error
         finally:
             logging.set_verbosity(level)

@@ -53,6 +53,7 @@ from rewards.fit_data import (
     warnings_on,
 )  # fmt: skip
 from rewards.fitted import ARTEFACT, FORMAT, HEAD, TOWERS, Head, calibrated
+from rewards.folders import read_model_config
 from rewards.media import clip_pixels, stacked
 from rewards.on_feedback import by_protocol
 from rewards.outputs import content_keys, load_outputs, sample_of
@@ -197,14 +198,10 @@ def _classifier(config: FitConfig, directory: Path, items: Sequence[Item]) -> La
 
 def _with_one_output(path: str, directory: Path, at: int) -> Path:
     """Return a folder of a classifier with one output: `path` itself, or a copy of that model under a new head."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     folder = Path(path).expanduser()
-    try:
-        described = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        why = (str(error).strip().splitlines() or ["it cannot be read"])[0]
-        raise ModelError("This is no folder of a transformers model", where=path, why=why) from error
+    described = read_model_config(folder, "a transformers model")
     if described.num_labels == 1 and any("SequenceClassification" in a for a in described.architectures or ()):
         return folder
     copy = directory / "start"

@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
-from align.errors import ConfigError, DataError, ModelError
-from align.weights import download_folder, file_sha256, load_tensors, weights_sha256
+from align.errors import ConfigError, DataError, ModelError, first_line
+from align.weights import download_folder, file_sha256, weights_sha256
 from rewards.chats import Turn, read_turns
+from rewards.folders import load_whole, read_model_config
 from rewards.placement import Placement
 from rewards.tokens import load_tokenizer
 
@@ -57,7 +58,10 @@ class LocalJudge:
         self.placement, self.dtype, self.max_new_tokens = Placement(placement, dtype), dtype, max_new_tokens
         self.folder, self.config, self.tokenizer = read_judge(path)
         self.max_length = self._limit(max_length)
-        self.model = self.placement.settle(_loaded(self.folder, self.config, _HALF.get(dtype, torch.float32)))
+        model, _ = load_whole(
+            self.folder, self.config, "AutoModelForCausalLM", "a causal language model", _HALF.get(dtype, torch.float32)
+        )
+        self.model = self.placement.settle(model)
         added = self.tokenizer.added_tokens_decoder
         self._control = {i: token.content for i, token in added.items() if token.special}
         self._settle_generation()
@@ -186,7 +190,7 @@ class LocalJudge:
                 found.append(GenerationConfig.from_pretrained(self.folder).eos_token_id)
             except (OSError, ValueError, TypeError) as error:
                 raise ModelError(
-                    "A generation config cannot be read", where=str(self.folder), why=_first_line(error)
+                    "A generation config cannot be read", where=str(self.folder), why=first_line(error)
                 ) from error
         for ids in found:
             stops |= set(ids) if isinstance(ids, (list, tuple)) else {ids}
@@ -206,8 +210,6 @@ def read_judge(path: str | Path) -> tuple[Path, Any, Any]:
     Raises:
         ModelError: no such folder, no safetensors, no causal language model, or no chat template.
     """
-    from transformers import AutoConfig
-
     here = Path(path).expanduser()
     folder = here if here.is_dir() else download_folder(str(path))
     if not (folder / "config.json").is_file():
@@ -223,10 +225,7 @@ def read_judge(path: str | Path) -> tuple[Path, Any, Any]:
             "A judge's weights are safetensors", where=str(folder), why="there are none in the folder",
             do="Save the model again with save_pretrained",
         )  # fmt: skip
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError("This is no folder of a language model", where=str(folder), why=_first_line(error)) from error
+    config = read_model_config(folder, "a language model")
     for kind in config.architectures or ():
         if kind.endswith("Classification"):
             raise ModelError(
@@ -240,30 +239,3 @@ def read_judge(path: str | Path) -> tuple[Path, Any, Any]:
             "The tokenizer has no chat template", where=str(folder), do="Give a model that was tuned to follow chats"
         )
     return folder, config, tokenizer
-
-
-def _loaded(folder: Path, config: Any, dtype: torch.dtype) -> Any:
-    """Return the model with every weight from the folder; one that would be made up is an error."""
-    from transformers import AutoModelForCausalLM
-
-    state = load_tensors(folder)
-    try:
-        with torch.device("meta"):
-            kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
-        model, found = kind.from_pretrained(
-            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
-        )
-    except (ValueError, RuntimeError, KeyError, ImportError) as error:
-        raise ModelError(
-            "These weights do not make a causal language model", where=str(folder), why=_first_line(error)
-        ) from error
-    if found["missing_keys"]:
-        raise ModelError(
-            "These are not the weights of a causal language model", where=str(folder),
-            why=f"they lack {min(found['missing_keys'])}",
-        )  # fmt: skip
-    return model
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align.errors import ConfigError, DataError, ModelError
+from align.errors import ConfigError, DataError, ModelError, first_line
 from align.weights import Weights, load_into, locate, without_storage
 from rewards.media import normalise, resize
 from rewards.placement import Placement
@@ -245,7 +245,7 @@ def load_config(base: str) -> Any:
         config = Qwen2VLConfig.from_dict(found)
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(
-            "The configuration of Qwen2-VL cannot be read", where=base, why=str(error).strip().splitlines()[0],
+            "The configuration of Qwen2-VL cannot be read", where=base, why=first_line(error),
             do="Give a folder with its config.json and tokenizer, or a hub repository that can be reached",
         ) from error  # fmt: skip
     vision: Any = config.vision_config

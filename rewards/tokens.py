@@ -6,7 +6,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from align.errors import ModelError
+from align.errors import ModelError, first_line
+from align.weights import require_inert
 
 _FILES = ("tokenizer.json", "vocab.txt", "vocab.json")
 
@@ -26,11 +27,12 @@ def load_tokenizer(source: str, kind: str = "AutoTokenizer") -> Any:
     """
     import transformers
 
+    require_inert(source)
     try:
         return getattr(transformers, kind).from_pretrained(source, padding_side="right", trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:  # what transformers raises for a foreign folder
         raise ModelError(
-            "A tokenizer cannot be read", where=source, why=(str(error).strip().splitlines() or ["it is damaged"])[0],
+            "A tokenizer cannot be read", where=source, why=first_line(error),
             do="Give a folder with tokenizer.json, or a hub repository that can be reached",
         ) from error  # fmt: skip
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.errors import DataError
+from align.errors import DataError, first_line
 from align.images import ImageFile
 
 
@@ -44,7 +44,7 @@ def image_inputs(images: Sequence[ImageFile], text: str, processor: Any, place: 
         found = processor(text=[text], images=[pictures], add_special_tokens=False, return_tensors="pt")
     except ValueError as error:
         raise DataError(
-            "Images do not fit the model's processor", where=place, why=str(error).splitlines()[0],
+            "Images do not fit the model's processor", where=place, why=first_line(error),
             do="Look at the images' shapes, and for the model's image token in the text",
         ) from error  # fmt: skip
     return dict(found)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from align.diffusion.digits_data import cache_directory
-from align.errors import ModelError
+from align.errors import ModelError, first_line
 from align.language_config import LanguageModelConfig
 from align.launch import World
 from align.weights import require_inert
@@ -76,7 +76,7 @@ def weights_folder(path: str) -> Path:
         return Path(cached_file(path, "config.json", local_files_only=True)).parent
     except (OSError, ValueError) as error:
         raise ModelError(
-            "The weights before training are no longer on this machine", where=path, why=str(error).splitlines()[0]
+            "The weights before training are no longer on this machine", where=path, why=first_line(error)
         ) from error
 
 
@@ -96,7 +96,7 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> Any:
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            "A tokenizer cannot be loaded", where=chat_template or path, why=str(error).strip().splitlines()[0],
+            "A tokenizer cannot be loaded", where=chat_template or path, why=first_line(error),
             do="Give a folder written by save_pretrained, or `tiny`",
         ) from error  # fmt: skip
     if tokenizer.eos_token_id is None:
@@ -130,7 +130,7 @@ def load_processor(path: str, chat_template: str | None = None) -> Any:
         processor = AutoProcessor.from_pretrained(resolve_language_model(path), trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
-            "A processor cannot be loaded", where=path, why=str(error).strip().splitlines()[0],
+            "A processor cannot be loaded", where=path, why=first_line(error),
             do="Give a folder with a processor's files; `pip install torchvision` if that is missing",
         ) from error  # fmt: skip
     if not has_images(processor):
@@ -162,7 +162,7 @@ def load_language_model(config: LanguageModelConfig, *, seed: int) -> nn.Module:
             )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            "A language model cannot be loaded", where=config.path, why=str(error).strip().splitlines()[0],
+            "A language model cannot be loaded", where=config.path, why=first_line(error),
             do="Give a folder written by save_pretrained, or `tiny`",
         ) from error  # fmt: skip
     model.config.use_cache = False
@@ -206,7 +206,7 @@ def _with_adapters(model: nn.Module, config: LanguageModelConfig, seed: int) -> 
             )
         except ValueError as error:
             raise ModelError(
-                "The adapters fit no layer of the model", where="model.lora.targets", why=str(error).splitlines()[0]
+                "The adapters fit no layer of the model", where="model.lora.targets", why=first_line(error)
             ) from error
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.errors import DataError
+from align.errors import DataError, first_line
 from align.image_rows import text_parts
 from align.preferences import Completion, PreferenceSet, prompt_key
 from align.seeding import permutation
@@ -213,7 +213,7 @@ def _as_text(row: Completion, tokenizer: Any) -> tuple[str, str]:
             before = tokenizer.apply_chat_template(prompt, **options)
     except (jinja2.TemplateError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            "A chat does not fit the model's chat template", where=row.place, why=str(error).splitlines()[0],
+            "A chat does not fit the model's chat template", where=row.place, why=first_line(error),
             do="Check the roles and their order, or set model.chat_template",
         ) from error  # fmt: skip
     if not whole.startswith(before):

@@ -22,7 +22,7 @@ from align.config import VisualConfig, load_config
 from align.diffusion.comfyui import NOT_OPENED, to_comfyui
 from align.diffusion.families import FAMILIES
 from align.diffusion.policy import ADAPTER, adapter_config, quiet_loading, read_index, resolve_model
-from align.errors import CheckpointError, ConfigError, ModelError
+from align.errors import CheckpointError, ConfigError, ModelError, first_line
 from align.registry import suggest
 from align.weights import file_sha256, weights_sha256, without_storage
 
@@ -100,7 +100,7 @@ class Trained:
                     return kind.from_config(kind.load_config(folder))
         except (OSError, ValueError, TypeError, RuntimeError, LookupError, AttributeError) as error:
             raise ModelError(
-                "The base model's denoiser cannot be loaded", where=str(folder), why=str(error).splitlines()[0]
+                "The base model's denoiser cannot be loaded", where=str(folder), why=first_line(error)
             ) from error
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from align.config import LoraConfig, ModelConfig
 from align.diffusion.families import FAMILIES, Conditioning, Family, Size, device_of
-from align.errors import ModelError
+from align.errors import ModelError, first_line
 from align.published import is_hub_name
 from align.registry import suggest
 from align.seeding import seed as derive_seed
@@ -120,9 +120,7 @@ def load_family(path: str | Path, family: str | None = None) -> Family:
                 folder, dtype=torch.float32, **absent
             )
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, AttributeError) as error:
-        raise ModelError(
-            f"The {name} folder cannot be loaded", where=str(folder), why=str(error).splitlines()[0]
-        ) from error
+        raise ModelError(f"The {name} folder cannot be loaded", where=str(folder), why=first_line(error)) from error
     pipeline.set_progress_bar_config(disable=True)
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):

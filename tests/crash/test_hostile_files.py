@@ -33,6 +33,7 @@ from align.feedback import columns
 from align.feedback.store import Store
 from align.feedback.exchange import tables
 from align.sparsity import sources
+from rewards import folders, tokens
 DOORS = {
     "weights": weights.load_tensors, "folder": weights.require_inert, "sparsity": sources.open_source,
     "image": lambda p: images.image_file(Path(p), p).pixels(), "prompts": prompts.load_prompts,
@@ -40,6 +41,7 @@ DOORS = {
     "exchange": lambda p: list(tables.read_table(p)), "checkpoint": checkpoint.verify,
     "store": lambda p: list(Store.open(p, create=False).current()),
     "yaml": lambda p: textfiles.parse_yaml(textfiles.read_text(p), p), "json": textfiles.read_json,
+    "reward": lambda p: folders.read_model_config(Path(p), "a model"), "tokenizer": tokens.load_tokenizer,
     "plain pickle": lambda p: pickle.load(open(p, "rb")),
 }
 def peak():
@@ -113,7 +115,7 @@ def write(folder: Path) -> list[tuple[str, str]]:
                 {"auto_mapping": {"parent_library": "evil"}})  # fmt: skip
     for i, said in enumerate(settings):
         add(f"code{i}/config.json", json.dumps(said).encode())
-        cases.append(("folder", str(folder / f"code{i}")))
+        cases += [(door, str(folder / f"code{i}")) for door in ("folder", "reward", "tokenizer")]
     add("pickled/pytorch_model.bin", pickles["live2"])
     cases.append(("folder", str(folder / "pickled")))
     add("deep.json", b"[" * 1_000_000, "json", "columns")

@@ -275,7 +275,7 @@ def test_weights_of_another_shape_or_that_are_torn_are_refused(tmp_path):
     folder = save(tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
-    with pytest.raises(ModelError, match="do not make a classifier"):
+    with pytest.raises(ModelError, match="do not make a trained classifier"):
         get_reward("text/reward_model", path=str(folder))
     (folder / "config.json").write_text(json.dumps(config))
     weights = folder / "model.safetensors"

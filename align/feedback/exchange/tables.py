@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.errors import DataError
+from align.errors import DataError, first_line
 from align.parquetfiles import parquet_rows, require_pyarrow
 from align.textfiles import read_csv, read_json_text, read_lines
 
@@ -302,7 +302,7 @@ def _write_parquet(partial: Path, path: Path, rows: Iterable[Mapping[str, Any]])
             columns[name] = pyarrow.array([row.get(name) for row in table])
         except (pyarrow.ArrowException, OverflowError) as error:
             raise DataError(
-                "A column holds values of several types", where=f"{path}:{name}", why=str(error).splitlines()[0],
+                "A column holds values of several types", where=f"{path}:{name}", why=first_line(error),
                 do="Write JSONL, or make texts and chats one of the two with --chat",
             ) from error  # fmt: skip
     parquet.write_table(pyarrow.table(columns), partial)

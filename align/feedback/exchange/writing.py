@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.errors import DataError
+from align.errors import DataError, first_line
 from align.feedback.events import FeedbackEvent, Item
 from align.feedback.exchange.tables import write_table
 from align.feedback.store import Store
@@ -140,7 +140,7 @@ def save_dataset(path: str | Path, rows: Iterable[Mapping[str, Any]], *, overwri
         with _quiet(datasets):
             made.save_to_disk(str(path))
     except (pyarrow.ArrowException, OSError, ValueError, TypeError) as error:
-        raise DataError("A data set cannot be written", where=str(path), why=str(error).splitlines()[0]) from error
+        raise DataError("A data set cannot be written", where=str(path), why=first_line(error)) from error
     return len(made)
 
 
