@@ -1,0 +1,164 @@
+"""DanceGRPO under engines that split weights: one process's run, and what a process holds of it.
+
+python -m pytest -n 0 -m "slow or soak" tests/distributed/test_matrix_visual.py -o junit_family=xunit1 --junitxml=visual.xml
+
+runs all cells; visual.xml has of each the engine, the largest difference, and the shares held.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+
+import tiny
+from align import checkpoint
+from align.config import load_config
+from align.errors import ConfigError
+from align.launch import leave_world
+from tests.distributed.weighing import cell, require_shares, shares_held, weigh_second_step
+from trainers import DanceGRPO
+
+ENGINES = {"fsdp2": "fsdp2", "zero3": "deepspeed_zero3"}
+ZERO3 = {"stage": 3, "stage3_param_persistence_threshold": 0}
+CLIP = 1e-4
+"""Every gradient is longer than this, so that each update is clipped; AdamW's eps is of the size of what is left."""
+
+pytestmark = [pytest.mark.timeout(300)]
+SLOW, SOAK = pytest.mark.slow, pytest.mark.soak
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a model and prompts."""
+    place = tmp_path_factory.mktemp("made")
+    tiny.sd3(place / "sd3")
+    prompts = [f"a {how} handwritten {digit}" for how in ("bold", "thin") for digit in ("two", "five", "seven")]
+    (place / "zero3.json").write_text(json.dumps({"zero_optimization": ZERO3}))
+    (place / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    return place
+
+
+def config_of(made, *changed):
+    """Four steps of 15 samples, 7 and 8 on two processes, in three updates."""
+    config = {
+        "trainer": "dance_grpo", "name": "toy", "steps": 4,
+        "model": {"path": str(made / "sd3"), "lora": {"rank": 4, "alpha": 8}},
+        "prompts": {"path": str(made / "prompts.txt"), "heldout_fraction": 0.34},
+        "rewards": [{"name": "digits/raw_ink"}], "prompts_per_step": 3, "group_size": 5, "updates_per_step": 3,
+        "sampler": {"kernel": "cps", "eta": 0.5, "solver_steps": 6, "shift": 3}, "batch": {"tile": 8},
+        "optimizer": {"lr": 1e-3, "eps": 1e-6, "max_grad_norm": CLIP, "ema_decay": 0.9}, "checkpoint": {"every": 2},
+        "evaluation": {"every": 3, "samples": 7, "final_samples": 7, "solver_steps": 3},
+    }  # fmt: skip
+    return load_config(config, changed)
+
+
+class Told(DanceGRPO):
+    """A trainer that keeps its run, so that one can see what really carried its updates out."""
+
+    def open_run(self):
+        self.run, self.shares = super().open_run(), {}
+        engine, module = self.run.engine, self.policy.family.denoiser
+        if hasattr(engine, "engine"):
+            weigh_second_step(engine.engine, module, self.shares)
+        elif engine.lockstep:
+            step = engine.optimizer.step
+
+            def weighed():
+                self.shares = shares_held(module, engine.optimizer)
+                return step()
+
+            engine.optimizer.step = weighed
+        return self.run
+
+
+def train(config, out, engine=None):
+    """Train; return what this process can tell of its engine, and its pieces of the weights."""
+    from torch.distributed.tensor import DTensor
+
+    how = {"fsdp": True} if engine == "fsdp2" else {"deepspeed": engine}
+    if engine == "zero3":  # or DeepSpeed keeps weights as small as all of these whole
+        how["deepspeed"] = str(Path(config.prompts.path).with_name("zero3.json"))
+    trainer = Told(config, out=out, **how)
+    result = trainer.train()
+    own, whole = (
+        trainer.run.engine,
+        [n for n, p in trainer.policy.family.denoiser.named_parameters() if not isinstance(p, DTensor)],
+    )
+    inner = getattr(own, "engine", None)
+    told = {
+        "status": result.status, "engine": type(own if inner is None else inner).__name__, "name": own.name,
+        "stage": 0 if inner is None else inner.zero_optimization_stage(), "shares": trainer.shares, "whole": whole,
+        "pieces": [(n, p.first, p.values.numel()) for n, p in own.pieces().items()],
+    }  # fmt: skip
+    leave_world()
+    return told
+
+
+def difference(one, other):
+    """The largest difference of a weight, of the average or of the optimizer's state; the curves agree too."""
+    for row, again in zip(processes.metrics(one), processes.metrics(other), strict=True):
+        assert row.keys() == again.keys() and row["grad_norm"] > CLIP
+        for name in ("loss", "reward", "grad_norm", "approx_kl", "first_ratio_error", "samples", "updates"):
+            assert again[name] == pytest.approx(row[name], abs=1e-5, rel=1e-4), (row["step"], name)
+    summaries = [json.loads((out / "summary.json").read_text()) for out in (one, other)]
+    for name in ("reward_before", "reward_after"):
+        assert summaries[1][name]["mean"] == pytest.approx(summaries[0][name]["mean"], abs=1e-5), name
+    assert summaries[0]["sparsity"].keys() == summaries[1]["sparsity"].keys()
+    first, second = (checkpoint.load_latest(out / "checkpoints").tensors for out in (one, other))
+    assert first.keys() == second.keys() == {"model", "optimizer", "average", "rng"}
+    found = 0.0
+    for group in ("model", "average", "optimizer"):
+        assert set(first[group]) == set(second[group])
+        for name, value in first[group].items():
+            found = max(found, float((value.double() - second[group][name].double()).abs().max()))
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(made, tmp_path_factory):
+    """Returns the folder of a run in one process, made when it is first asked for."""
+    root, runs = tmp_path_factory.mktemp("alone"), {}
+
+    def find(*changed):
+        if changed not in runs:
+            runs[changed] = root / str(len(runs))
+            assert train(config_of(made, *changed), runs[changed])["name"] == "single"
+        return runs[changed]
+
+    return find
+
+
+def require_engine(told, engine, size):
+    """The engine asked for carried the updates out, and each process held its share of what that splits."""
+    for one in told:
+        assert one["status"] == "complete" and one["name"] == ENGINES[engine]
+        if engine == "fsdp2":
+            assert one["engine"] == "FSDP2Engine" and not one["whole"]
+        else:
+            assert (one["engine"], one["stage"]) == ("DeepSpeedEngine", 3)
+        require_shares(one["shares"], engine, size)
+
+
+@pytest.mark.parametrize(
+    ("engine", "train_what", "size"),
+    [
+        pytest.param(engine, what, size, marks=SLOW if (what, size) == ("full", 2) else SOAK)
+        for engine in ENGINES
+        for what, size in (("full", 2), ("lora", 2), ("full", 4))
+    ],
+)
+def test_several_processes_are_one(made, alone, tmp_path, record_property, engine, train_what, size):
+    changed = (f"model.train={train_what}",)
+    work = lambda: train(config_of(made, *changed), tmp_path / "run", engine)  # noqa: E731
+    ended = processes.world(size, work, tmp_path / "world", within=280)
+    assert all(isinstance(e.value, dict) for e in ended), [e.output[-3000:] + str(e.value) for e in ended]
+    told = [e.value for e in ended]
+    require_engine(told, engine, size)
+    found = difference(alone(*changed), tmp_path / "run")
+    assert found < 1e-5
+    assert json.loads((tmp_path / "run/run.json").read_text())["engine"] == ENGINES[engine]
+    record_property("cell", cell("dance_grpo", ENGINES[engine], train_what, found, told))
