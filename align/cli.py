@@ -182,10 +182,10 @@ def _train(options: argparse.Namespace) -> int:
 
 def _engine(options: argparse.Namespace, config: Any) -> dict[str, Any]:
     """Return what a trainer is told of the engine."""
-    if not getattr(options, "fsdp", False):  # `align fit` has no such flag
+    if not options.fsdp:
         return {"deepspeed": options.deepspeed}
-    if not _is_language(config):
-        raise ConfigError("FSDP2 splits language models", where="--fsdp", do="Use --deepspeed zero2")
+    if not (_is_language(config) or config.trainer in ("dance_grpo", "fit")):
+        raise ConfigError("This trainer needs whole weights", where="--fsdp", do="Use --deepspeed zero2")
     return {"deepspeed": options.deepspeed, "fsdp": True}
 
 
@@ -207,7 +207,7 @@ def _launch(options: argparse.Namespace, arguments: list[str], out: Path, config
         if options.launch == "accelerate":
             raise ConfigError("accelerate launches language models", where="--launch", do="Use --launch torchrun")
         if settings is not None:
-            deepspeed_settings(settings)
+            deepspeed_settings(settings, (1, 2, 3) if config.trainer == "dance_grpo" else (1, 2))
     else:
         from align.language_checks import require_divisible
 
@@ -710,7 +710,7 @@ def _add_launch(parser: _Arguments) -> None:
     parser.add_argument(
         "--deepspeed",
         metavar="NAME",
-        help="ZeRO: zero1, zero2, (language models) zero3 or a JSON file (--launch deepspeed: zero2)",
+        help="ZeRO: zero1, zero2, (language models, dance_grpo) zero3 or a JSON file (--launch deepspeed: zero2)",
     )
 
 
@@ -718,7 +718,8 @@ def _add_fsdp(parser: _Arguments) -> None:
     parser.add_argument(
         "--fsdp",
         action="store_true",
-        help="(language models) FSDP2: split weights, gradients and optimizer over the processes, by torch alone",
+        help="FSDP2: split weights, gradients and optimizer over the processes, by torch alone "
+        "(language models, dance_grpo, fit)",
     )
 
 
@@ -749,6 +750,7 @@ def _train_arguments(parser: _Arguments) -> None:
 
 def _fit_arguments(parser: _Arguments) -> None:
     _add_launch(parser)
+    _add_fsdp(parser)
     fit.fit_arguments(parser)
 
 

@@ -221,10 +221,11 @@ class Zero3Engine(DeepSpeedEngine):
             moments = {slot: torch.zeros_like(flat, requires_grad=False) for slot in MOMENTS}
             zero.optimizer.state[flat] = {"step": state["0.step"].clone(), **moments}
         for i, p in enumerate(self.parameters):
-            safe_set_local_fp32_param(p, p.ds_tensor.float())
+            padded = torch.zeros_like(p.ds_tensor, dtype=torch.float32)
+            part = self._part(p, padded)
+            part.values.copy_(self._part(p, p.ds_tensor).values)
+            safe_set_local_fp32_param(p, padded)
             for slot in MOMENTS if state else ():
-                padded = torch.zeros_like(p.ds_tensor, dtype=torch.float32)
-                part = self._part(p, padded)
                 part.values.copy_(part.of(state[f"{i}.{slot}"]))
                 safe_set_local_optimizer_state(p, padded, slot)
         with self.gathered():  # what DeepSpeed kept whole is gathered again
@@ -257,4 +258,3 @@ class Zero3Engine(DeepSpeedEngine):
         first = min(size * self.world.rank, count)
         held = values.detach().view(-1).narrow(0, 0, min(size, count - first))
         return Piece(held, first, tuple(parameter.ds_shape))
-

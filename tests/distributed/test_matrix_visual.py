@@ -8,11 +8,12 @@ runs all cells; visual.xml has of each the engine, the largest difference, and t
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from pathlib import Path
 
 import processes
 import pytest
-import torch
 
 import tiny
 from align import checkpoint
@@ -82,6 +83,8 @@ def train(config, out, engine=None):
     how = {"fsdp": True} if engine == "fsdp2" else {"deepspeed": engine}
     if engine == "zero3":  # or DeepSpeed keeps weights as small as all of these whole
         how["deepspeed"] = str(Path(config.prompts.path).with_name("zero3.json"))
+    if engine == "shipped":
+        how["deepspeed"] = "zero3"
     trainer = Told(config, out=out, **how)
     result = trainer.train()
     own, whole = (
@@ -162,3 +165,89 @@ def test_several_processes_are_one(made, alone, tmp_path, record_property, engin
     assert found < 1e-5
     assert json.loads((tmp_path / "run/run.json").read_text())["engine"] == ENGINES[engine]
     record_property("cell", cell("dance_grpo", ENGINES[engine], train_what, found, told))
+
+
+@pytest.mark.parametrize(
+    "engine", [pytest.param(engine, marks=SLOW if engine == "fsdp2" else SOAK) for engine in ENGINES]
+)
+def test_a_run_goes_on_bit_for_bit_and_under_any_number_of_processes(made, tmp_path, engine):
+    """From the checkpoint of step 2 of 4, which two processes wrote in pieces."""
+    config = config_of(made, "evaluation.every=0", "evaluation.final_samples=5", "tracking.samples_every=0")
+
+    def run(name, size, engine):
+        ended = processes.world(size, lambda: train(config, tmp_path / name, engine), tmp_path / "world", within=140)
+        assert all(isinstance(e.value, dict) for e in ended), [e.output[-3000:] + str(e.value) for e in ended]
+
+    run("whole", 2, engine)
+    assert len(list((tmp_path / "whole/checkpoints/step_000002").glob("model.*.safetensors"))) == 2
+    for name, size, other in (("again", 2, engine), ("three", 3, engine), ("one", 1, None)):
+        shutil.copytree(tmp_path / "whole", tmp_path / name)
+        shutil.rmtree(tmp_path / name / "checkpoints/step_000004")
+        run(name, size, other)
+        assert [row["step"] for row in processes.metrics(tmp_path / name)] == [1, 2, 3, 4]
+    files = sorted(path.name for path in (tmp_path / "whole/checkpoints/step_000004").glob("*.safetensors"))
+    assert len(files) == 7
+    for file in files:
+        same = [(tmp_path / name / "checkpoints/step_000004" / file).read_bytes() for name in ("whole", "again")]
+        assert same[0] == same[1], file
+    assert difference(tmp_path / "whole", tmp_path / "three") < 1e-5
+    assert difference(tmp_path / "whole", tmp_path / "one") < 1e-5
+
+
+@SOAK
+def test_small_weights_that_deepspeed_keeps_whole_are_those_that_are_delivered(made, alone, tmp_path):
+    """Under the settings that ship every weight of so small a model is kept whole between updates."""
+    changed = ("model.train=full", "optimizer.lr=0.03", "tracking.samples_every=0")
+    work = lambda: train(config_of(made, *changed), tmp_path / "run", "shipped")  # noqa: E731
+    ended = processes.world(2, work, tmp_path / "world", within=280)
+    assert all(isinstance(e.value, dict) for e in ended), [e.output[-3000:] + str(e.value) for e in ended]
+    assert ended[0].value["stage"] == 3 and ended[0].value["shares"]["parameters"] >= 1
+    assert difference(alone(*changed), tmp_path / "run") < 1e-5
+
+
+@SOAK
+@pytest.mark.parametrize("engine", ENGINES)
+def test_it_trains_in_bfloat16(made, tmp_path, engine):
+    config = config_of(made, "model.dtype=bf16")
+    ended = processes.world(2, lambda: train(config, tmp_path / "run", engine), tmp_path / "world", within=280)
+    assert all(isinstance(e.value, dict) for e in ended), [e.output[-3000:] + str(e.value) for e in ended]
+    require_engine([e.value for e in ended], engine, 2)
+    shutil.rmtree(tmp_path / "run/checkpoints/step_000004")
+    ended = processes.world(2, lambda: train(config, tmp_path / "run", engine), tmp_path / "world", within=280)
+    rows = processes.metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] and all(math.isfinite(row["grad_norm"]) for row in rows)
+    assert (tmp_path / "run/checkpoints/step_000004").is_dir()
+
+
+@SOAK
+def test_it_trains_with_weights_and_optimizer_offloaded(made, tmp_path):
+    where = {"device": "cpu"}
+    settings = tmp_path / "offload.json"
+    settings.write_text(
+        json.dumps({"zero_optimization": {**ZERO3, "offload_optimizer": where, "offload_param": where}})
+    )
+    for step in (4, 2):
+        ended = processes.world(
+            2, lambda: train(config_of(made), tmp_path / "run", str(settings)), tmp_path / "world", within=280
+        )
+        assert all(isinstance(e.value, dict) for e in ended), [e.output[-3000:] + str(e.value) for e in ended]
+        assert ended[0].value["stage"] == 3
+        rows = processes.metrics(tmp_path / "run")
+        assert [row["step"] for row in rows] == [1, 2, 3, 4] and all(math.isfinite(row["grad_norm"]) for row in rows)
+        if step == 4:
+            shutil.rmtree(tmp_path / "run/checkpoints/step_000004")
+
+
+def test_what_needs_whole_weights_is_refused(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for changed in (["sparsity.every=1"], ["model.train=full", "objective.kl_weight=0.1"]):
+        with pytest.raises(ConfigError, match=r"whole weights.*FSDP2"):
+            DanceGRPO(config_of(made, *changed), out=tmp_path / "run", fsdp=True)
+    with pytest.raises(ConfigError, match="do not go together"):
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        DanceGRPO(config_of(made), out=tmp_path / "run", fsdp=True, deepspeed="zero2")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(ConfigError, match="FSDP2 needs several processes"):
+        DanceGRPO(config_of(made), out=tmp_path / "run", fsdp=True)
+    assert not (tmp_path / "run").exists()
