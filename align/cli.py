@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from align.commands import demo, fit, models, pareto, peering, plan, selection, sparsity
 from align.errors import AlignError, ConfigError, DataError
+from align.output import HACKED, INTERRUPTED
 from align.output import add_dry_run as _add_dry_run
 from align.output import add_json as _add_json
 from align.output import add_out as _add_out
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from align.checks import Finding
     from align.config import DanceGRPOConfig, RunConfig
 
-INTERRUPTED, HACKED = 130, 3
 _ENDS = {"stopped": INTERRUPTED, "hacked": HACKED}
 _EXTRAS = {
     "torch": "diffusion", "diffusers": "diffusion", "transformers": "diffusion", "peft": "diffusion",

@@ -11,6 +11,9 @@ from typing import Any
 
 from align.errors import ConfigError
 
+INTERRUPTED, HACKED = 130, 3
+"""Exit codes of what was asked to stop, and of a run that the hack monitor stopped."""
+
 
 def give(options: argparse.Namespace, found: Any, text: str, *, one_line: bool = False) -> int:
     """Write `text` to stdout, or the JSON of `found` to stdout (`--json -`) or to a file besides the text."""

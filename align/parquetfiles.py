@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from align.errors import DataError
+from align.errors import AlignError, DataError
 
 MOST_CHUNK_BYTES = 256 << 20
 """Bytes of one column in one row group, unpacked: a page of it is unpacked whole."""
@@ -22,6 +22,21 @@ _ROW_BYTES = 300
 """What a row takes as a mapping, whatever is in it."""
 
 
+def require_pyarrow(path: Path, error: type[AlignError] = DataError) -> tuple[Any, Any]:
+    """Return the modules `pyarrow` and `pyarrow.parquet`.
+
+    Args:
+        path: the file that needs them.
+        error: what to raise without them.
+    """
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as missing:
+        raise error("Parquet needs pyarrow", where=str(path), do="Run `pip install pyarrow`") from missing
+    return pyarrow, parquet
+
+
 def parquet_rows(path: str | Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of a Parquet file; the columns are known to have names that differ.
 
@@ -31,11 +46,7 @@ def parquet_rows(path: str | Path) -> Iterator[dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         raise DataError("There is no such file", where=str(path), do="Check the path")
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise DataError("Reading Parquet needs pyarrow", where=str(path), do="Run `pip install pyarrow`") from error
+    pyarrow, parquet = require_pyarrow(path)
     unfolded, most = 0, max(FREE_BYTES, MOST_UNFOLDING * path.stat().st_size)
     try:
         with parquet.ParquetFile(path) as table:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import ConfigError, DataError
-from align.parquetfiles import parquet_rows
+from align.parquetfiles import parquet_rows, require_pyarrow
 from align.textfiles import read_csv, read_lines
 
 FORMATS = (".parquet", ".csv", ".jsonl")
@@ -44,16 +44,8 @@ def require_format(path: str | Path) -> Path:
             why=f"its name ends in {path.suffix or 'nothing'}", do=f"End it in {', '.join(FORMATS)}",
         )  # fmt: skip
     if path.suffix.lower() == ".parquet":
-        _parquet(path)
+        require_pyarrow(path, ConfigError)
     return path
-
-
-def _parquet(path: Path) -> Any:
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ConfigError("Parquet needs pyarrow", where=str(path), do="Run `pip install pyarrow`") from error
-    return parquet
 
 
 def write_scores(path: str | Path, rows: Sequence[Row]) -> None:
@@ -85,11 +77,10 @@ def write_scores(path: str | Path, rows: Sequence[Row]) -> None:
 
 
 def _write_parquet(path: Path, rows: Sequence[Row], names: Sequence[str]) -> None:
-    import pyarrow as pa
-
+    pa, parquet = require_pyarrow(path, ConfigError)
     kinds = {name: pa.string() if name in WORDS else pa.bool_() if name in FLAGS else pa.float64() for name in names}
     columns = {name: pa.array([row.get(name) for row in rows], kinds[name]) for name in names}
-    _parquet(path).write_table(pa.table(columns), path)
+    parquet.write_table(pa.table(columns), path)
 
 
 def _cell(value: Any) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.errors import ConfigError
-from align.output import add_dry_run, add_json, add_out, add_seed, dry, give, positive
+from align.output import HACKED, add_dry_run, add_json, add_out, add_seed, dry, give, positive
 
 if TYPE_CHECKING:
     import numpy as np
@@ -167,9 +167,10 @@ class Demo:
         for name, store in (("reward", "feedback.db"), ("jury", "jury.db")):
             self.say(f"  align fit fit/digits data.paths=[{store}] data.protocols=[thumb] --out {name}")
             given = [f"data.paths=[{self.folder / store}]", "data.protocols=[thumb]", f"name={name}"]
-            card = fit_reward(load_config("fit/digits", [*given, f"seed={self.seed}"]), self.folder / name).card
+            fitted = fit_reward(load_config("fit/digits", [*given, f"seed={self.seed}"]), self.folder / name)
+            _go_on(fitted.status)
             write_report(self.folder / name)
-            said[f"{name}_auroc"] = card["heldout"]["thumbs"]["auroc"]
+            said[f"{name}_auroc"] = fitted.card["heldout"]["thumbs"]["auroc"]
         with Store.open(self.folder / "feedback.db") as store:
             items = store.items()
         scored = score_outputs(
@@ -189,6 +190,7 @@ class Demo:
 
         self.say("  align train digits/demo rewards.0.args.path=reward heldout_rewards.0.args.path=jury --out run")
         result = trainer_for(self.config, out=self.folder / "run").train()
+        _go_on(result.status)
         write_report(result.directory)
         return {"status": result.status, **self._measured()}
 
@@ -298,6 +300,12 @@ class Demo:
         }
 
 
+def _go_on(status: str) -> None:
+    """End here where what was asked to stop has stopped, so that the chapter is told whole the next time."""
+    if status == "stopped":
+        raise KeyboardInterrupt
+
+
 def _said(store: Path, items: Sequence[Item]) -> dict[str, Any]:
     """Return how many thumbs were up, and the images that got more of one kind than of the other, the most first."""
     from align.feedback.store import Store
@@ -336,16 +344,18 @@ def _write(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def _claim(folder: Path, asked: Mapping[str, Any], *, overwrite: bool) -> None:
-    """Take a folder that is empty, or holds this very demo; another one only to overwrite it."""
+    """Take a folder that is empty, or holds this very demo; another one, or a run, only to overwrite it."""
     marker = folder / "demo.json"
-    if marker.is_file() and overwrite:
+    if overwrite and (marker.is_file() or (folder / "run.json").is_file()):
         shutil.rmtree(folder)
     if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) != asked:
         raise ConfigError(
             "This folder holds another demo", where=str(folder), do="Add --overwrite, or choose another --out"
         )
     if not marker.is_file() and folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError("The folder is not empty and holds no demo", where=str(folder), do="Choose another --out")
+        raise ConfigError(
+            "The folder is not empty and holds no demo", where=str(folder), do="Remove it, or choose another --out"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     _write(marker, asked)
 
@@ -353,14 +363,13 @@ def _claim(folder: Path, asked: Mapping[str, Any], *, overwrite: bool) -> None:
 def demo(options: argparse.Namespace) -> int:
     """Tell the whole story, or say what it would be."""
     folder = options.out or Path("runs/demo")
-    call = {"out": str(folder), "seed": options.seed or 0, "users": options.users, "images": options.images,
-            "set": options.overrides}  # fmt: skip
+    call = {"seed": options.seed or 0, "users": options.users, "images": options.images, "set": options.overrides}
     told = Demo(
         folder, seed=call["seed"], users=options.users, images=options.images, overrides=options.overrides,
         say=lambda text: sys.stderr.write(f"{text}\n"),
     )  # fmt: skip
     if options.dry_run:
-        return dry(options, "align the embedded digits with people's thumbs", call)
+        return dry(options, "align the embedded digits with people's thumbs", {**call, "out": str(folder)})
     _claim(folder, call, overwrite=options.overwrite)
     summary = told.tell()
     gain, wins = summary["taste_gain"], summary["win_rate"]
@@ -371,7 +380,8 @@ def demo(options: argparse.Namespace) -> int:
         f"legibility: {summary['legibility_points']['mean']:+.1f} points",
         f"page: {folder / 'report.html'}",
     )
-    return give(options, summary, "\n".join(lines))
+    give(options, summary, "\n".join(lines))
+    return HACKED if summary["status"] == "hacked" else 0
 
 
 def demo_arguments(parser: argparse.ArgumentParser) -> None:

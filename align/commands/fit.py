@@ -9,9 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from align.output import add_dry_run, add_json, add_out, add_seed, give, table
-
-INTERRUPTED = 130
+from align.output import INTERRUPTED, add_dry_run, add_json, add_out, add_seed, give, table
 
 
 def fit(options: argparse.Namespace, launch: Callable[..., int]) -> int:

@@ -6,9 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from align.output import add_dry_run, add_json, add_out, add_seed, give, table
-
-INTERRUPTED = 130
+from align.output import INTERRUPTED, add_dry_run, add_json, add_out, add_seed, give, table
 
 
 def peering(options: argparse.Namespace) -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import functools
 import re
+import shlex
 import statistics
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,7 @@ def _visual(config: Any) -> tuple[Job, dict[str, Any]]:
             model.family,
         )  # fmt: skip
     ledger = offline_ledger(config) if offline else feq_ledger(config)
-    encoders = width * ENCODERS.get(family, 0.0) if known else width * _other_weights(Path(model.path), made)
+    encoders = width * ENCODERS.get(family, 0.0) if known else width * _other_weights(Path(model.path))
     lagging = config.trainer == "forward" and getattr(config.objective, "old_policy", "step") != "step"
     job = Job(
         "visual", trained=size[0] if full else size[1] * model.lora.rank,
@@ -202,7 +202,7 @@ def _targets(family: str, model: Any) -> tuple[str, ...]:
     return tuple(model.lora.targets or FAMILIES.get(family).lora_targets)
 
 
-def _other_weights(folder: Path, made: Any) -> float:
+def _other_weights(folder: Path) -> float:
     """Return the weights of a folder's text encoders, by their files' size at 4 bytes each."""
     return sum(f.stat().st_size for f in folder.glob("*encoder*/*.safetensors")) / 4.0
 
@@ -245,7 +245,7 @@ def _language(config: Any) -> tuple[Job, dict[str, Any]]:
 
 
 def _fit(config: Any) -> tuple[Job, dict[str, Any]]:
-    from align.footprint import language_footprint, language_size, logits_bytes, read_config
+    from align.footprint import language_footprint, language_size, read_config
 
     model = config.model
     if model.backbone != "classifier":
@@ -264,7 +264,7 @@ def _fit(config: Any) -> tuple[Job, dict[str, Any]]:
     job = Job(
         "fit", trained=size.parameters if full else size.adapted * model.lora.rank,
         frozen=0.0 if full else size.parameters * 4.0, training=foot.training, sampling=foot.sampling,
-        fixed=logits_bytes(0, 1), microbatch=config.batch_size, rows=config.batch_size, feq=3.0,
+        microbatch=config.batch_size, rows=config.batch_size, feq=3.0,
         widest=size.widest,
     )  # fmt: skip
     return job, _about(
@@ -374,25 +374,25 @@ def _changes(config: Any, gpus: int) -> list[str]:
 def _remedies(
     source: str | Path, overrides: Sequence[str], config: Any, gpus: int, memory: float
 ) -> Iterable[tuple[tuple[str, ...], Row]]:
-    """Yield the smallest sets of changes that make a run fit: one alone, several together, adapters."""
+    """Yield the smallest sets of changes that make a run fit: one alone or several together, and adapters."""
+    from align.checks import require_valid
     from align.config import load_config
 
     def fits(changes: Sequence[str]) -> Row | None:
-        job, _ = describe_job(load_config(source, [*overrides, *changes]))
-        return choose(rows_of(job, memory), gpus)
+        try:
+            changed = load_config(source, [*overrides, *changes])
+            require_valid(changed)
+        except ConfigError:  # such as a microbatch that does not divide the batch
+            return None
+        return choose(rows_of(describe_job(changed)[0], memory), gpus)
 
     single = _changes(config, gpus)
     together = [single[:n] for n in range(1, len(single) + 1)]
     lora = [["model.train=lora", *more] for more in ([], *together)] if config.model.train == "full" else []
-    kept = False
-    for group in ([[one] for one in single], together, lora):
-        for changes in group:
-            if (row := fits(changes)) is not None:
-                yield tuple(changes), row
-                kept = True
-                break
-        if kept and group is together:
-            kept = False
+    for group in ([[one] for one in single] + together, lora):
+        found = ((changes, row) for changes in group if (row := fits(changes)) is not None)
+        if first := next(found, None):
+            yield tuple(first[0]), first[1]
 
 
 def _command(
@@ -402,18 +402,17 @@ def _command(
     words = [*overrides, *changes]
     if job.kind == "visual" and job.microbatch is None and row.room is not None and row.room < 16:
         words.append(f"batch.tile={row.room}")  # the run would derive more from memory that it has not filled yet
-    return launch(" ".join([source, *words]), row.engine, row.processes, per_node, verb=verb)
+    return launch(shlex.join([source, *words]), row.engine, row.processes, per_node, verb=verb)
 
 
 # What is shown
 
 
 def _row(row: Row) -> dict[str, Any]:
-    found = asdict(replace(row, held=row.held))
     return {
         "engine": row.engine, "processes": row.processes, "fits": row.fits, "why_not": row.why_not,
         "peak_gb": row.held.peak / 1e9, "peak_is": row.held.phase,
-        "parts_gb": {name: size / 1e9 for name, size in found["held"]["parts"].items()},
+        "parts_gb": {name: size / 1e9 for name, size in row.held.parts.items()},
         "rows_at_once": row.held.rows, "rows_that_fit": row.room, "step_seconds": row.seconds,
     }  # fmt: skip
 

@@ -42,7 +42,7 @@ def served(task: Path, store: Path) -> Iterator[str]:
     def work() -> None:
         try:
             serve(planned, lambda about: (found.update(about), started.set()), stop)
-        except AlignError as error:
+        except (AlignError, OSError, RuntimeError) as error:
             found["error"] = error
         finally:
             started.set()
@@ -57,6 +57,8 @@ def served(task: Path, store: Path) -> Iterator[str]:
     finally:
         stop.set()
         server.join()
+    if "error" in found:
+        raise found["error"]
 
 
 class Visitor:

@@ -22,7 +22,6 @@ from tests.distributed.language_runs import (
     row,
     small,
 )
-from trainers.tiny_language import build_tiny
 
 LORA = ("model.train=lora", "model.lora.rank=4", "model.gradient_checkpointing=true")
 ALL = ("data.heldout_fraction=0", "optimizer.eps=1e-3")
@@ -36,26 +35,6 @@ RUNS = {
 }
 """Of those in FINER an update holds all rows there are: as one microbatch in one process, and four in several."""
 FINER = ("one_kto", "one_bco")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return build_tiny(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def alone(model, tmp_path_factory):
-    """Returns the folder of a run in one process, made when it is first asked for."""
-    root, made = tmp_path_factory.mktemp("alone"), {}
-
-    def find(name):
-        if name not in made:
-            trainer, overrides = RUNS[name]
-            assert Told(small(model, trainer, *overrides), root / name, None).train().status == "complete"
-            made[name] = root / name
-        return made[name]
-
-    return find
 
 
 def several(model, root, names, deepspeed=None):
@@ -80,7 +59,7 @@ def several(model, root, names, deepspeed=None):
 def test_two_processes_are_one(model, alone, tmp_path, name):
     ended = processes.world(2, several(model, tmp_path, [name]), tmp_path / "w", within=100)
     assert [e.value and e.value[name]["status"] for e in ended] == ["complete"] * 2, "\n".join(e.output for e in ended)
-    require_equal(alone(name), tmp_path / name)
+    require_equal(alone(*RUNS[name]), tmp_path / name)
     record = json.loads((tmp_path / name / "run.json").read_text())
     assert record["engine"] == "data_parallel" and record["processes"] == 2
 
@@ -88,7 +67,7 @@ def test_two_processes_are_one(model, alone, tmp_path, name):
 def test_the_comparison_sees_another_learning_rate(model, alone, tmp_path):
     Told(small(model, "bco", "optimizer.lr=1.1e-3"), tmp_path / "run", None).train()
     with pytest.raises(AssertionError):
-        require_equal(alone("bco"), tmp_path / "run")
+        require_equal(alone(*RUNS["bco"]), tmp_path / "run")
 
 
 @pytest.mark.slow
@@ -110,21 +89,21 @@ def test_every_engine_trains_what_one_process_does_and_leaves_whole_weights(mode
             assert told["reference_partitioned"] is (sharded and name not in ("lora", "cached"))
             assert told["weights"] == ended[0].value[name]["weights"]
     for name in names:
-        require_equal(alone(name), tmp_path / name)
+        require_equal(alone(*RUNS[name]), tmp_path / name)
         record = json.loads((tmp_path / name / "run.json").read_text())
         assert record["engine"] == ENGINES[settings] and record["processes"] == 2
-        first = json.loads((alone(name) / "run.json").read_text())
+        first = json.loads((alone(*RUNS[name]) / "run.json").read_text())
         assert record["model"] == first["model"]
     ids = torch.arange(12)[None] + 5
     with torch.no_grad():
         whole = [AutoModelForCausalLM.from_pretrained(run / "checkpoints/step_000003")(ids).logits
-                 for run in (alone("kto"), tmp_path / "kto")]  # fmt: skip
+                 for run in (alone(*RUNS["kto"]), tmp_path / "kto")]  # fmt: skip
         torch.testing.assert_close(whole[1], whole[0], atol=1e-4, rtol=1e-4)
         adapted = [
             PeftModel.from_pretrained(
                 AutoModelForCausalLM.from_pretrained(model), run / "checkpoints/step_000003"
             )(ids).logits
-            for run in (alone("lora"), tmp_path / "lora")
+            for run in (alone(*RUNS["lora"]), tmp_path / "lora")
         ]  # fmt: skip
         torch.testing.assert_close(adapted[1], adapted[0], atol=1e-4, rtol=1e-4)
         assert (adapted[0] - AutoModelForCausalLM.from_pretrained(model)(ids).logits).abs().max() > 1e-4
@@ -191,4 +170,4 @@ def test_some_engines_go_on_in_another_number_of_processes(model, alone, tmp_pat
     assert list(checkpoint.checkpoints(tmp_path / "run" / "checkpoints")) == [2]
     ended = processes.world(sizes[1], train, tmp_path / "w2", within=100)
     assert [e.value for e in ended] == ["complete"] * sizes[1], ended[0].output[-3000:]
-    require_equal(alone(name), tmp_path / "run")
+    require_equal(alone(*RUNS[name]), tmp_path / "run")

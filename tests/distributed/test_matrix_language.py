@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from align.launch import leave_world
 from tests.distributed.language_runs import ENGINES, Told, require_equal, small
 from tests.distributed.weighing import SPLITS, cell, require_shares
-from trainers.tiny_language import build_tiny
 
 TRAIN = {"full": (), "lora": ("model.train=lora", "model.lora.rank=4", "model.gradient_checkpointing=true")}
 CLIPPED = ("optimizer.max_grad_norm=0.1", "optimizer.eps=1e-3")
@@ -29,27 +28,6 @@ UNEVEN = ("batch_size=24",)
 
 pytestmark = [pytest.mark.timeout(300)]
 SLOW, SOAK = pytest.mark.slow, pytest.mark.soak
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return build_tiny(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def alone(model, tmp_path_factory):
-    """Returns the folder of a run in one process, made when it is first asked for."""
-    root, made = tmp_path_factory.mktemp("alone"), {}
-
-    def find(trainer, overrides):
-        key = (trainer, overrides)
-        if key not in made:
-            out = root / str(len(made))
-            assert Told(small(model, trainer, *overrides), out, None).train().status == "complete"
-            made[key] = out
-        return made[key]
-
-    return find
 
 
 def require_cell(model, alone, out, record, trainer, engine, overrides, size=2):

@@ -13,15 +13,9 @@ from align.config import load_config
 from align.launch import leave_world
 from tests.distributed.language_runs import ENGINES, Told
 from tests.distributed.weighing import cell, require_shares
-from trainers.tiny_language import build_tiny
 
 LOSSES = {"crpg": (), "gdpo": ("objective.aggregation=gdpo",), "crraft": ("objective.loss=crraft",),
           "codpo": ("objective.loss=codpo",)}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return build_tiny(tmp_path_factory.mktemp("models") / "tiny")
 
 
 def small(model, *overrides):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from align.cli import main
-from align.commands.demo import _answer
+from align.commands.demo import Demo, _answer, _go_on
 from align.errors import DataError
 from align.feedback.crowd import Visitor, served
 from align.feedback.store import Store
@@ -51,6 +51,14 @@ def test_a_visitor_is_told_when_the_page_refuses(tmp_path):
         visitor.leave()
     with Store.open(tmp_path / "s.db") as store:
         assert [event.value for event in store.current() if event.kind == "ordinal"] == [6]
+
+
+def test_a_chapter_that_was_stopped_is_told_again(tmp_path, monkeypatch):
+    story = Demo(tmp_path, seed=0, users=1, images=1, overrides=[], say=lambda text: None)
+    monkeypatch.setattr(story, "collect", lambda: _go_on("stopped"))
+    with pytest.raises(KeyboardInterrupt):
+        story.tell()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import DataError
-from align.parquetfiles import parquet_rows
+from align.parquetfiles import parquet_rows, require_pyarrow
 from align.textfiles import read_csv, read_json_text, read_lines
 
 READS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
@@ -207,15 +207,6 @@ def _read_parquet(path: Path) -> Iterator[Row | Bad]:
         raise DataError(error.what, where=f"{path}:{number + 1}:1", why=error.why, do=error.do) from error
 
 
-def _arrow(path: Path) -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise DataError("Parquet needs pyarrow", where=str(path), do="Run `pip install pyarrow`") from error
-    return pyarrow, parquet
-
-
 # --- writing ----------------------------------------------------------------------------------------
 
 
@@ -302,7 +293,7 @@ def _cell(value: Any) -> Any:
 
 
 def _write_parquet(partial: Path, path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    pyarrow, parquet = _arrow(path)
+    pyarrow, parquet = require_pyarrow(path)
     table = list(rows)
     names = list(dict.fromkeys(name for row in table for name in row))
     columns = {}
