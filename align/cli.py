@@ -184,30 +184,40 @@ def _engine(options: argparse.Namespace, config: Any) -> dict[str, Any]:
     """Return what a trainer is told of the engine."""
     if not options.fsdp:
         return {"deepspeed": options.deepspeed}
-    if not (_is_language(config) or config.trainer in ("dance_grpo", "fit")):
-        raise ConfigError("This trainer needs whole weights", where="--fsdp", do="Use --deepspeed zero2")
+    if not _is_language(config):
+        _require_split(config, "--fsdp", "FSDP2")
     return {"deepspeed": options.deepspeed, "fsdp": True}
+
+
+def _require_split(config: Any, where: str, engine: str) -> None:
+    """Refuse, before anything starts, a run on our own loop that needs whole weights, to an engine that splits them."""
+    from align.engine import require_splitting
+
+    require_splitting(config.trainer, where)
+    if config.trainer == "fit":
+        from rewards.fit import require_splittable
+    else:
+        from trainers.online import require_splittable
+    require_splittable(config, engine)
 
 
 def _launch(options: argparse.Namespace, arguments: list[str], out: Path, config: Any) -> int:
     """Run `align <arguments>` in several processes, and say what happened to them."""
     from align.checkpoint import checkpoints
-    from align.engine import deepspeed_settings, read_settings
+    from align.engine import deepspeed_settings, read_settings, require_fsdp
     from align.launch import launch_command, run_launched, shown
     from align.sitting import read_record
 
     fsdp = "fsdp" in _engine(options, config)
     settings = options.deepspeed or ("zero2" if options.launch == "deepspeed" and not fsdp else None)
     if fsdp:
-        from trainers.language_engine import require_splittable
-
-        require_splittable(settings, options.nproc)
+        require_fsdp(settings, options.nproc)
         arguments = [*arguments, "--fsdp"]
     if not _is_language(config):  # all of this is refused before anything starts
         if options.launch == "accelerate":
             raise ConfigError("accelerate launches language models", where="--launch", do="Use --launch torchrun")
-        if settings is not None:
-            deepspeed_settings(settings, (1, 2, 3) if config.trainer == "dance_grpo" else (1, 2))
+        if settings is not None and deepspeed_settings(settings)["zero_optimization"]["stage"] == 3:
+            _require_split(config, f"--deepspeed {settings}", "ZeRO 3")
     else:
         from align.language_checks import require_divisible
 
@@ -710,7 +720,7 @@ def _add_launch(parser: _Arguments) -> None:
     parser.add_argument(
         "--deepspeed",
         metavar="NAME",
-        help="ZeRO: zero1, zero2, (language models, dance_grpo) zero3 or a JSON file (--launch deepspeed: zero2)",
+        help="ZeRO: zero1, zero2, (language models, dance_grpo, fit) zero3 or a JSON file (--launch deepspeed: zero2)",
     )
 
 

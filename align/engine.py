@@ -27,9 +27,11 @@ if TYPE_CHECKING:
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+SPLITTING = ("dance_grpo", "fit")
+"""Trainers on the loop of `align.run` that go on where no process has whole weights."""
 
 
-def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(parameters: Mapping[str, Tensor], config: OptimizerConfig) -> torch.optim.Optimizer:
     """Build AdamW over the trained parameters."""
     import torch
 
@@ -130,7 +132,7 @@ class ReplicaEngine:
         """Weights are whole at all times."""
         return contextlib.nullcontext()
 
-    def optimizer_state(self) -> Mapping[str, Tensor | Piece]:
+    def optimizer_state(self) -> dict[str, Tensor]:
         """Return the optimizer's state."""
         state = self.optimizer.state_dict()["state"]
         return {f"{i}.{slot}": value for i, slots in state.items() for slot, value in slots.items()}
@@ -160,7 +162,8 @@ class DeepSpeedEngine:
         ConfigError: DeepSpeed or its launcher is missing, or settings that this loop cannot run under.
     """
 
-    lockstep, stages = False, (1, 2)
+    lockstep = False
+    stages: tuple[int, ...] = (1, 2)
 
     def __init__(
         self,
@@ -279,35 +282,59 @@ def _fill(parameters: list[nn.Parameter]) -> None:
             parameter.grad = torch.zeros_like(parameter)
 
 
-def require_engine(deepspeed: str | None, *, fsdp: bool = False, splits: bool = False) -> str | None:
+def require_engine(trainer: str, deepspeed: str | None, *, fsdp: bool = False) -> str | None:
     """Refuse an engine that a run cannot have; return the name of one that splits weights, None for another.
 
     Args:
+        trainer: of the configuration.
         deepspeed: settings, by name or file.
-        splits: whether the run goes on where no process has whole weights.
 
     Raises:
         ConfigError: two engines, unusable settings, no launcher, one process for FSDP2, or an engine that splits
-            weights.
+            weights where the trainer needs them whole.
     """
-    stages = (1, 2, 3) if splits else (1, 2)
-    stage = 0 if deepspeed is None else require_deepspeed(deepspeed, stages)["zero_optimization"]["stage"]
-    if fsdp and deepspeed is not None:
+    stage = 0 if deepspeed is None else require_deepspeed(deepspeed)["zero_optimization"]["stage"]
+    if fsdp:
+        require_fsdp(deepspeed, int(os.environ.get("WORLD_SIZE", "1")))
+    if not fsdp and stage != 3:
+        return None
+    require_splitting(trainer, "--fsdp" if fsdp else f"--deepspeed {deepspeed}")
+    return "FSDP2" if fsdp else "ZeRO 3"
+
+
+def require_fsdp(deepspeed: str | None, processes: int) -> None:
+    """Refuse FSDP2 beside DeepSpeed, and for one process.
+
+    Raises:
+        ConfigError: saying so.
+    """
+    if deepspeed is not None:
         raise ConfigError(
             "FSDP2 and DeepSpeed do not go together", where="--fsdp", why="each splits the weights in its own way",
             do="Give one of --fsdp and --deepspeed",
         )  # fmt: skip
-    if fsdp and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if processes == 1:
         raise ConfigError(
             "FSDP2 needs several processes", where="--fsdp", why="there is one, which would hold everything",
             do="Add --launch torchrun --nproc N",
         )  # fmt: skip
-    if fsdp and not splits:
-        raise ConfigError("This trainer needs whole weights", where="--fsdp", do="Use --deepspeed zero2")
-    return "FSDP2" if fsdp else "ZeRO 3" if stage == 3 else None
 
 
-def require_deepspeed(settings: str, stages: tuple[int, ...] = (1, 2)) -> dict[str, Any]:
+def require_splitting(trainer: str, where: str) -> None:
+    """Refuse an engine that splits weights, asked for at `where`, to a trainer that needs them whole.
+
+    Raises:
+        ConfigError: naming the trainer.
+    """
+    if trainer not in SPLITTING:
+        raise ConfigError(
+            f"The trainer {trainer} needs whole weights", where=where,
+            why="it keeps and swaps copies of them, which FSDP2 and ZeRO 3 leave to no process",
+            do="Use --deepspeed zero2",
+        )  # fmt: skip
+
+
+def require_deepspeed(settings: str, stages: tuple[int, ...] = (1, 2, 3)) -> dict[str, Any]:
     """Return the settings this process is to train under, refusing what can be seen at once.
 
     Raises:
@@ -322,15 +349,15 @@ def require_deepspeed(settings: str, stages: tuple[int, ...] = (1, 2)) -> dict[s
     return options
 
 
-def deepspeed_settings(settings: str, stages: tuple[int, ...] = (1, 2)) -> dict[str, Any]:
-    """Read and check DeepSpeed settings of a visual run, by name or file.
+def deepspeed_settings(settings: str, stages: tuple[int, ...] = (1, 2, 3)) -> dict[str, Any]:
+    """Read and check DeepSpeed settings of a run on our own loop, by name or file.
 
     Raises:
         ConfigError: no such settings, not JSON, mixed precision (which `model.dtype` decides), or a stage other
             than `stages`.
     """
     options, where = read_settings(settings, stages)
-    zero = options.get("zero_optimization", {})
+    zero = options["zero_optimization"]
     options["zero_optimization"] = {key: value for key, value in zero.items() if value != "auto"}  # DeepSpeed's default
     for half in ("fp16", "bf16"):
         if options.get(half, {}).get("enabled"):

@@ -206,6 +206,7 @@ class Run:
         self.config, self.directory, self.world = config, Path(directory), world
         self.parameters = dict(parameters)
         self.engine = engine or ReplicaEngine(self.parameters, config.optimizer, world)
+        self._alone = not self.engine.lockstep
         decay = config.optimizer.ema_decay
         held = {name: piece.values for name, piece in self.engine.pieces().items()}
         self.average = None if decay is None else Average(held, decay)
@@ -331,9 +332,31 @@ class Run:
         self._optimizer_seconds += time.perf_counter() - began
         return float(norm)
 
-    def cut(self) -> contextlib.AbstractContextManager[None]:
-        """Let a stop that is due abandon the block, which changes neither weights nor what is counted."""
-        return stops.region("meetings" if self.engine.lockstep else "cut")
+    @contextlib.contextmanager
+    def cut(self) -> Iterator[None]:
+        """Let a stop that is due abandon the block, which changes neither weights nor what is counted.
+
+        Where a pass through the model needs the other processes, only when all meet.
+        """
+        if self._alone:
+            with stops.cut():
+                yield
+        else:
+            with stops.region("meetings"), self.world.attended():
+                yield
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """Have the weights whole in the model within the block, where a pass through it then needs no other process.
+
+        Every process must call it.
+        """
+        with self.engine.gathered():
+            before, self._alone = self._alone, True
+            try:
+                yield
+            finally:
+                self._alone = before
 
     def say(self, step: int, code: str, message: str) -> None:
         """Tell whoever watches, now, and keep it in the run's log."""
@@ -364,7 +387,7 @@ class Run:
 
         Every process must call it.
         """
-        with self.average.applied() if self.average is not None else contextlib.nullcontext(), self.engine.gathered():
+        with self.average.applied() if self.average is not None else contextlib.nullcontext(), self.whole():
             yield
 
     def count(self, **amounts: float) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from align.checkpoint import Piece
 from align.config import OptimizerConfig
-from align.engine import MOMENTS, DeepSpeedEngine, build_optimizer, read_settings
+from align.engine import MOMENTS, DeepSpeedEngine, ReplicaEngine, build_optimizer, read_settings
 from align.launch import World, meeting
 
 if TYPE_CHECKING:
@@ -34,14 +34,14 @@ def shard_module(module: nn.Module) -> list[Any]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
-    blocks = _blocks(module)
+    blocks = blocks_of(module)
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
     return [*blocks, module]
 
 
-def _blocks(module: nn.Module) -> list[nn.Module]:
+def blocks_of(module: nn.Module) -> list[nn.Module]:
     """Return the entries of the outermost lists of modules that have parameters."""
     import torch
 
@@ -50,7 +50,7 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
         if isinstance(child, torch.nn.ModuleList):
             found += [block for block in child if next(block.parameters(), None) is not None]
         else:
-            found += _blocks(child)
+            found += blocks_of(child)
     return found
 
 
@@ -82,8 +82,7 @@ class FSDP2Engine:
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Accumulate the gradient of `loss`; in the last pass of an update, add up over all processes."""
         self.parts[-1].set_requires_gradient_sync(last)
-        with meeting():
-            (loss * self.world.size).backward()  # FSDP2 averages over processes
+        (loss * self.world.size).backward()  # FSDP2 averages over processes
 
     def reduce(self) -> Tensor:
         """Add the gradients of what is whole up over all processes; return the norm of all."""
@@ -126,7 +125,7 @@ class FSDP2Engine:
 
     def optimizer_state(self) -> dict[str, Piece]:
         """Return what this process holds of the optimizer's state."""
-        found = {}
+        found: dict[str, Piece] = {}
         for i, (name, held) in enumerate(self._held.items()):
             state = self.optimizer.state.get(held, {})
             found |= {f"{i}.{slot}": self._piece(name, state[slot]) for slot in MOMENTS if slot in state}
@@ -168,6 +167,11 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if _is_split(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether the weights of a module are split over the processes, by FSDP2 or ZeRO 3."""
+    return hasattr(module, "unshard") or any(hasattr(p, "ds_tensor") for p in module.parameters())
+
+
 def deepspeed_engine(
     module: nn.Module, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, world: World, settings: str
 ) -> DeepSpeedEngine:
@@ -181,9 +185,24 @@ class Zero3Engine(DeepSpeedEngine):
     """ZeRO 3 of DeepSpeed: weights, gradients and optimizer are split, each weight by its flat values.
 
     Gradients meet once an update; until then each process keeps a whole one of what trains. See `DeepSpeedEngine`.
+
+    Args:
+        parameters: the trained weights by name; those of other modules come last, and stay whole.
     """
 
-    lockstep, stages = True, (3,)
+    lockstep = True
+    stages = (3,)
+
+    def __init__(
+        self, module: nn.Module, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, world: World,
+        settings: str,
+    ) -> None:  # fmt: skip
+        inside = {id(p) for p in module.parameters()}
+        split = {name: p for name, p in parameters.items() if id(p) in inside}
+        others = {name: p for name, p in parameters.items() if name not in split}
+        super().__init__(module, split, config, world, settings)
+        self.others = ReplicaEngine(others, config, world) if others else None
+        self._max_norm, self._own_norm = config.max_grad_norm, 0.0
 
     def reduce(self) -> Tensor:
         """Add the gradients up over all processes; return the norm of the sum."""
@@ -195,17 +214,36 @@ class Zero3Engine(DeepSpeedEngine):
         with meeting():
             self._accumulating.close()  # leaving the block exchanges the gradients
         gradients = [self._part(p, safe_get_local_grad(p)).values for p in self.parameters]
-        return self.world.add(torch.stack([gradient.square().sum() for gradient in gradients]).sum()).sqrt()
+        norm = self.world.add(torch.stack([gradient.square().sum() for gradient in gradients]).sum()).sqrt()
+        self._own_norm = float(norm)
+        if self.others is None:
+            return norm
+        for parameter in self.others.parameters:
+            if parameter.grad is not None:
+                parameter.grad /= self.world.size  # as DeepSpeed does with its own
+        return torch.hypot(norm, self.others.reduce())
+
+    def step(self, norm: Tensor) -> None:
+        """Clip a gradient of this norm, take the optimizer step, and forget the gradient."""
+        if self._max_norm is not None:  # DeepSpeed knows the norm of its own part, and clips by that
+            self.engine.optimizer.clip_grad = self._max_norm * (self._own_norm + 1e-6) / (float(norm) + 1e-6)
+        super().step(norm)
+        if self.others is not None:
+            self.others.step(norm)
 
     def pieces(self) -> dict[str, Piece]:
         """Return what this process holds of the trained weights."""
-        return {name: self._part(p, p.ds_tensor) for name, p in self.named.items()}
+        split = {name: self._part(p, p.ds_tensor) for name, p in self.named.items()}
+        return split if self.others is None else split | self.others.pieces()
 
     def optimizer_state(self) -> dict[str, Piece]:
         """Return what this process holds of the optimizer's state."""
         from deepspeed.utils import safe_get_local_optimizer_state
 
         state, found = list(self.engine.optimizer.optimizer.state.values()), {}
+        for name, value in () if self.others is None else self.others.optimizer_state().items():
+            index, _, slot = name.partition(".")
+            found[f"{len(self.parameters) + int(index)}.{slot}"] = Piece(value, 0, tuple(value.shape), alike=True)
         for i, p in enumerate(self.parameters if state else ()):
             found |= {f"{i}.{slot}": self._part(p, safe_get_local_optimizer_state(p, slot)) for slot in MOMENTS}
             found[f"{i}.step"] = Piece(state[0]["step"].detach().clone().float().reshape(()), 0, (), alike=True)
@@ -216,7 +254,12 @@ class Zero3Engine(DeepSpeedEngine):
         import torch
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
-        zero = self.engine.optimizer
+        zero, count = self.engine.optimizer, len(self.parameters)
+        if self.others is not None:
+            places = ((*name.partition("."), name) for name in state)
+            self.others.load_optimizer_state(
+                {f"{int(i) - count}.{slot}": state[name] for i, _, slot, name in places if int(i) >= count}
+            )
         for flat in zero.fp32_partitioned_groups_flat if state else ():  # the state that a first step would have made
             moments = {slot: torch.zeros_like(flat, requires_grad=False) for slot in MOMENTS}
             zero.optimizer.state[flat] = {"step": state["0.step"].clone(), **moments}

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from align.config import config_origins
-from align.engine import DeepSpeedEngine, Engine, require_engine
+from align.engine import Engine, require_engine
 from align.errors import ConfigError, DataError, ModelError
 from align.feedback.events import Item
 from align.feedback.overview import plain
@@ -34,7 +34,7 @@ from align.fit_config import FitConfig, require_fit
 from align.launch import World, join_world
 from align.run import Run, claiming
 from align.seeding import permutation, seed
-from align.sharding import FSDP2Engine
+from align.sharding import FSDP2Engine, deepspeed_engine, is_sharded
 from align.sparsity.callback import Travelled
 from align.sparsity.receipt import write_receipt
 from align.tracking import replace_text
@@ -179,10 +179,10 @@ def _classifier(config: FitConfig, directory: Path, items: Sequence[Item]) -> La
 
     def save(folder: Path) -> None:
         trained = reader.model
-        if hasattr(trained, "unshard"):  # what FSDP2 splits cannot be saved by itself: its whole weights in a fresh one
-            split, trained = reader.model, _reader(config, start).model
+        if is_sharded(trained):  # it cannot be saved by itself: its weights, whole for the moment, in a fresh one
+            trained = _reader(config, start).model
             with torch.no_grad():
-                for (_, into), (_, value) in zip(trained.named_parameters(), split.named_parameters(), strict=True):
+                for into, value in zip(trained.parameters(), reader.model.parameters(), strict=True):
                     into.copy_(value)
         whole = trained.merge_and_unload() if config.model.train == "lora" else trained
         whole.save_pretrained(folder / "classifier", safe_serialization=True)
@@ -499,7 +499,8 @@ def fit_reward(
     Args:
         config: of `align.load_config`.
         out: the run folder, runs/NAME when None.
-        deepspeed: ZeRO settings, see `align.engine.DeepSpeedEngine`; None holds all weights in every process.
+        deepspeed: ZeRO settings, see `align.engine.DeepSpeedEngine`; None holds all weights in every process. Stage 3
+            splits the weights of a classifier too.
         fsdp: split the weights of a classifier, gradients and optimizer over the processes; see `align.sharding`.
         data: what people said, in place of what `config.data.paths` name; to resume, give the same again.
 
@@ -512,12 +513,9 @@ def fit_reward(
         DataError: data that cannot be fitted, or a split that leaks; see `rewards.fit_data`.
     """
     require_fit(config)
-    require_engine(deepspeed, fsdp=fsdp, splits=fsdp)
-    if fsdp and config.model.backbone != "classifier":
-        raise ConfigError(
-            "FSDP2 splits classifiers", where=f"--fsdp, model.backbone {config.model.backbone}",
-            why="towers are called in parts, of which it knows nothing", do="Use --deepspeed zero2",
-        )  # fmt: skip
+    split = require_engine(config.trainer, deepspeed, fsdp=fsdp)
+    if split is not None:
+        require_splittable(config, split)
     world = join_world(config.checkpoint.hung_after_seconds)
     if world.size > 1 or deepspeed is not None:
         require_launchable(config, world.size)
@@ -564,11 +562,12 @@ def fit_reward(
     parameters: Mapping[str, nn.Parameter] = {**latent.parameters, **said}
     record = {"rows": {name: len(rows) for name, rows in parts.items()}, "origins": config_origins(config)}
     engine: Engine | None = None
-    if fsdp and (module := latent.module) is not None:
+    module = latent.module if split and latent.module is not None else nn.ParameterList(parameters.values())
+    if fsdp:
         engine = FSDP2Engine(module, lambda: {**_trained(module), **said}, config.optimizer, world)
         parameters = engine.parameters
     elif deepspeed is not None:
-        engine = DeepSpeedEngine(nn.ParameterList(parameters.values()), parameters, config.optimizer, world, deepspeed)
+        engine = deepspeed_engine(module, parameters, config.optimizer, world, deepspeed)
     rows = train.to(latent.device)
     with Run(config, directory, parameters, record, world=world, engine=engine) as run:
         for note in notes if run.step == 0 else ():
@@ -651,6 +650,19 @@ def require_launchable(config: FitConfig, processes: int) -> None:
         raise ConfigError(
             "Every process needs a row", where=f"batch_size {config.batch_size}", why=f"{processes} share"
         )
+
+
+def require_splittable(config: FitConfig, engine: str) -> None:
+    """Refuse a backbone whose weights `engine` cannot split.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    if config.model.backbone != "classifier":
+        raise ConfigError(
+            f"{engine} splits classifiers", where=f"model.backbone {config.model.backbone}",
+            why="towers are called in parts, of which it knows nothing", do="Use --deepspeed zero2",
+        )  # fmt: skip
 
 
 def _parts(config: FitConfig, data: FitData) -> tuple[dict[str, list[Observation]], int]:

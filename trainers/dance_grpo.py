@@ -45,7 +45,7 @@ from trainers.online import OnlineRun
 class DanceGRPO(OnlineRun):
     """Policy gradients through the sampler's own steps; see `OnlineRun` for the arguments."""
 
-    config_type, splits_weights = DanceGRPOConfig, True
+    config_type = DanceGRPOConfig
     config: DanceGRPOConfig
 
     def window(self, step: int) -> range | None:

@@ -78,8 +78,6 @@ class OnlineRun:
     """
 
     config_type: ClassVar[type[VisualConfig]]
-    splits_weights: ClassVar[bool] = False
-    """Whether the trainer runs where no process has whole weights."""
 
     def __init__(
         self,
@@ -95,8 +93,7 @@ class OnlineRun:
         kind = self.config_type
         self.config = config if isinstance(config, kind) else load_config(config, kind=kind)
         require_valid(self.config)
-        split = require_engine(deepspeed, fsdp=fsdp, splits=self.splits_weights)
-        if split is not None:
+        if (split := require_engine(self.config.trainer, deepspeed, fsdp=fsdp)) is not None:
             require_splittable(self.config, split)
         self.fsdp = fsdp
         self.world, self.deepspeed = join_world(self.config.checkpoint.hung_after_seconds), deepspeed
@@ -230,7 +227,7 @@ class OnlineRun:
                 run.sitting.at("rollout")
                 prompts = self.prompts.at(step, config.prompts_per_step, config.seed)
                 with ScoreStream(rewards) as stream:
-                    with self.sampling_weights(), run.engine.gathered(), run.cut():
+                    with self.sampling_weights(), run.whole(), run.cut():
                         deliver = clock.timed("time/reward", stream.submit)
                         rollout = self.rollout(prompts, step, self._batches(run)[0], deliver)
                     run.sitting.see(samples=lambda seen=rollout: samples_seen(seen))

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import processes
 import pytest
+from safetensors.torch import load_file
 
 import tiny
 from align import checkpoint
+from align.cli import main
 from align.config import load_config
-from align.errors import ConfigError
+from align.errors import AlignError, ConfigError
 from align.launch import leave_world
 from tests.distributed.weighing import cell, require_shares, shares_held, weigh_second_step
 from trainers import DanceGRPO
@@ -44,7 +48,7 @@ def made(tmp_path_factory):
 
 
 def config_of(made, *changed):
-    """Four steps of 15 samples, 7 and 8 on two processes, in three updates."""
+    """Four steps of 15 samples, 7 and 8 on two processes, in three updates of two tiles or three."""
     config = {
         "trainer": "dance_grpo", "name": "toy", "steps": 4,
         "model": {"path": str(made / "sd3"), "lora": {"rank": 4, "alpha": 8}},
@@ -52,13 +56,23 @@ def config_of(made, *changed):
         "rewards": [{"name": "digits/raw_ink"}], "prompts_per_step": 3, "group_size": 5, "updates_per_step": 3,
         "sampler": {"kernel": "cps", "eta": 0.5, "solver_steps": 6, "shift": 3}, "batch": {"tile": 8},
         "optimizer": {"lr": 1e-3, "eps": 1e-6, "max_grad_norm": CLIP, "ema_decay": 0.9}, "checkpoint": {"every": 2},
-        "evaluation": {"every": 3, "samples": 7, "final_samples": 7, "solver_steps": 3},
+        "evaluation": {"every": 2, "samples": 7, "final_samples": 7, "solver_steps": 3},
     }  # fmt: skip
     return load_config(config, changed)
 
 
 class Told(DanceGRPO):
-    """A trainer that keeps its run, so that one can see what really carried its updates out."""
+    """A trainer that keeps its run, so that one can see what really carried its updates out.
+
+    In `dies`, a step and a process, that process is killed when it has gone back through some of its tiles.
+    """
+
+    dies = None
+
+    def terms(self, tile, rollout, run, *, first):
+        if self.dies == (rollout.key[1], self.world.rank) and len(run.sitting.tiles) == 1 and not first:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().terms(tile, rollout, run, first=first)
 
     def open_run(self):
         self.run, self.shares = super().open_run(), {}
@@ -76,7 +90,7 @@ class Told(DanceGRPO):
         return self.run
 
 
-def train(config, out, engine=None):
+def train(config, out, engine=None, dies=None):
     """Train; return what this process can tell of its engine, and its pieces of the weights."""
     from torch.distributed.tensor import DTensor
 
@@ -86,6 +100,7 @@ def train(config, out, engine=None):
     if engine == "shipped":
         how["deepspeed"] = "zero3"
     trainer = Told(config, out=out, **how)
+    trainer.dies = dies
     result = trainer.train()
     own, whole = (
         trainer.run.engine,
@@ -110,7 +125,10 @@ def difference(one, other):
     summaries = [json.loads((out / "summary.json").read_text()) for out in (one, other)]
     for name in ("reward_before", "reward_after"):
         assert summaries[1][name]["mean"] == pytest.approx(summaries[0][name]["mean"], abs=1e-5), name
-    assert summaries[0]["sparsity"].keys() == summaries[1]["sparsity"].keys()
+    receipts = [summary["sparsity"] for summary in summaries]
+    assert receipts[0].keys() == receipts[1].keys() and receipts[0]["status"] == "measured"
+    for name in ("bit_identical", "norm", "relative_norm"):
+        assert receipts[1][name] == pytest.approx(receipts[0][name], rel=1e-2, abs=1e-4), name
     first, second = (checkpoint.load_latest(out / "checkpoints").tensors for out in (one, other))
     assert first.keys() == second.keys() == {"model", "optimizer", "average", "rng"}
     found = 0.0
@@ -155,7 +173,7 @@ def require_engine(told, engine, size):
     ],
 )
 def test_several_processes_are_one(made, alone, tmp_path, record_property, engine, train_what, size):
-    changed = (f"model.train={train_what}",)
+    changed = (f"model.train={train_what}", "steps=3")
     work = lambda: train(config_of(made, *changed), tmp_path / "run", engine)  # noqa: E731
     ended = processes.world(size, work, tmp_path / "world", within=280)
     assert all(isinstance(e.value, dict) for e in ended), [e.output[-3000:] + str(e.value) for e in ended]
@@ -167,23 +185,27 @@ def test_several_processes_are_one(made, alone, tmp_path, record_property, engin
     record_property("cell", cell("dance_grpo", ENGINES[engine], train_what, found, told))
 
 
-@pytest.mark.parametrize(
-    "engine", [pytest.param(engine, marks=SLOW if engine == "fsdp2" else SOAK) for engine in ENGINES]
-)
-def test_a_run_goes_on_bit_for_bit_and_under_any_number_of_processes(made, tmp_path, engine):
-    """From the checkpoint of step 2 of 4, which two processes wrote in pieces."""
+@SOAK
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_killed_run_goes_on_bit_for_bit_and_under_any_number_of_processes(made, tmp_path, engine):
+    """One of two processes is killed in step 4, between passes in which they meet; step 2 was saved in two pieces."""
     config = config_of(made, "evaluation.every=0", "evaluation.final_samples=5", "tracking.samples_every=0")
 
-    def run(name, size, engine):
-        ended = processes.world(size, lambda: train(config, tmp_path / name, engine), tmp_path / "world", within=140)
-        assert all(isinstance(e.value, dict) for e in ended), [e.output[-3000:] + str(e.value) for e in ended]
+    def run(name, size, engine, dies=None):
+        work = lambda: train(config, tmp_path / name, engine, dies)  # noqa: E731
+        return processes.world(size, work, tmp_path / "world", within=140)
 
-    run("whole", 2, engine)
-    assert len(list((tmp_path / "whole/checkpoints/step_000002").glob("model.*.safetensors"))) == 2
-    for name, size, other in (("again", 2, engine), ("three", 3, engine), ("one", 1, None)):
-        shutil.copytree(tmp_path / "whole", tmp_path / name)
-        shutil.rmtree(tmp_path / name / "checkpoints/step_000004")
-        run(name, size, other)
+    first, second = run("again", 2, engine, dies=(4, 1))
+    assert second.code == -signal.SIGKILL and isinstance(first.value, AlignError), first
+    assert "Another process of the run is gone" in str(first.value) and "align resume" in str(first.value)
+    assert [row["step"] for row in processes.metrics(tmp_path / "again")] == [1, 2, 3]
+    step = tmp_path / "again/checkpoints/step_000002"
+    assert len(list(step.glob("model.*.safetensors"))) == 2 and list(step.parent.glob("step_*")) == [step]
+    for name in ("three", "one"):
+        shutil.copytree(tmp_path / "again", tmp_path / name)
+    for name, size, other in (("whole", 2, engine), ("again", 2, engine), ("three", 3, engine), ("one", 1, None)):
+        ended = run(name, size, other)
+        assert all(isinstance(e.value, dict) for e in ended), [e.output[-3000:] + str(e.value) for e in ended]
         assert [row["step"] for row in processes.metrics(tmp_path / name)] == [1, 2, 3, 4]
     files = sorted(path.name for path in (tmp_path / "whole/checkpoints/step_000004").glob("*.safetensors"))
     assert len(files) == 7
@@ -192,6 +214,49 @@ def test_a_run_goes_on_bit_for_bit_and_under_any_number_of_processes(made, tmp_p
         assert same[0] == same[1], file
     assert difference(tmp_path / "whole", tmp_path / "three") < 1e-5
     assert difference(tmp_path / "whole", tmp_path / "one") < 1e-5
+    for work in (exported, evaluated, compared):
+        found = [work(tmp_path / name, made, tmp_path / f"{name}_{work.__name__}") for name in ("whole", "one")]
+        assert found[0] and found[0] == pytest.approx(found[1], abs=1e-4, rel=1e-3), work.__name__
+
+
+def exported(out, made, place):
+    """Sums of the tensors that a run is exported as."""
+    assert main(["export", str(out), "--to", "full", "--out", str(place)]) == 0
+    tensors = load_file(next((place / "transformer").glob("*.safetensors")))
+    return {name: float(value.double().abs().sum()) for name, value in tensors.items()}
+
+
+def evaluated(out, made, place):
+    """What `align evaluate` measures of a run."""
+    assert main(["evaluate", str(out), "--samples", "5", "--json", str(place)]) == 0
+    return {"reward": json.loads(place.read_text())["rewards"]["reward"]["mean"]}
+
+
+def compared(out, made, place):
+    """Which weights `align sparsity compare` finds moved in a checkpoint."""
+    step = str(out / "checkpoints/step_000004")
+    assert main(["sparsity", "compare", str(made / "sd3/transformer"), step, "--json", str(place)]) == 0
+    found = json.loads(place.read_text())
+    return {name: found[name] for name in ("bit_identical", "norm")}
+
+
+@SOAK
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ("objective.kl_weight=0.1", "trained_steps.window=2", "trained_steps.move_every=1"),
+        ("objective.loss=dppo", "objective.dppo_threshold=1e-5"),
+    ],
+    ids=["kl and window", "dppo"],
+)
+def test_other_losses_are_those_of_one_process(made, alone, tmp_path, engine, changed):
+    """A KL term takes a second pass without adapters; dppo masks terms, so that tiles of a process may weigh nothing."""
+    changed = ("steps=2", *changed)
+    work = lambda: train(config_of(made, *changed), tmp_path / "run", engine)  # noqa: E731
+    ended = processes.world(2, work, tmp_path / "world", within=280)
+    assert all(isinstance(e.value, dict) for e in ended), [e.output[-3000:] + str(e.value) for e in ended]
+    assert difference(alone(*changed), tmp_path / "run") < 1e-5
 
 
 @SOAK

@@ -182,7 +182,7 @@ def test_a_launch_that_cannot_be_is_refused_before_anything_starts(capsys, tmp_p
 
 @pytest.mark.parametrize(
     ("recipe", "words"),
-    [("digits/smoke", "FSDP2 needs several processes"), ("digits/nft", "This trainer needs whole weights")],
+    [("digits/smoke", "FSDP2 needs several processes"), ("digits/nft", "The trainer forward needs whole weights")],
 )
 def test_fsdp2_is_refused_where_weights_cannot_be_split(capsys, tmp_path, recipe, words):
     assert main(["train", recipe, "--out", str(tmp_path / "run"), "--fsdp"]) == 2
