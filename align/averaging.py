@@ -22,7 +22,7 @@ class Average:
         decay: between 0 and 1.
     """
 
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], decay: float) -> None:
+    def __init__(self, parameters: Mapping[str, torch.Tensor], decay: float) -> None:
         self.parameters, self.decay = parameters, decay
         self.values = {name: p.detach().clone() for name, p in parameters.items()}
 

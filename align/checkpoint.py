@@ -2,6 +2,7 @@
 
     checkpoints/step_000010/
       <group>.safetensors   tensors, one file a group (model, optimizer, ...)
+      <group>.<rank>.safetensors   the same where no process has whole tensors: of each, the piece of that process
       state.json            everything that is not a tensor
       manifest.json         sha256 and size of every other file; written last
 
@@ -16,10 +17,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +31,8 @@ from align.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from align.launch import World
+
 _NAME = re.compile(r"step_(\d{6,})")
 
 
@@ -37,8 +41,66 @@ class Checkpoint:
     """What a verified checkpoint holds: the step, tensors by group and name, and the JSON state."""
 
     step: int
-    tensors: dict[str, dict[str, Tensor]]
+    tensors: dict[str, Mapping[str, Tensor]]
     state: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a process holds of a tensor of this shape: its values from `first` on, counted row by row.
+
+    Args:
+        alike: every process holds the same, of which the first one's is saved.
+    """
+
+    values: Tensor
+    first: int
+    shape: tuple[int, ...]
+    alike: bool = False
+
+    def of(self, whole: Tensor) -> Tensor:
+        """Return the same piece of another tensor of this shape."""
+        return whole.reshape(-1)[self.first : self.first + self.values.numel()].view_as(self.values)
+
+
+class _Joined(Mapping[str, "Tensor"]):
+    """Tensors that lie in pieces over files; one is put together when it is asked for."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self._pieces: dict[str, list[tuple[Path, int]]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for path in files:
+            for name, (first, *shape) in pieces_in(path).items():
+                self._pieces.setdefault(name, []).append((path, first))
+                self._shapes[name] = tuple(shape)
+
+    def __getitem__(self, name: str) -> Tensor:
+        import torch
+        from safetensors import safe_open
+
+        parts, at = [], 0
+        for path, first in sorted(self._pieces[name], key=lambda piece: piece[1]):
+            with safe_open(path, "pt") as file:
+                part = file.get_tensor(name)
+            if first != at:
+                raise _not_whole(path, name)
+            parts, at = [*parts, part], at + part.numel()
+        if at != math.prod(self._shapes[name]):
+            raise _not_whole(path, name)
+        return torch.cat(parts).view(self._shapes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pieces)
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+
+def _not_whole(path: Path, name: str) -> CheckpointError:
+    return CheckpointError(
+        "The pieces of a tensor leave gaps or overlap", where=f"{path}, {name}",
+        do="Remove this checkpoint; the run then goes on from the one before",
+    )  # fmt: skip
 
 
 def _sync(path: Path) -> None:
@@ -69,32 +131,117 @@ def save(
     """Write the checkpoint of `step` and remove all but the newest `keep`.
 
     Raises:
-        CheckpointError: the disk refused; earlier checkpoints are untouched.
+        CheckpointError: too little space, or the disk refused; earlier checkpoints are untouched.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     root = Path(root)
-    final, temporary = root / f"step_{step:06d}", root / f".writing_step_{step:06d}"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        _bring_back(root)
-        for leftover in root.glob(".*_step_*"):
-            shutil.rmtree(leftover)
-        temporary.mkdir()
+    final, temporary = _places(root, step)
+    with _or_refused(final, temporary):
+        _begin(root, temporary, sum(t.nbytes for named in tensors.values() for t in named.values()))
         for group, named in tensors.items():
-            save_file(
-                {n: t.detach().to("cpu").contiguous() for n, t in named.items()}, temporary / f"{group}.safetensors"
-            )
+            _write(temporary / f"{group}.safetensors", named)
         _seal(temporary, final, step, state)
+    _rotate(root, keep)
+    return final
+
+
+def save_pieces(
+    root: str | Path,
+    step: int,
+    pieces: Mapping[str, Mapping[str, Piece]],
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    *,
+    world: World,
+    keep: int = 2,
+) -> None:
+    """Write the checkpoint of `step` together; see `save`. Every process must call it.
+
+    Each process writes its pieces. When all have, the first one writes the rest, the manifest last.
+
+    Args:
+        pieces: of this process, by group and name; those of all make up whole tensors.
+        tensors: what every process has whole.
+
+    Raises:
+        CheckpointError: on all processes, what one met with.
+    """
+    root = Path(root)
+    final, temporary = _places(root, step)
+    own = sum(piece.values.nbytes for named in pieces.values() for piece in named.values())
+    needed = sum(world.gather(own)) + sum(t.nbytes for named in tensors.values() for t in named.values())
+
+    def begin() -> None:
+        with _or_refused(final, temporary):
+            _begin(root, temporary, needed)
+
+    def finish() -> None:
+        with _or_refused(final, temporary):
+            for group, named in tensors.items():
+                _write(temporary / f"{group}.safetensors", named)
+            _seal(temporary, final, step, state)
+        _rotate(root, keep)
+
+    world.led(begin)
+    failure = None
+    try:
+        with _or_refused(final, temporary):
+            for group, named in pieces.items():
+                mine = {n: p for n, p in named.items() if p.values.numel() and (world.leads or not p.alike)}
+                placed = {name: [piece.first, *piece.shape] for name, piece in mine.items()}
+                held = {name: named[name].values.reshape(-1) for name in placed}
+                _write(temporary / f"{group}.{world.rank:05d}.safetensors", held, {"pieces": json.dumps(placed)})
+    except CheckpointError as error:
+        failure = error
+    if heard := next((error for error in world.gather(failure) if error is not None), None):
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise heard
+    world.led(finish)
+
+
+def _places(root: Path, step: int) -> tuple[Path, Path]:
+    """Return where the checkpoint of a step goes, and where it is until it is whole."""
+    return root / f"step_{step:06d}", root / f".writing_step_{step:06d}"
+
+
+@contextlib.contextmanager
+def _or_refused(final: Path, temporary: Path) -> Iterator[None]:
+    """Remove what was written so far when the disk refuses, and say so."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             "A checkpoint could not be written", where=str(final), why=getattr(error, "strerror", None) or str(error),
             do="Earlier checkpoints are intact; free some space and resume",
         ) from error  # fmt: skip
-    _rotate(root, keep)
-    return final
+
+
+def _begin(root: Path, temporary: Path, needed: int) -> None:
+    """Make the folder of a checkpoint that takes `needed` bytes, and remove what unfinished ones left."""
+    root.mkdir(parents=True, exist_ok=True)
+    _bring_back(root)
+    for leftover in root.glob(".*_step_*"):
+        shutil.rmtree(leftover)
+    _require_space(root, needed)
+    temporary.mkdir()
+
+
+def _write(path: Path, named: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    from safetensors.torch import save_file
+
+    save_file({n: t.detach().to("cpu").contiguous() for n, t in named.items()}, path, metadata)
+
+
+def _require_space(root: Path, needed: int) -> None:
+    """Refuse to begin what the disk has no room for."""
+    if needed > (free := shutil.disk_usage(root).free):
+        raise CheckpointError(
+            "The disk has no room for a checkpoint", where=str(root),
+            why=f"it takes {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free",
+            do="Earlier checkpoints are intact; free some space and resume",
+        )  # fmt: skip
 
 
 def publish(root: str | Path, step: int, folder: str | Path, state: Mapping[str, Any], keep: int = 2) -> Path:
@@ -201,12 +348,19 @@ def verify(path: str | Path) -> dict[str, Any]:
 
 
 def load(path: str | Path, only: str | None = None) -> Checkpoint:
-    """Verify and read one checkpoint; with `only`, no other group of tensors than that."""
+    """Verify and read one checkpoint; with `only`, no other group of tensors than that.
+
+    A tensor that lies in pieces is put together when it is asked for, whatever the number of processes that wrote it.
+    """
     from safetensors.torch import load_file
 
     path = Path(path)
     manifest = verify(path)
-    groups = {p.stem: load_file(p) for p in sorted(path.glob("*.safetensors")) if only in (None, p.stem)}
+    groups: dict[str, Mapping[str, Tensor]] = {}
+    for group in sorted({p.name.partition(".")[0] for p in path.glob("*.safetensors")}):
+        if only in (None, group):
+            files = files_of(path, group)
+            groups[group] = _Joined(files) if in_pieces(files) else load_file(files[0])
     return Checkpoint(manifest["step"], groups, json.loads((path / "state.json").read_text(encoding="utf-8")))
 
 
@@ -219,7 +373,25 @@ def latest(root: str | Path) -> Path | None:
 
 def delivered_group(path: str | Path) -> str:
     """Return the group of a checkpoint that is delivered: the running average where there is one, else the weights."""
-    return "average" if (Path(path) / "average.safetensors").is_file() else "model"
+    return "average" if files_of(path, "average") else "model"
+
+
+def files_of(path: str | Path, group: str) -> list[Path]:
+    """Return the files of a group of tensors in a checkpoint: one, or one a process with its pieces."""
+    return sorted(Path(path).glob(f"{group}.*safetensors"))
+
+
+def in_pieces(files: Sequence[Path]) -> bool:
+    """Whether files of `files_of` hold pieces of tensors."""
+    return bool(re.fullmatch(r"[a-z_]+\.\d{5,}", files[0].stem)) and (files[0].parent / "manifest.json").is_file()
+
+
+def pieces_in(path: Path) -> dict[str, list[int]]:
+    """Return where the pieces in a file belong: by name, the first value's place and the shape of the whole tensor."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return dict(json.loads((file.metadata() or {}).get("pieces", "{}")))
 
 
 def find_run(source: str | Path) -> tuple[Path, Path] | None:

@@ -182,32 +182,42 @@ def _train(options: argparse.Namespace) -> int:
 
 def _engine(options: argparse.Namespace, config: Any) -> dict[str, Any]:
     """Return what a trainer is told of the engine."""
-    if not getattr(options, "fsdp", False):  # `align fit` has no such flag
+    if not options.fsdp:
         return {"deepspeed": options.deepspeed}
     if not _is_language(config):
-        raise ConfigError("FSDP2 splits language models", where="--fsdp", do="Use --deepspeed zero2")
+        _require_split(config, "--fsdp", "FSDP2")
     return {"deepspeed": options.deepspeed, "fsdp": True}
+
+
+def _require_split(config: Any, where: str, engine: str) -> None:
+    """Refuse, before anything starts, a run on our own loop that needs whole weights, to an engine that splits them."""
+    from align.engine import require_splitting
+
+    require_splitting(config.trainer, where)
+    if config.trainer == "fit":
+        from rewards.fit import require_splittable
+    else:
+        from trainers.online import require_splittable
+    require_splittable(config, engine)
 
 
 def _launch(options: argparse.Namespace, arguments: list[str], out: Path, config: Any) -> int:
     """Run `align <arguments>` in several processes, and say what happened to them."""
     from align.checkpoint import checkpoints
-    from align.engine import deepspeed_settings, read_settings
+    from align.engine import deepspeed_settings, read_settings, require_fsdp
     from align.launch import launch_command, run_launched, shown
     from align.sitting import read_record
 
     fsdp = "fsdp" in _engine(options, config)
     settings = options.deepspeed or ("zero2" if options.launch == "deepspeed" and not fsdp else None)
     if fsdp:
-        from trainers.language_engine import require_splittable
-
-        require_splittable(settings, options.nproc)
+        require_fsdp(settings, options.nproc)
         arguments = [*arguments, "--fsdp"]
     if not _is_language(config):  # all of this is refused before anything starts
         if options.launch == "accelerate":
             raise ConfigError("accelerate launches language models", where="--launch", do="Use --launch torchrun")
-        if settings is not None:
-            deepspeed_settings(settings)
+        if settings is not None and deepspeed_settings(settings)["zero_optimization"]["stage"] == 3:
+            _require_split(config, f"--deepspeed {settings}", "ZeRO 3")
     else:
         from align.language_checks import require_divisible
 
@@ -710,7 +720,7 @@ def _add_launch(parser: _Arguments) -> None:
     parser.add_argument(
         "--deepspeed",
         metavar="NAME",
-        help="ZeRO: zero1, zero2, (language models) zero3 or a JSON file (--launch deepspeed: zero2)",
+        help="ZeRO: zero1, zero2, (language models, dance_grpo, fit) zero3 or a JSON file (--launch deepspeed: zero2)",
     )
 
 
@@ -718,7 +728,8 @@ def _add_fsdp(parser: _Arguments) -> None:
     parser.add_argument(
         "--fsdp",
         action="store_true",
-        help="(language models) FSDP2: split weights, gradients and optimizer over the processes, by torch alone",
+        help="FSDP2: split weights, gradients and optimizer over the processes, by torch alone "
+        "(language models, dance_grpo, fit)",
     )
 
 
@@ -749,6 +760,7 @@ def _train_arguments(parser: _Arguments) -> None:
 
 def _fit_arguments(parser: _Arguments) -> None:
     _add_launch(parser)
+    _add_fsdp(parser)
     fit.fit_arguments(parser)
 
 

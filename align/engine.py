@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from align.checkpoint import Piece
 from align.config import OptimizerConfig
 from align.errors import ConfigError
 from align.launch import World, meeting
@@ -25,10 +26,12 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+SPLITTING = ("dance_grpo", "fit")
+"""Trainers on the loop of `align.run` that go on where no process has whole weights."""
 
 
-def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(parameters: Mapping[str, Tensor], config: OptimizerConfig) -> torch.optim.Optimizer:
     """Build AdamW over the trained parameters."""
     import torch
 
@@ -45,14 +48,15 @@ class Engine(Protocol):
     """Carries updates out. `optimizer_state` and `load_optimizer_state` speak of whole tensors, `{index}.{slot}`
     by the place of each weight, so that a run can go on under another engine or another number of processes.
 
-    `lockstep`: the processes meet within a model's forward or backward pass, so none may leave one alone.
+    `lockstep`: the weights are split, and the processes meet within a model's forward or backward pass, so none may
+    take or leave one alone. The optimizer's state then comes in pieces.
     """
 
     name: str
     lockstep: bool
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of `loss`."""
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        """Accumulate the gradient of `loss`; `last`: of this update."""
 
     def reduce(self) -> Tensor:
         """Add the gradients up over all processes; return the norm of the sum."""
@@ -60,11 +64,17 @@ class Engine(Protocol):
     def step(self, norm: Tensor) -> None:
         """Clip a gradient of this norm, take the optimizer step, and forget the gradient."""
 
-    def optimizer_state(self) -> dict[str, Tensor]:
+    def pieces(self) -> dict[str, Piece]:
+        """Return what this process holds of the trained weights, to be written to in place."""
+
+    def optimizer_state(self) -> Mapping[str, Tensor | Piece]:
         """Return the optimizer's state. Every process must call it."""
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         """Set what `optimizer_state` returned."""
+
+    def gathered(self) -> contextlib.AbstractContextManager[None]:
+        """Have the weights whole within the block. Every process must call it."""
 
 
 class ReplicaEngine:
@@ -82,11 +92,12 @@ class ReplicaEngine:
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:  # fmt: skip
         self.name = "single" if world.size == 1 else "data_parallel"
-        self.parameters, self.world, self.max_norm = list(parameters.values()), world, config.max_grad_norm
+        self.named, self.world, self.max_norm = parameters, world, config.max_grad_norm
+        self.parameters = list(parameters.values())
         self.optimizer = build_optimizer(parameters, config) if optimizer is None else optimizer
         self._mask = getattr(self.optimizer, "mask_gradients", None)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Accumulate the gradient of `loss`."""
         loss.backward()
 
@@ -112,6 +123,14 @@ class ReplicaEngine:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_norm, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def pieces(self) -> dict[str, Piece]:
+        """Return the trained weights."""
+        return _whole(self.named)
+
+    def gathered(self) -> contextlib.AbstractContextManager[None]:
+        """Weights are whole at all times."""
+        return contextlib.nullcontext()
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Return the optimizer's state."""
@@ -144,6 +163,7 @@ class DeepSpeedEngine:
     """
 
     lockstep = False
+    stages: tuple[int, ...] = (1, 2)
 
     def __init__(
         self,
@@ -153,7 +173,7 @@ class DeepSpeedEngine:
         world: World,
         settings: str,
     ) -> None:
-        options = require_deepspeed(settings)
+        options = require_deepspeed(settings, self.stages)
         try:
             import deepspeed
         except ImportError as error:
@@ -165,7 +185,7 @@ class DeepSpeedEngine:
             with contextlib.suppress(AttributeError, ImportError, KeyError):
                 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
-        self.parameters, self.world = list(parameters.values()), world
+        self.named, self.parameters, self.world = parameters, list(parameters.values()), world
         self.engine, *_ = deepspeed.initialize(
             model=module,
             model_parameters=self.parameters,
@@ -184,7 +204,7 @@ class DeepSpeedEngine:
         self._accumulating = contextlib.ExitStack()
         self._open = False
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Accumulate the gradient of `loss`."""
         self._accumulate()
         self.engine.backward(loss * self.world.size)  # DeepSpeed averages over processes
@@ -206,13 +226,21 @@ class DeepSpeedEngine:
         with meeting():
             self.engine.step()
 
-    def optimizer_state(self) -> dict[str, Tensor]:
+    def pieces(self) -> dict[str, Piece]:
+        """Return the trained weights."""
+        return _whole(self.named)
+
+    def gathered(self) -> contextlib.AbstractContextManager[None]:
+        """Weights are whole at all times."""
+        return contextlib.nullcontext()
+
+    def optimizer_state(self) -> Mapping[str, Tensor | Piece]:
         """Return the optimizer's state, gathered. Every process must call it."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         found, flat = {}, list(self.engine.optimizer.optimizer.state.values())
         for i, parameter in enumerate(self.parameters if flat else ()):
-            for slot in _MOMENTS:
+            for slot in MOMENTS:
                 found[f"{i}.{slot}"] = safe_get_full_optimizer_state(parameter, slot).detach().clone()
             found[f"{i}.step"] = flat[0]["step"].detach().clone().float().reshape(())
         return found
@@ -227,18 +255,22 @@ class DeepSpeedEngine:
         if not state:
             return
         for flat in zero.single_partition_of_fp32_groups:  # the state that a first step would have made
-            moments = {slot: torch.zeros_like(flat) for slot in _MOMENTS}
+            moments = {slot: torch.zeros_like(flat) for slot in MOMENTS}
             zero.optimizer.state[flat] = {"step": state["0.step"].clone(), **moments}
         zero._lazy_init_hp_params_optimizer_state()
         for name, value in state.items():
             index, _, slot = name.partition(".")
-            if slot in _MOMENTS:
+            if slot in MOMENTS:
                 safe_set_full_optimizer_state(self.parameters[int(index)], value, slot)
 
     def _accumulate(self) -> None:
         if not self._open:
             self._accumulating.enter_context(self.engine.coalesce_grad_reduction())
             self._open = True
+
+
+def _whole(parameters: Mapping[str, nn.Parameter]) -> dict[str, Piece]:
+    return {name: Piece(p.detach(), 0, tuple(p.shape), alike=True) for name, p in parameters.items()}
 
 
 def _fill(parameters: list[nn.Parameter]) -> None:
@@ -250,13 +282,65 @@ def _fill(parameters: list[nn.Parameter]) -> None:
             parameter.grad = torch.zeros_like(parameter)
 
 
-def require_deepspeed(settings: str) -> dict[str, Any]:
+def require_engine(trainer: str, deepspeed: str | None, *, fsdp: bool = False) -> str | None:
+    """Refuse an engine that a run cannot have; return the name of one that splits weights, None for another.
+
+    Args:
+        trainer: of the configuration.
+        deepspeed: settings, by name or file.
+
+    Raises:
+        ConfigError: two engines, unusable settings, no launcher, one process for FSDP2, or an engine that splits
+            weights where the trainer needs them whole.
+    """
+    stage = 0 if deepspeed is None else require_deepspeed(deepspeed)["zero_optimization"]["stage"]
+    if fsdp:
+        require_fsdp(deepspeed, int(os.environ.get("WORLD_SIZE", "1")))
+    if not fsdp and stage != 3:
+        return None
+    require_splitting(trainer, "--fsdp" if fsdp else f"--deepspeed {deepspeed}")
+    return "FSDP2" if fsdp else "ZeRO 3"
+
+
+def require_fsdp(deepspeed: str | None, processes: int) -> None:
+    """Refuse FSDP2 beside DeepSpeed, and for one process.
+
+    Raises:
+        ConfigError: saying so.
+    """
+    if deepspeed is not None:
+        raise ConfigError(
+            "FSDP2 and DeepSpeed do not go together", where="--fsdp", why="each splits the weights in its own way",
+            do="Give one of --fsdp and --deepspeed",
+        )  # fmt: skip
+    if processes == 1:
+        raise ConfigError(
+            "FSDP2 needs several processes", where="--fsdp", why="there is one, which would hold everything",
+            do="Add --launch torchrun --nproc N",
+        )  # fmt: skip
+
+
+def require_splitting(trainer: str, where: str) -> None:
+    """Refuse an engine that splits weights, asked for at `where`, to a trainer that needs them whole.
+
+    Raises:
+        ConfigError: naming the trainer.
+    """
+    if trainer not in SPLITTING:
+        raise ConfigError(
+            f"The trainer {trainer} needs whole weights", where=where,
+            why="it keeps and swaps copies of them, which FSDP2 and ZeRO 3 leave to no process",
+            do="Use --deepspeed zero2",
+        )  # fmt: skip
+
+
+def require_deepspeed(settings: str, stages: tuple[int, ...] = (1, 2, 3)) -> dict[str, Any]:
     """Return the settings this process is to train under, refusing what can be seen at once.
 
     Raises:
         ConfigError: unusable settings, or no launcher.
     """
-    options = deepspeed_settings(settings)
+    options = deepspeed_settings(settings, stages)
     if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
         raise ConfigError(
             "ZeRO needs a launcher", where=f"--deepspeed {settings}",
@@ -265,14 +349,16 @@ def require_deepspeed(settings: str) -> dict[str, Any]:
     return options
 
 
-def deepspeed_settings(settings: str) -> dict[str, Any]:
-    """Read and check DeepSpeed settings of a visual run, by name or file.
+def deepspeed_settings(settings: str, stages: tuple[int, ...] = (1, 2, 3)) -> dict[str, Any]:
+    """Read and check DeepSpeed settings of a run on our own loop, by name or file.
 
     Raises:
         ConfigError: no such settings, not JSON, mixed precision (which `model.dtype` decides), or a stage other
-            than 1 and 2.
+            than `stages`.
     """
-    options, where = read_settings(settings, stages=(1, 2))
+    options, where = read_settings(settings, stages)
+    zero = options["zero_optimization"]
+    options["zero_optimization"] = {key: value for key, value in zero.items() if value != "auto"}  # DeepSpeed's default
     for half in ("fp16", "bf16"):
         if options.get(half, {}).get("enabled"):
             raise ConfigError(

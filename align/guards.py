@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from align.errors import GuardError
 
@@ -55,8 +55,18 @@ def weights_check(parameters: Iterable[torch.Tensor]) -> torch.Tensor:
     """Return 0 times the norm of the weights that this process holds: not a number when the norm is not finite."""
     import torch
 
-    mine = [getattr(p, "ds_tensor", p).detach() for p in parameters]
-    return 0.0 * torch.nn.utils.get_total_norm([p.to_local() if hasattr(p, "to_local") else p for p in mine]).float()
+    return 0.0 * torch.nn.utils.get_total_norm([_held(p) for p in parameters]).float()
+
+
+def _held(parameter: Any) -> torch.Tensor:
+    """Return what this process holds of a weight, without what fills ZeRO 3's parts up to one size: it is no number."""
+    import torch.distributed as dist
+
+    if hasattr(parameter, "ds_tensor"):
+        part = parameter.ds_tensor.detach().view(-1)
+        return part[: max(parameter.ds_numel - part.numel() * dist.get_rank(), 0)]
+    held = parameter.detach()
+    return held.to_local() if hasattr(held, "to_local") else held
 
 
 def require_weights(check: torch.Tensor, where: str) -> None:

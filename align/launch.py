@@ -25,7 +25,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from align.errors import AlignError, ConfigError
-from align.meetings import Meetings, gone, open_meetings
+from align.meetings import Meetings, gone, open_meetings, unmet
 from align.registry import suggest
 from align.stops import SIGNALS, Stopped, heard
 
@@ -98,6 +98,20 @@ class World:
     def add(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum `tensor` over all processes in place, and return it."""
         return tensor if self.meetings is None else self.meetings.add(tensor)
+
+    @contextlib.contextmanager
+    def attended(self) -> Iterator[None]:
+        """Say in words what it means that another process failed within a pass through a model whose weights are split.
+
+        Raises:
+            AlignError: it is gone, or did not come.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.meetings is None or not unmet(error):
+                raise
+            raise self.meetings.failed(error) from error
 
     def wait(self) -> None:
         """Return when all processes have come here."""

@@ -32,6 +32,13 @@ def gone(error: RuntimeError, missing: str = "") -> AlignError:
     )  # fmt: skip
 
 
+def unmet(error: RuntimeError) -> bool:
+    """Whether an error says that processes could not meet within a pass through the model, and not that this failed."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
+
+
 class Meetings:
     """The meetings of one process.
 
@@ -100,12 +107,13 @@ class Meetings:
             try:
                 yield
             except RuntimeError as error:  # torch.distributed raises nothing more specific
-                raise self._failed(error) from error
+                raise self.failed(error) from error
 
     def _write(self) -> None:
         self.store.set(str(self.rank), f"{self.count} {self.doing}")
 
-    def _failed(self, error: RuntimeError) -> AlignError:
+    def failed(self, error: RuntimeError) -> AlignError:
+        """Return what it means that an exchange failed: which process is gone, or does not come."""
         seen = self._read()
         late = [r for r in range(self.size) if r != self.rank and (r not in seen or seen[r][0] < self.count)]
         missing = "; ".join(

@@ -28,9 +28,9 @@ LIVE = 1e9
 """Entries that ZeRO 3 keeps gathered at most: DeepSpeed's stage3_max_live_parameters."""
 
 ENGINES = {
-    "visual": ("single", "data_parallel", "zero1", "zero2"),
+    "visual": ("single", "data_parallel", "zero1", "zero2", "fsdp2", "zero3"),
     "language": ("single", "data_parallel", "zero1", "zero2", "fsdp2", "zero3"),
-    "fit": ("single", "data_parallel", "zero1", "zero2"),
+    "fit": ("single", "data_parallel", "zero1", "zero2", "fsdp2", "zero3"),
 }
 """The engines that each kind of trainer runs under; of two that fit, the one that exchanges less stands first."""
 
@@ -63,6 +63,8 @@ class Job:
         feq: forwards of a row in a step.
         widest: weights of the largest block; 0 where it is not known.
         outside: weights outside of all blocks.
+        beside: bytes of models beside the one that trains, which no engine splits: text encoders that stay.
+        whole: the trainer needs whole weights, so no engine that splits them is offered.
     """
 
     kind: str
@@ -82,6 +84,8 @@ class Job:
     feq: float = 1.0
     widest: int = 0
     outside: int = 0
+    beside: float = 0.0
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def per_weight(kind: str, engine: str, processes: int, *, half: bool, accumulati
     AdamW keeps two float32 moments, 8 B. DeepSpeed keeps 4 B more, its own float32 copy, also where the weights are
     float32, and holds the weights and gradients of language models in bfloat16 under `half`. A gradient is split as
     it arises under ZeRO 2 and 3 of language models alone: the own loop of the others adds gradients up once an update
-    and has them whole until then, and so has FSDP2 where an update has several microbatches.
+    and has them whole until then, and so has FSDP2 where an update has several microbatches, as those of images have.
 
     Args:
         kind: of `Job`.
@@ -123,11 +127,14 @@ def per_weight(kind: str, engine: str, processes: int, *, half: bool, accumulati
             "optimizer": 12 * share, "exchange": cast * share * whole,
         }  # fmt: skip
     if engine == "zero3":
-        return {"weights": cast * share, "gradients": cast * share, "optimizer": 12 * share, "exchange": 0.0}
-    whole = accumulation > 1
+        return {
+            "weights": cast * share + (0.0 if trainer else running), "gradients": cast * (share if trainer else 1.0),
+            "optimizer": 12 * share, "exchange": 0.0 if trainer else cast * share,
+        }  # fmt: skip
+    whole = accumulation > 1 or kind == "visual"
     return {
-        "weights": 4 * share, "gradients": 4 * (1.0 if whole else share), "optimizer": 8 * share,
-        "exchange": 4 * share * whole,
+        "weights": 4 * share + (0.0 if trainer else running), "gradients": 4 * (1.0 if whole else share),
+        "optimizer": 8 * share, "exchange": 4 * share * whole,
     }  # fmt: skip
 
 
@@ -148,7 +155,8 @@ def held(job: Job, engine: str, processes: int, rows: int | None = None) -> Held
         "frozen weights": job.frozen * share,
         "gathered weights": _gathered(job, engine),
         "optimizer": job.trained * found["optimizer"],
-        "copies": job.trained * 4.0 * job.averages + job.reference * size * share,
+        "copies": (job.trained * 4.0 * job.averages + job.reference * size) * share,
+        "text encoders": job.beside,
         "rewards": job.rewards,
         "overhead": OVERHEAD,
     }
@@ -158,12 +166,13 @@ def held(job: Job, engine: str, processes: int, rows: int | None = None) -> Held
         "training activations": rows * (job.training or 0.0) + 2 * min(rows * job.logits, LOGITS),
         "sampling activations": (4 if job.microbatch is None else 1) * rows * (job.sampling or 0.0),
         "encoders": job.encoders,
+        "whole weights": _whole(job, engine),
     }
     buffers = moving["exchange"] if engine == "data_parallel" and job.kind == "language" else 0.0  # DDP keeps them
     phases = {
         "training": buffers + moving["gradients"] + moving["training activations"],
         "update": moving["gradients"] + moving["exchange"],
-        "sampling": buffers + moving["sampling activations"],
+        "sampling": buffers + moving["sampling activations"] + moving["whole weights"],
         "encoding prompts": buffers + moving["encoders"],
     }
     phase = max(phases, key=lambda name: phases[name])
@@ -172,13 +181,21 @@ def held(job: Job, engine: str, processes: int, rows: int | None = None) -> Held
 
 def _gathered(job: Job, engine: str) -> float:
     """Bytes of whole weights that an engine which splits them has at once: FSDP2 what is outside of the blocks and two
-    blocks, ZeRO 3 up to `LIVE` entries."""
+    blocks, ZeRO 3 up to `LIVE` entries. Where the blocks are not known, all."""
     frozen = job.frozen / (2 if job.half else 4)
-    if engine == "fsdp2":
+    if engine == "fsdp2" and (job.widest or job.kind == "language"):
         return 4.0 * (job.outside + 2 * job.widest)
     if engine == "zero3":
         return (2.0 if job.half and job.kind == "language" else 4.0) * min(LIVE, job.trained + frozen)
-    return 0.0
+    return 4.0 * job.trained + job.frozen if engine == "fsdp2" else 0.0
+
+
+def _whole(job: Job, engine: str) -> float:
+    """Bytes of weights beyond those that a pass gathers, while a rollout or an evaluation on our own loop holds them
+    whole."""
+    if job.kind == "language" or engine not in ("fsdp2", "zero3"):
+        return 0.0
+    return max(0.0, 4.0 * job.trained + job.frozen - _gathered(job, engine))
 
 
 def refusal(job: Job, processes: int) -> str:
@@ -221,7 +238,7 @@ def table(job: Job, memory: float, forward_seconds: float | None = None) -> list
     rows = []
     for processes in COUNTS:
         for engine in ENGINES[job.kind]:
-            if (engine == "single") != (processes == 1):
+            if (engine == "single") != (processes == 1) or (job.whole and engine in ("fsdp2", "zero3")):
                 continue
             found, why = held(job, engine, processes), refusal(job, processes)
             seconds = None if forward_seconds is None else step_seconds(job, processes, forward_seconds)

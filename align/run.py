@@ -20,6 +20,7 @@ import resource
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -205,8 +206,10 @@ class Run:
         self.config, self.directory, self.world = config, Path(directory), world
         self.parameters = dict(parameters)
         self.engine = engine or ReplicaEngine(self.parameters, config.optimizer, world)
+        self._alone = not self.engine.lockstep
         decay = config.optimizer.ema_decay
-        self.average = None if decay is None else Average(self.parameters, decay)
+        held = {name: piece.values for name, piece in self.engine.pieces().items()}
+        self.average = None if decay is None else Average(held, decay)
         self.averages = {**kept, **({} if self.average is None else {"average": self.average})}
         self.log = RunLog(self.directory, tensorboard=config.tracking.tensorboard, silent=not world.leads)
         self.sitting = Sitting(self.directory, config, world, self.log, self._keep_committed)
@@ -263,9 +266,9 @@ class Run:
             )  # fmt: skip
         require_not_hacked(found.state, found.step, self.config, self.directory)
         self.step, self.counters = found.step, dict(found.state["counters"])
-        model = found.tensors["model"]
+        model, pieces = found.tensors["model"], self.engine.pieces()
         alien = sorted(set(self.parameters) ^ set(model)) or [
-            name for name, p in self.parameters.items() if p.shape != model[name].shape
+            name for name, piece in pieces.items() if piece.shape != tuple(model[name].shape)
         ]
         if alien:
             raise CheckpointError(
@@ -275,12 +278,12 @@ class Run:
                 do="Give the configuration it was trained with, or another --out",
             )
         with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(model[name])
+            for name, piece in pieces.items():
+                piece.values.copy_(piece.of(model[name]))
         for group, average in self.averages.items():  # a fork may turn one on: it starts from the weights as they are
             values = found.tensors.get(group) or model
             for name, value in average.values.items():
-                value.copy_(values[name])
+                value.copy_(pieces[name].of(values[name]))
         self.engine.load_optimizer_state(found.tensors.get("optimizer", {}))
         torch.set_rng_state(found.tensors["rng"]["torch"])
 
@@ -293,11 +296,15 @@ class Run:
                 self.sitting.begin_step(self.step + 1)
                 yield self.step + 1
 
-    def backward(self, loss: torch.Tensor, *, weight: float) -> None:
-        """Accumulate the gradient of `weight * loss`; the weights of one update add up to 1 over all processes."""
+    def backward(self, loss: torch.Tensor, *, weight: float, last: bool = True) -> None:
+        """Accumulate the gradient of `weight * loss`; the weights of one update add up to 1 over all processes.
+
+        Args:
+            last: of this update, on every process.
+        """
         check = loss.detach() * 0.0
         self._loss_check = check if self._loss_check is None else self._loss_check + check
-        self.engine.backward(loss * weight)
+        self.engine.backward(loss * weight, last=last)
 
     def update(self, *, expect_gradient: bool = True) -> float:
         """Add up the gradient over processes, check and clip it, take the optimizer step, return its norm.
@@ -325,9 +332,31 @@ class Run:
         self._optimizer_seconds += time.perf_counter() - began
         return float(norm)
 
-    def cut(self) -> contextlib.AbstractContextManager[None]:
-        """Let a stop that is due abandon the block, which changes neither weights nor what is counted."""
-        return stops.region("meetings" if self.engine.lockstep else "cut")
+    @contextlib.contextmanager
+    def cut(self) -> Iterator[None]:
+        """Let a stop that is due abandon the block, which changes neither weights nor what is counted.
+
+        Where a pass through the model needs the other processes, only when all meet.
+        """
+        if self._alone:
+            with stops.cut():
+                yield
+        else:
+            with stops.region("meetings"), self.world.attended():
+                yield
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """Have the weights whole in the model within the block, where a pass through it then needs no other process.
+
+        Every process must call it.
+        """
+        with self.engine.gathered():
+            before, self._alone = self._alone, True
+            try:
+                yield
+            finally:
+                self._alone = before
 
     def say(self, step: int, code: str, message: str) -> None:
         """Tell whoever watches, now, and keep it in the run's log."""
@@ -354,8 +383,11 @@ class Run:
 
     @contextlib.contextmanager
     def delivered(self) -> Iterator[None]:
-        """Have the weights that are delivered in the model within the block: the average, where there is one."""
-        with self.average.applied() if self.average is not None else contextlib.nullcontext():
+        """Have the weights that are delivered in the model within the block, whole: the average, where there is one.
+
+        Every process must call it.
+        """
+        with self.average.applied() if self.average is not None else contextlib.nullcontext(), self.whole():
             yield
 
     def count(self, **amounts: float) -> None:
@@ -402,10 +434,18 @@ class Run:
         """Write the checkpoint of the current step. Every process must call it; it is the same for any number."""
         self.sitting.at("saving")
         counters, rng = self._committed
-        tensors = {"model": self.parameters, "optimizer": self.engine.optimizer_state(), "rng": {"torch": rng}}
-        tensors |= {group: average.values for group, average in self.averages.items()}
+        held, optimizer, averages = self.engine.pieces(), self.engine.optimizer_state(), self.averages.items()
         state = {"counters": counters, "config": self.config.model_dump(mode="json"), "hacked": self.sitting.hacked}
         root, keep = self.directory / "checkpoints", self.config.checkpoint.keep
+        tensors: dict[str, Any] = {"rng": {"torch": rng}}
+        if self.engine.lockstep:
+            pieces: dict[str, Any] = {"model": held, "optimizer": optimizer}
+            for group, average in averages:
+                pieces[group] = {name: replace(held[name], values=value) for name, value in average.values.items()}
+            checkpoint.save_pieces(root, self.step, pieces, tensors, state, world=self.world, keep=keep)
+            return
+        tensors |= {"model": {name: piece.values for name, piece in held.items()}, "optimizer": optimizer}
+        tensors |= {group: average.values for group, average in averages}
         self.world.led(lambda: checkpoint.save(root, self.step, tensors, state, keep=keep))
 
     def seconds(self) -> float:

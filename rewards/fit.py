@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from align.config import config_origins
-from align.engine import DeepSpeedEngine, require_deepspeed
+from align.engine import Engine, require_engine
 from align.errors import ConfigError, DataError, ModelError
 from align.feedback.events import Item
 from align.feedback.overview import plain
@@ -34,6 +34,7 @@ from align.fit_config import FitConfig, require_fit
 from align.launch import World, join_world
 from align.run import Run, claiming
 from align.seeding import permutation, seed
+from align.sharding import FSDP2Engine, deepspeed_engine, is_sharded
 from align.sparsity.callback import Travelled
 from align.sparsity.receipt import write_receipt
 from align.tracking import replace_text
@@ -74,7 +75,11 @@ class FitResult:
 
 @dataclass(frozen=True)
 class Latent:
-    """The latent reward of numbered outputs: its trained weights, its values on their graph, and how it is saved."""
+    """The latent reward of numbered outputs: its trained weights, its values on their graph, and how it is saved.
+
+    Args:
+        module: what an engine can split; None where that is not offered.
+    """
 
     parameters: Mapping[str, nn.Parameter]
     of: Callable[[Sequence[int]], Tensor]
@@ -82,6 +87,7 @@ class Latent:
     penalty: Callable[[], Tensor] | None = None
     embedder: str = ""
     features: Tensor | None = None
+    module: nn.Module | None = None
 
     @property
     def device(self) -> torch.device:
@@ -165,12 +171,37 @@ def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 def _classifier(config: FitConfig, directory: Path, items: Sequence[Item]) -> Latent:
     """The logit of a sequence classifier; dropout is off, so that a run is a function of its config."""
+    start = _with_one_output(str(config.model.path), directory, config.seed)
+    reader = _reader(config, start)
+    encoded: list[Encoded] = [reader.encode(*sample_of(item))[0] for item in items]
+
+    def of(rows: Sequence[int]) -> Tensor:
+        return reader.forward([encoded[i] for i in rows], reader.placement.device)[:, 0]
+
+    def save(folder: Path) -> None:
+        trained = reader.model
+        if is_sharded(trained):  # it cannot be saved by itself: its weights, whole for the moment, in a fresh one
+            trained = _reader(config, start).model
+            with torch.no_grad():
+                for into, value in zip(trained.parameters(), reader.model.parameters(), strict=True):
+                    into.copy_(value)
+        whole = trained.merge_and_unload() if config.model.train == "lora" else trained
+        whole.save_pretrained(folder / "classifier", safe_serialization=True)
+        reader.tokenizer.save_pretrained(folder / "classifier")
+
+    return Latent(_trained(reader.model), of, save, module=reader.model)
+
+
+def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def _reader(config: FitConfig, start: Path) -> Classifier:
+    """Load a classifier, its weights trained as the configuration says."""
     model = config.model
-    start = _with_one_output(str(model.path), directory, config.seed)
     reader = Classifier(
         str(start), model.template, model.max_length, "cpu" if not torch.cuda.is_available() else "resident", labels=1
     )
-    encoded: list[Encoded] = [reader.encode(*sample_of(item))[0] for item in items]
     if model.train == "lora":
         from peft import LoraConfig, get_peft_model
 
@@ -183,17 +214,7 @@ def _classifier(config: FitConfig, directory: Path, items: Sequence[Item]) -> La
             reader.model = get_peft_model(reader.model, lora).eval()
     else:
         reader.model.requires_grad_(True)
-
-    def of(rows: Sequence[int]) -> Tensor:
-        return reader.forward([encoded[i] for i in rows], reader.placement.device)[:, 0]
-
-    def save(folder: Path) -> None:
-        whole = reader.model.merge_and_unload() if model.train == "lora" else reader.model
-        whole.save_pretrained(folder / "classifier", safe_serialization=True)
-        reader.tokenizer.save_pretrained(folder / "classifier")
-
-    trained = {name: p for name, p in reader.model.named_parameters() if p.requires_grad}
-    return Latent(trained, of, save)
+    return reader
 
 
 def _with_one_output(path: str, directory: Path, at: int) -> Path:
@@ -464,6 +485,7 @@ def fit_reward(
     *,
     overwrite: bool = False,
     deepspeed: str | None = None,
+    fsdp: bool = False,
     data: FitData | None = None,
 ) -> FitResult:
     """Fit a reward, resuming what an earlier call with the same configuration left in the folder.
@@ -474,7 +496,9 @@ def fit_reward(
     Args:
         config: of `align.load_config`.
         out: the run folder, runs/NAME when None.
-        deepspeed: ZeRO settings, see `align.engine.DeepSpeedEngine`; None holds all weights in every process.
+        deepspeed: ZeRO settings, see `align.engine.DeepSpeedEngine`; None holds all weights in every process. Stage 3
+            splits the weights of a classifier too.
+        fsdp: split the weights of a classifier, gradients and optimizer over the processes; see `align.sharding`.
         data: what people said, in place of what `config.data.paths` name; to resume, give the same again.
 
     Returns:
@@ -486,8 +510,9 @@ def fit_reward(
         DataError: data that cannot be fitted, or a split that leaks; see `rewards.fit_data`.
     """
     require_fit(config)
-    if deepspeed is not None:
-        require_deepspeed(deepspeed)
+    split = require_engine(config.trainer, deepspeed, fsdp=fsdp)
+    if split is not None:
+        require_splittable(config, split)
     world = join_world(config.checkpoint.hung_after_seconds)
     if world.size > 1 or deepspeed is not None:
         require_launchable(config, world.size)
@@ -530,11 +555,16 @@ def fit_reward(
     answers = Answers(
         config, train, levels, share, _effects(train, len(users), share) if config.users.effects else None
     ).to(latent.device)
-    parameters = {**latent.parameters, **{f"answers.{name}": p for name, p in answers.named_parameters()}}
+    said = {f"answers.{name}": p for name, p in answers.named_parameters()}
+    parameters: Mapping[str, nn.Parameter] = {**latent.parameters, **said}
     record = {"rows": {name: len(rows) for name, rows in parts.items()}, "origins": config_origins(config)}
-    engine = None
-    if deepspeed is not None:
-        engine = DeepSpeedEngine(nn.ParameterList(parameters.values()), parameters, config.optimizer, world, deepspeed)
+    engine: Engine | None = None
+    module = latent.module if split and latent.module is not None else nn.ParameterList(parameters.values())
+    if fsdp:
+        engine = FSDP2Engine(module, lambda: {**_trained(module), **said}, config.optimizer, world)
+        parameters = engine.parameters
+    elif deepspeed is not None:
+        engine = deepspeed_engine(module, parameters, config.optimizer, world, deepspeed)
     rows = train.to(latent.device)
     with Run(config, directory, parameters, record, world=world, engine=engine) as run:
         for note in notes if run.step == 0 else ():
@@ -617,6 +647,19 @@ def require_launchable(config: FitConfig, processes: int) -> None:
         raise ConfigError(
             "Every process needs a row", where=f"batch_size {config.batch_size}", why=f"{processes} share"
         )
+
+
+def require_splittable(config: FitConfig, engine: str) -> None:
+    """Refuse a backbone whose weights `engine` cannot split.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    if config.model.backbone != "classifier":
+        raise ConfigError(
+            f"{engine} splits classifiers", where=f"model.backbone {config.model.backbone}",
+            why="towers are called in parts, of which it knows nothing", do="Use --deepspeed zero2",
+        )  # fmt: skip
 
 
 def _parts(config: FitConfig, data: FitData) -> tuple[dict[str, list[Observation]], int]:

@@ -52,7 +52,7 @@ def trainer_for(config: Any, **options: Any) -> Any:
 
     Args:
         config: of `align.load_config`.
-        options: `out`, `overwrite`, `fork`, `deepspeed`; of language models `fsdp`.
+        options: `out`, `overwrite`, `fork`, `deepspeed`; of language models and dance_grpo `fsdp`.
     """
     return __getattr__(_TRAINERS[config.trainer])(config, **options)
 

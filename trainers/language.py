@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from align import checkpoint
 from align.checks import require_valid
+from align.engine import require_fsdp
 from align.errors import CheckpointError, ConfigError
 from align.language_checks import require_divisible
 from align.language_config import LanguageConfig
@@ -39,7 +40,7 @@ from align.preferences import PreferenceSet, load_preferences
 from align.rluf_config import RLUFConfig
 from align.run import claiming, require_not_hacked
 from align.tracking import RunLog
-from trainers.language_engine import engine_settings, require_splittable, settled, sharded, zero_stage
+from trainers.language_engine import engine_settings, settled, sharded, zero_stage
 from trainers.language_fsdp import shard_module
 from trainers.language_generation import Prompt, choose_prompts, read_prompts
 from trainers.language_images import has_images
@@ -88,7 +89,7 @@ class LanguageRun:
         self.deepspeed = engine_settings(deepspeed, config, self.world)
         self.fsdp = fsdp
         if fsdp:
-            require_splittable(self.deepspeed, self.world.size)
+            require_fsdp(self.deepspeed, self.world.size)
         self._require_sparsity()
         self.directory = Path(out or Path("runs") / config.name)
         with claiming(self.directory, config, self.world, overwrite=overwrite, fork=fork) as self._changed:

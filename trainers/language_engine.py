@@ -80,24 +80,6 @@ def engine_settings(deepspeed: str | None, config: LanguageConfig, world: World)
     }
 
 
-def require_splittable(deepspeed: Any, processes: int) -> None:
-    """Refuse FSDP2 beside DeepSpeed, and for one process.
-
-    Raises:
-        ConfigError: saying so.
-    """
-    if deepspeed is not None:
-        raise ConfigError(
-            "FSDP2 and DeepSpeed do not go together", where="--fsdp", why="each splits the weights in its own way",
-            do="Give one of --fsdp and --deepspeed",
-        )  # fmt: skip
-    if processes == 1:
-        raise ConfigError(
-            "FSDP2 needs several processes", where="--fsdp", why="there is one, which would hold everything",
-            do="Add --launch torchrun --nproc N",
-        )  # fmt: skip
-
-
 def zero_stage(options: Mapping[str, Any] | None) -> int:
     """Return the ZeRO stage of settings that `engine_settings` made; 0 without DeepSpeed."""
     return 0 if options is None else int(options["zero_optimization"]["stage"])

@@ -34,7 +34,7 @@ from align.config import load_config
 from align.diffusion.digits_data import cache_directory
 from align.diffusion.latents import Latents
 from align.diffusion.noising import NoisedLatents, draw_level, noised, training_levels
-from align.engine import require_deepspeed
+from align.engine import require_engine
 from align.errors import ConfigError, DataError
 from align.groupstats import Estimate, bootstrap_mean
 from align.image_feedback import ImageFeedback, ImageRow, distinct_prompts, fitted
@@ -119,8 +119,7 @@ class Offline:
     ) -> None:
         self.config = config if isinstance(config, OfflineConfig) else load_config(config, kind=OfflineConfig)
         require_valid(self.config)
-        if deepspeed is not None:
-            require_deepspeed(deepspeed)
+        require_engine(self.config.trainer, deepspeed)
         self.world, self.deepspeed = join_world(self.config.checkpoint.hung_after_seconds), deepspeed
         self.directory = Path(out or Path("runs") / self.config.name)
         with claiming(self.directory, self.config, self.world, overwrite=overwrite, fork=fork) as self._changed:

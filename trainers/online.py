@@ -11,6 +11,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,7 +27,7 @@ from align.diffusion.kernels import StepTable
 from align.diffusion.memory import rows_that_fit
 from align.diffusion.policy import Policy
 from align.diffusion.rollout import Rollout, sample
-from align.engine import DeepSpeedEngine, ReplicaEngine, require_deepspeed
+from align.engine import Engine, ReplicaEngine, require_engine
 from align.errors import ConfigError
 from align.groupstats import bootstrap_mean, masked_mean, masked_std
 from align.images import require_first_frame
@@ -34,6 +35,7 @@ from align.launch import World, join_world
 from align.prompts import PromptSet, short_repr
 from align.run import Run, claiming
 from align.seeding import permutation
+from align.sharding import FSDP2Engine, deepspeed_engine
 from align.stops import Stopped
 from align.types import (
     Advantages,
@@ -70,6 +72,7 @@ class OnlineRun:
         fork: go on with a run that is there under a changed configuration.
         rewards: a panel to train on in place of the configuration's.
         deepspeed: name or file of DeepSpeed settings, to train under ZeRO; see `align.engine`.
+        fsdp: split weights, gradients and optimizer over the processes with torch's FSDP2; see `align.sharding`.
 
     Started by `torchrun` or `deepspeed`, every process builds one of these and does its share.
     """
@@ -85,12 +88,14 @@ class OnlineRun:
         fork: bool = False,
         rewards: Panel | None = None,
         deepspeed: str | None = None,
+        fsdp: bool = False,
     ) -> None:
         kind = self.config_type
         self.config = config if isinstance(config, kind) else load_config(config, kind=kind)
         require_valid(self.config)
-        if deepspeed is not None:
-            require_deepspeed(deepspeed)
+        if (split := require_engine(self.config.trainer, deepspeed, fsdp=fsdp)) is not None:
+            require_splittable(self.config, split)
+        self.fsdp = fsdp
         self.world, self.deepspeed = join_world(self.config.checkpoint.hung_after_seconds), deepspeed
         self._require_enough_samples()
         self.directory = Path(out or Path("runs") / self.config.name)
@@ -107,13 +112,13 @@ class OnlineRun:
             self.require_data()
 
     @classmethod
-    def resume(cls, directory: str | Path, *, deepspeed: str | None = None) -> OnlineRun:
+    def resume(cls, directory: str | Path, *, deepspeed: str | None = None, fsdp: bool = False) -> OnlineRun:
         """Open an earlier run to go on where it stopped.
 
         Raises:
             ConfigError: no run in that folder.
         """
-        return cls(config_to_resume(directory), out=directory, deepspeed=deepspeed)
+        return cls(config_to_resume(directory), out=directory, deepspeed=deepspeed, fsdp=fsdp)
 
     # What a trainer says
 
@@ -222,7 +227,7 @@ class OnlineRun:
                 run.sitting.at("rollout")
                 prompts = self.prompts.at(step, config.prompts_per_step, config.seed)
                 with ScoreStream(rewards) as stream:
-                    with self.sampling_weights(), run.cut():
+                    with self.sampling_weights(), run.whole(), run.cut():
                         deliver = clock.timed("time/reward", stream.submit)
                         rollout = self.rollout(prompts, step, self._batches(run)[0], deliver)
                     run.sitting.see(samples=lambda seen=rollout: samples_seen(seen))
@@ -252,7 +257,8 @@ class OnlineRun:
         """Return the run in this trainer's folder, resumed where there is a checkpoint."""
         return open_run(
             self.config, self.directory, self.policy, self._record(), float(self.schedule.timestep[0]),
-            self.prompts.asked[0], world=self.world, deepspeed=self.deepspeed, changed=self._changed, kept=self.kept(),
+            self.prompts.asked[0], world=self.world, deepspeed=self.deepspeed, fsdp=self.fsdp, changed=self._changed,
+            kept=self.kept(),
         )  # fmt: skip
 
     def _batches(self, run: Run) -> tuple[int, int]:
@@ -281,11 +287,14 @@ class OnlineRun:
                 continue  # nothing was learnt from these samples
             mine = [int(r) for r in moving if r in rollout.rows]
             with run.cut():
-                for tile in self.tiles(rollout, mine, values, size, len(rows)):
+                found = self.tiles(rollout, mine, values, size, len(rows))
+                spare = self.tiles(rollout, rollout.rows[:1], values, size, len(rows))
+                for tile, last in in_step(found, spare, run):
                     terms = self.terms(tile, rollout, run, first=first)
                     run.sitting.see_tile(prompts=tile.prompts, loss=terms.loss.detach(), **terms.stats)
-                    run.backward(terms.loss.mean(), weight=tile.share)
-                    count(stats, terms)
+                    run.backward(terms.loss.mean(), weight=tile.share, last=last)
+                    if tile.share:
+                        count(stats, terms)
             if first:
                 self.before_update(stats, step)
             run.update(expect_gradient=first and float(values[moving].abs().max()) > EQUAL)
@@ -428,6 +437,7 @@ def open_run(
     *,
     world: World,
     deepspeed: str | None,
+    fsdp: bool = False,
     **options: Any,
 ) -> Run:
     """Return the run in a folder, resumed where there is a checkpoint, with its engine.
@@ -439,16 +449,55 @@ def open_run(
         timestep, prompt: of a row that is tried.
         options: of `Run`.
     """
-    parameters, engine = policy.trainable(), None
+    engine: Engine | None = None
+    if fsdp:
+        engine = FSDP2Engine(policy.family.denoiser, policy.trainable, config.optimizer, world)
+    parameters = policy.trainable()
     if config.sparsity.mask is not None:
         optimizer = masked_optimizer(parameters, config.optimizer, config.sparsity.mask, deepspeed)
         engine = ReplicaEngine(parameters, config.optimizer, world, optimizer)
     elif deepspeed is not None:
-        engine = DeepSpeedEngine(policy.family.denoiser, parameters, config.optimizer, world, deepspeed)
+        engine = deepspeed_engine(policy.family.denoiser, parameters, config.optimizer, world, deepspeed)
     run = Run(config, directory, parameters, record, world=world, engine=engine, **options)
     if "batch_tile" not in run.counters:
         run.counters["batch_tile"] = float(min(world.gather(rows_that_fit(policy, timestep, prompt))))
     return run
+
+
+def in_step(tiles: Iterator[Any], spare: Iterator[Any], run: Run) -> Iterator[tuple[Any, bool]]:
+    """Yield the tiles of an update, and of each whether it is the last.
+
+    Where processes meet in every pass through the model, each takes as many: those with fewer go on with tiles that
+    weigh nothing. There the last one is known; elsewhere it makes no difference.
+
+    Args:
+        spare: gives a tile to a process that has none.
+    """
+    if not run.engine.lockstep:
+        yield from ((tile, False) for tile in tiles)
+        return
+    found = list(tiles)
+    most = max(run.world.gather(len(found)))
+    found += [replace(found[-1] if found else next(spare), share=0.0)] * (most - len(found))
+    yield from ((tile, i == most - 1) for i, tile in enumerate(found))
+
+
+def require_splittable(config: Any, engine: str) -> None:
+    """Refuse what needs whole weights where `engine` leaves none.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    whole = {
+        "sparsity.mask": config.sparsity.mask is not None, "sparsity.every": bool(config.sparsity.every),
+        "objective.kl_weight with model.train full": config.model.train == "full" and bool(config.objective.kl_weight),
+    }  # fmt: skip
+    for where, asked in whole.items():
+        if asked:
+            raise ConfigError(
+                f"This needs whole weights, which {engine} leaves to no process", where=where,
+                do="Leave it out, or train under --deepspeed zero2",
+            )  # fmt: skip
 
 
 def describe_model(policy: Policy, config: Any) -> dict[str, Any]:

@@ -229,10 +229,10 @@ class Receipt:
                 self.run.log.warn(step, "warning", code, f"{name.partition('/')[2]}: {message}")
 
     def _grid(self, step: int) -> None:
-        if not self.run.world.leads:
-            return
         prompts, columns = self.prompts[:GRID_PROMPTS], GRID_MEMBERS if self.policy.family.fps is None else 1
         with self.run.delivered(), self.run.cut():
+            if not self.run.world.leads:
+                return
             made = generate(self.policy, prompts, columns, **self._sampler)
         folder = self.run.directory / "samples"
         folder.mkdir(exist_ok=True)

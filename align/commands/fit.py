@@ -48,7 +48,7 @@ def fit_into(
         require_launchable(config, options.nproc)
         require_directory(out, config, overwrite=overwrite)
         return launch(options, list(again), out, config)
-    result = fit_reward(config, out, overwrite=overwrite, deepspeed=options.deepspeed)
+    result = fit_reward(config, out, overwrite=overwrite, deepspeed=options.deepspeed, fsdp=options.fsdp)
     found: dict[str, Any] = {"directory": str(result.directory), "status": result.status}
     if os.environ.get("RANK", "0") != "0":
         leave_world()  # waits for the process that still writes

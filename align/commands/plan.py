@@ -128,7 +128,7 @@ def describe_job(config: Any) -> tuple[Job, dict[str, Any]]:
 
 def _visual(config: Any) -> tuple[Job, dict[str, Any]]:
     from align.checks import feq_ledger
-    from align.diffusion.footprint import ENCODERS, architecture
+    from align.diffusion.footprint import ENCODERS, architecture, blocks
     from align.diffusion.policy import resolve_model
     from align.offline_checks import offline_ledger
     from align.published import denoiser_size, is_builtin, latent_shape, published
@@ -154,11 +154,13 @@ def _visual(config: Any) -> tuple[Job, dict[str, Any]]:
         )  # fmt: skip
     ledger = offline_ledger(config) if offline else feq_ledger(config)
     encoders = width * ENCODERS.get(family, 0.0) if known else width * _other_weights(Path(model.path))
+    widest, outside = blocks(*made) if made is not None else (0, 0)
     lagging = config.trainer == "forward" and getattr(config.objective, "old_policy", "step") != "step"
     job = Job(
         "visual", trained=size[0] if full else size[1] * model.lora.rank,
-        frozen=(0.0 if full else size[0] * width) + (0.0 if model.offload else encoders),
-        half=half, averages=int(config.optimizer.ema_decay is not None) + int(lagging),
+        frozen=0.0 if full else size[0] * width, beside=0.0 if model.offload else encoders, widest=widest,
+        outside=outside, whole=_needs_whole(config), half=half,
+        averages=int(config.optimizer.ema_decay is not None) + int(lagging),
         reference=size[0] if full and (offline or config.objective.kl_weight) else 0,
         rewards=sum(map(_reward_bytes, (*getattr(config, "rewards", ()), *config.heldout_rewards))),
         encoders=encoders if model.offload else 0.0, training=foot.training or None, sampling=foot.sampling or None,
@@ -169,6 +171,19 @@ def _visual(config: Any) -> tuple[Job, dict[str, Any]]:
         sizes="from the headers of its files" if local else "as published",
         activations=f"counted on {made[0]}" if job.training and made else "unknown",
     )  # fmt: skip
+
+
+def _needs_whole(config: Any) -> bool:
+    """Whether a run on images cannot go on where no process has whole weights."""
+    from align.engine import require_splitting
+    from trainers.online import require_splittable
+
+    try:
+        require_splitting(config.trainer, "engine")
+        require_splittable(config, "FSDP2")
+    except ConfigError:
+        return True
+    return False
 
 
 @functools.lru_cache(maxsize=32)
@@ -265,7 +280,7 @@ def _fit(config: Any) -> tuple[Job, dict[str, Any]]:
         "fit", trained=size.parameters if full else size.adapted * model.lora.rank,
         frozen=0.0 if full else size.parameters * 4.0, training=foot.training, sampling=foot.sampling,
         microbatch=config.batch_size, rows=config.batch_size, feq=3.0,
-        widest=size.widest,
+        widest=size.widest, outside=max(0, size.parameters - size.depth * size.widest),
     )  # fmt: skip
     return job, _about(
         config, size.parameters, job, Path(model.path).is_dir(), sizes="counted on its configuration",

@@ -42,7 +42,7 @@ class Trained:
         step: of the checkpoint.
         group: "average" or "model", the weights that are delivered.
         weights: by name, in the denoiser's own names.
-        sha256: of the file they were read from.
+        sha256: of the file they were read from; of the manifest, where they lie in pieces.
         base: the base pipeline's folder.
         pipeline: its class.
         listed: its `model_index.json`.
@@ -130,7 +130,8 @@ def find_trained(source: str | Path) -> Trained:
     saved = checkpoint.load(folder, only=group)
     base = resolve_model(config.model.path)
     pipeline, listed = read_index(base, config.model.family)
-    sha256 = file_sha256(folder / f"{group}.safetensors")
+    files = checkpoint.files_of(folder, group)
+    sha256 = file_sha256(folder / "manifest.json" if checkpoint.in_pieces(files) else files[0])
     return Trained(config, run, saved.step, group, saved.tensors[group], sha256, base, pipeline, listed)
 
 

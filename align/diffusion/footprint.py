@@ -96,6 +96,22 @@ def build(kind: str, options: Mapping[str, Any]) -> nn.Module:
     return getattr(diffusers, kind)(**options)
 
 
+def blocks(kind: str, options: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the weights of a denoiser's largest block and those outside of all, as FSDP2 gathers them; 0 where its
+    class is not known here."""
+    import torch
+
+    from align.sharding import blocks_of
+
+    try:
+        with torch.device("meta"):
+            model = build(kind, {**options, **{name: 1 for name in _DEPTHS if options.get(name)}})
+    except AttributeError:  # of another's package
+        return 0, 0
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks_of(model)]
+    return max(sizes, default=0), sum(p.numel() for p in model.parameters()) - sum(sizes)
+
+
 def denoiser_footprint(
     kind: str, options: Mapping[str, Any], latent: tuple[int, ...], *, half: bool, rank: int | None,
     targets: tuple[str, ...], checkpointing: bool, branches: int = 1,

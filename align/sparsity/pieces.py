@@ -1,4 +1,4 @@
-"""Tensors that lie in pieces over the files of a distributed checkpoint, read as if they were whole."""
+"""Tensors that lie in pieces over the files of a checkpoint, ours or a distributed one, read as if they were whole."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import math
 import mmap
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from align.checkpoint import pieces_in
 from align.errors import ModelError
 from align.sparsity.formats import FORMATS, ITEM_BYTES, TORCH_NAMES
-from align.sparsity.sources import Entry, mapped
+from align.sparsity.sources import Entry, Source, mapped, open_safetensors
 from align.weights import Placed
 
 
@@ -134,6 +135,28 @@ def tiles(
             raise ModelError("A tensor's pieces leave gaps or overlap", where=name, why=f"at entry {min(start, at):,}")
         at = start + piece.count
     return joined(name, shape, [piece for _, piece in runs], dtype)
+
+
+def open_pieces(path: Path, files: Sequence[Path], config: dict[str, Any]) -> Source:
+    """Open the weights of a checkpoint of ours that no process had whole.
+
+    Raises:
+        ModelError: pieces that do not make up whole tensors.
+    """
+    found: dict[str, list[tuple[int, Entry]]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    source = Source(str(path), "pieces", {}, config=config, files=list(files))
+    for file in files:
+        entries, placed = open_safetensors(file).entries, pieces_in(file)
+        for name, (first, *shape) in placed.items():
+            found.setdefault(name, []).append((first, entries[name]))
+            shapes[name] = tuple(shape)
+    for name, parts in found.items():
+        boxes = [((first,), (entry.count,), entry) for first, entry in parts]
+        whole = tiles(name, (math.prod(shapes[name]),), boxes, parts[0][1].dtype)
+        source.entries[name] = replace(whole, shape=shapes[name])
+    source.adapter = any(".lora_A." in name for name in source.entries)
+    return source
 
 
 def rounded(entry: Entry, dtype: str) -> Entry:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from align.checkpoint import delivered_group, files_of, in_pieces
 from align.errors import ModelError
 from align.sparsity.formats import ITEM_BYTES, TORCH_NAMES
 from align.textfiles import read_json
@@ -140,6 +141,10 @@ def open_source(path: Side) -> Source:
             return open_dcp(inner, _json(path / "config.json"))
     if files := _files(path):
         adapter = _json(path / "adapter_config.json") or _own_adapter(path)
+        if in_pieces(files):
+            from align.sparsity.pieces import open_pieces
+
+            return open_pieces(path, files, adapter)
         found = _from_files(
             str(path), "adapter" if adapter else "folder", files, adapter or _json(path / "config.json")
         )
@@ -214,8 +219,8 @@ def _files(folder: Path) -> list[Path]:
 
     Of a checkpoint of ours it is the running average where there is one, as that is what is delivered.
     """
-    if (folder / "manifest.json").is_file() and (folder / "average.safetensors").is_file():
-        return [folder / "average.safetensors"]
+    if (folder / "manifest.json").is_file() and (own := files_of(folder, delivered_group(folder))):
+        return own
     for stem in STEMS:
         for ending in (".safetensors", ".bin"):
             index = folder / f"{stem}{ending}.index.json"

@@ -36,10 +36,14 @@ VISUAL = [
 
 
 class Hang:
-    """Has a stop come, and what may be cut hang, when this process begins to do `doing` for the first time."""
+    """Has a stop come, and what may be cut hang, when this process begins to do `doing` for the first time.
 
-    def __init__(self, doing, *, rank=None, seconds=20.0, stop=signal.SIGTERM):
+    Where processes meet within passes through the model (`meets`), nothing hangs: the stop waits for the next meeting.
+    """
+
+    def __init__(self, doing, *, rank=None, seconds=20.0, stop=signal.SIGTERM, meets=False):
         self.doing, self.rank, self.seconds, self.stop, self.hung, self.now = doing, rank, seconds, stop, False, ""
+        self.kind, self.seconds = ("meetings", 0.0) if meets else ("cut", seconds)
 
     def __enter__(self):
         self.at, self.region = Sitting.at, stops.region
@@ -52,7 +56,7 @@ class Hang:
         @contextlib.contextmanager
         def region(kind):
             with self.region(kind):
-                if kind == "cut" and self.now == self.doing and not self.hung:
+                if kind == self.kind and self.now == self.doing and not self.hung:
                     self.hung = True
                     if self.stop:
                         os.kill(os.getpid(), self.stop)
@@ -243,6 +247,34 @@ def test_one_of_two_processes_stops_both_in_the_middle_of_a_step(tmp_path):
         assert max(checkpoint.checkpoints(tmp_path / "parts" / "checkpoints")) == kept
     for out in ("parts", "whole"):
         ended = processes.world(2, lambda o=out: main(arguments(tmp_path / o)), tmp_path / "world")
+        assert [one.value for one in ended] == [0, 0], ended
+    require_equal(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("engine", [["--fsdp"], ["--deepspeed", "zero3"]], ids=["fsdp2", "zero3"])
+def test_a_stop_ends_a_step_at_once_where_weights_are_split(tmp_path, engine):
+    """A rollout is interrupted, as weights are whole then; an update is abandoned by both where they next meet."""
+
+    def work(*moment, **how):
+        with Hang(*moment, **how) as hang:
+            return main([*arguments(tmp_path / "parts", "model.train=full"), *engine]), hang.hung
+
+    for doing, rank, meets, kept in [
+        ("step 2, rollout", 0, False, 1), ("step 2, evaluation", 1, False, 1), ("step 3, training", 1, True, 2),
+    ]:  # fmt: skip
+        began = time.monotonic()
+        ended = processes.world(
+            2, lambda d=doing, r=rank, m=meets: work(d, rank=r, meets=m), tmp_path / "world", within=90
+        )
+        assert [one.value for one in ended] == [(130, rank == 0), (130, rank == 1)], ended
+        assert time.monotonic() - began < 60 and status(tmp_path / "parts") == "stopped"
+        assert len(processes.metrics(tmp_path / "parts")) == kept
+        assert max(checkpoint.checkpoints(tmp_path / "parts" / "checkpoints")) == kept
+    for out in ("parts", "whole"):
+        flags = [*arguments(tmp_path / out, "model.train=full"), *engine]
+        ended = processes.world(2, lambda given=flags: main(given), tmp_path / "world")
         assert [one.value for one in ended] == [0, 0], ended
     require_equal(tmp_path / "whole", tmp_path / "parts")
 

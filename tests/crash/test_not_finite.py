@@ -13,6 +13,7 @@ import torch
 
 import trainers.dance_grpo as loop
 from align import checkpoint
+from align.checkpoint import Piece
 from align.config import load_config
 from align.errors import GuardError, RewardError
 from align.types import Scores
@@ -36,7 +37,8 @@ class Injected(DanceGRPO):
     """A trainer whose step `at` meets a NaN at one site, and which notes the state at first and after every update."""
 
     def __init__(self, out, site, *, rank=0, update=0, settings=None, value=float("nan"), at=2, steps=3):
-        super().__init__(load_config("digits/smoke", [*SETTINGS, f"steps={steps}"]), out=out, deepspeed=settings)
+        engine = {"fsdp": True} if settings == "fsdp2" else {"deepspeed": settings}
+        super().__init__(load_config("digits/smoke", [*SETTINGS, f"steps={steps}"]), out=out, **engine)
         self.at = at
         self.site, self.step, self.updates, self.value = site, 0, 0, value
         self.here, self.at_update = self.world.rank == rank, update
@@ -54,6 +56,8 @@ class Injected(DanceGRPO):
             out = predict(x, timestep, conditioning)
             if self.armed("latents") and not torch.is_grad_enabled():
                 out[-1].view(-1)[0] = self.value
+            if self.armed("gradient") and out.requires_grad:
+                out.register_hook(lambda g: g * self.value)
             return out
 
         def scored(parts):
@@ -78,8 +82,6 @@ class Injected(DanceGRPO):
 
         self.policy.family.predict, self.rewards.joined, run.update = predicted, scored, updated
         loop.replay = replayed
-        first = next(iter(self.policy.trainable().values()))
-        first.register_hook(lambda g: g * self.value if self.armed("gradient") else g)
         self.states.append(self.state())
         return run
 
@@ -92,9 +94,8 @@ class Injected(DanceGRPO):
         return super().train()
 
     def state(self):
-        """A hash of the trained weights, and one of the optimizer's state."""
-        weights = {n: p.detach() for n, p in self.policy.trainable().items()}
-        return [_hash(weights), _hash(self.run.engine.optimizer_state())]
+        """A hash of the trained weights that this process holds, and one of the optimizer's state."""
+        return [_hash(self.run.engine.pieces()), _hash(self.run.engine.optimizer_state())]
 
 
 class _Watched:
@@ -118,7 +119,8 @@ class _Watched:
 
 
 def _hash(tensors):
-    return hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for _, t in sorted(tensors.items()))).hexdigest()
+    values = [t.values if isinstance(t, Piece) else t for _, t in sorted(tensors.items())]
+    return hashlib.sha256(b"".join(value.contiguous().numpy().tobytes() for value in values)).hexdigest()
 
 
 def stopped(out, site, **options):
@@ -192,6 +194,22 @@ def test_a_nan_on_one_process_stops_both_alike(tmp_path, site, settings):
     assert (
         ranks[0].value["error"] == ranks[1].value["error"] and ranks[0].value["after"][0] == ranks[1].value["after"][0]
     )
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_a_nan_on_one_process_stops_both_where_weights_are_split(tmp_path, engine):
+    """Each process writes down what it saw, and what it holds of weights and optimizer is as after the last update."""
+    work = lambda: {site: stopped(tmp_path / site, site, rank=1, settings=engine) for site in SITES}  # noqa: E731
+    ranks = processes.world(2, work, tmp_path / "world", within=250)
+    assert [rank.code for rank in ranks] == [0, 0], ranks
+    for site, words in SITES.items():
+        for number, rank in enumerate(ranks):
+            require_stopped(rank.value[site], words, tmp_path / site)
+            seen = json.loads((tmp_path / site / f"bad_step_000002_process_{number}.json").read_text())
+            assert (seen["step"], seen["process"], seen["reproduce"]["from_step"]) == (2, number, 1)
+        assert ranks[0].value[site]["error"] == ranks[1].value[site]["error"]
 
 
 @pytest.mark.soak

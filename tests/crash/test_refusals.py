@@ -47,7 +47,6 @@ def refused(capsys, *arguments):
         (["--launch", "torchrun", "--nproc", "two"], "not a whole number"),
         (["--launch", "torchrun", "--deepspeed", "zero2"], "ZeRO needs DeepSpeed's launcher"),
         (["--launch", "deepspeed", "--deepspeed", "zero9"], "There are no DeepSpeed settings 'zero9'"),
-        (["--launch", "deepspeed", "--deepspeed", "zero3"], "ZeRO stage 3 is not supported here"),
         (["--deepspeed", "zero2"], "ZeRO needs a launcher"),
     ],
 )
@@ -57,15 +56,39 @@ def test_a_launch_that_cannot_be(capsys, tmp_path, flags, words):
     assert not out.exists()
 
 
-def test_language_models_are_launched_under_zero_3(monkeypatch, tmp_path):
+SPLIT = {
+    "fsdp2": ["--launch", "torchrun", "--nproc", "2", "--fsdp"],
+    "zero3": ["--launch", "deepspeed", "--nproc", "2", "--deepspeed", "zero3"],
+}
+"""Flags of the engines that leave no process whole weights."""
+
+
+@pytest.mark.parametrize("engine", SPLIT)
+@pytest.mark.parametrize("recipe", ["kto/smoke", "digits/smoke"])
+def test_what_goes_on_without_whole_weights_is_launched(monkeypatch, tmp_path, recipe, engine):
     """Only the launch itself is replaced."""
     from align import launch
 
     commands = []
     monkeypatch.setattr(launch, "run_launched", lambda command, environment: commands.append(command) or 0)
-    arguments = ["train", "kto/smoke", "--out", str(tmp_path / "run"), "--launch", "deepspeed", "--deepspeed", "zero3"]
-    assert main(arguments) == 0
-    assert commands[0][-2:] == ["--deepspeed", "zero3"]
+    assert main(["train", recipe, "--out", str(tmp_path / "run"), *SPLIT[engine]]) == 0
+    assert commands[0][-1:] == SPLIT[engine][-1:] and ("--fsdp" in commands[0]) == (engine == "fsdp2")
+
+
+@pytest.mark.parametrize("engine", SPLIT)
+@pytest.mark.parametrize(
+    ("recipe", "settings", "words"),
+    [
+        ("digits/nft", [], "The trainer forward needs whole weights"),
+        ("digits/diffusion_kto", [], "The trainer offline needs whole weights"),
+        ("digits/smoke", ["sparsity.every=1"], "This needs whole weights"),
+        ("digits/smoke", ["model.train=full", "objective.kl_weight=0.1"], "This needs whole weights"),
+    ],
+)
+def test_what_needs_whole_weights_is_refused_before_anything_starts(capsys, tmp_path, recipe, settings, words, engine):
+    out = tmp_path / "run"
+    said = refused(capsys, "train", recipe, *settings, "--out", str(out), *SPLIT[engine])
+    assert words in said and "zero2" in said and not out.exists()
 
 
 @pytest.mark.parametrize("launch", [[], ["--launch", "torchrun"]])

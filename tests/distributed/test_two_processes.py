@@ -18,7 +18,6 @@ import torch
 from align import checkpoint
 from align.config import load_config
 from align.engine import deepspeed_settings
-from align.errors import ConfigError
 from align.launch import World, launch_command
 from align.recipes import list_engines
 from tests.distributed.train_and_tell import train
@@ -212,15 +211,10 @@ def test_the_bare_launchers_take_scripts_train(alone, tmp_path, launcher, engine
     require_equal(alone, out)
 
 
-def test_the_deepspeed_settings_that_ship_load_or_name_the_stage_this_loop_refuses():
-    """ZeRO 3 ships for language models; the visual loop takes 1 and 2."""
-    assert {"zero1", "zero2"} <= set(list_engines())
+def test_the_deepspeed_settings_that_ship_load():
+    assert list_engines() == ["zero1", "zero2", "zero3"]
     for name in list_engines():
-        if name in ("zero1", "zero2"):
-            assert deepspeed_settings(name)["zero_optimization"]["stage"] == int(name[-1])
-        else:
-            with pytest.raises(ConfigError, match=f"ZeRO stage {name[-1]} is not supported here"):
-                deepspeed_settings(name)
+        assert deepspeed_settings(name)["zero_optimization"]["stage"] == int(name[-1])
 
 
 def test_fewer_samples_than_processes_are_refused(tmp_path):

@@ -128,3 +128,19 @@ def test_what_is_delivered_is_found_and_read_alone(tmp_path):
     (first / "optimizer.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="wrong size"):
         checkpoint.load(first, only="model")
+
+
+@pytest.mark.parametrize(("short", "refused"), [(1, True), (0, False)])
+def test_room_on_the_disk_is_looked_for_before_anything_is_written(tmp_path, monkeypatch, short, refused):
+    write(tmp_path, 1)
+    needed = 6 * 4 + torch.get_rng_state().nbytes
+    usage = shutil.disk_usage(tmp_path)._replace(free=needed - short)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    if refused:
+        with pytest.raises(CheckpointError, match="no room"):
+            write(tmp_path, 2)
+    else:
+        write(tmp_path, 2)
+    assert list(checkpoint.checkpoints(tmp_path)) == ([1] if refused else [1, 2])
+    assert checkpoint.load_latest(tmp_path).step == (1 if refused else 2)
+    assert not list(tmp_path.glob(".*"))

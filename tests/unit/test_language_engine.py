@@ -180,9 +180,13 @@ def test_a_launch_that_cannot_be_is_refused_before_anything_starts(capsys, tmp_p
     assert words in said and "Traceback" not in said and not (tmp_path / "run").exists()
 
 
-def test_only_language_models_are_split_by_fsdp2(capsys, tmp_path):
-    assert main(["train", "digits/smoke", "--out", str(tmp_path / "run"), "--fsdp"]) == 2
-    assert "FSDP2 splits language models" in capsys.readouterr().err and not (tmp_path / "run").exists()
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [("digits/smoke", "FSDP2 needs several processes"), ("digits/nft", "The trainer forward needs whole weights")],
+)
+def test_fsdp2_is_refused_where_weights_cannot_be_split(capsys, tmp_path, recipe, words):
+    assert main(["train", recipe, "--out", str(tmp_path / "run"), "--fsdp"]) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_accelerate_launches_language_models_alone(capsys, tmp_path):

@@ -25,6 +25,9 @@ MILLION = 1_000_000
         ("language", "fsdp2", False, 1, (1, 1, 2, 0)),
         ("language", "fsdp2", False, 2, (1, 4, 2, 1)),  # gradients are whole until the update
         ("visual", "zero2", False, 1, (4, 4, 3, 1)),  # our own loop adds gradients up once an update
+        ("visual", "zero3", True, 1, (3, 4, 3, 1)),  # and autocast keeps copies of 2 B
+        ("visual", "fsdp2", False, 1, (1, 4, 2, 1)),
+        ("fit", "fsdp2", False, 1, (1, 1, 2, 0)),  # one pass an update
     ],
 )
 def test_bytes_of_a_trained_weight_on_one_of_four(kind, engine, half, accumulation, bytes_of):
@@ -50,6 +53,30 @@ def test_frozen_weights_are_split_where_weights_are():
     assert held(job, "zero2", 4).parts["frozen weights"] == 800e6
     assert held(job, "fsdp2", 4).parts["frozen weights"] == 200e6
     assert held(job, "fsdp2", 4).parts["gathered weights"] == 4 * (5 + 2 * 10) * MILLION
+
+
+def test_a_rollout_holds_whole_what_is_split():
+    job = Job("visual", trained=30 * MILLION, widest=4 * MILLION, outside=2 * MILLION, beside=7e6, rows=8)
+    found = held(job, "fsdp2", 4)
+    assert found.parts["gathered weights"] == 4 * (2 + 2 * 4) * MILLION and found.parts["text encoders"] == 7e6
+    assert found.parts["gathered weights"] + found.parts["whole weights"] == 120e6  # in a rollout
+    assert found.phase == "update" and found.peak == 30e6 + 40e6 + 60e6 + 7e6 + OVERHEAD + 120e6 + 30e6
+    assert held(job, "zero2", 4).parts["whole weights"] == 0
+    unknown = Job("visual", trained=30 * MILLION, frozen=8e6, rows=8)
+    assert held(unknown, "fsdp2", 4).parts["gathered weights"] == 128e6
+
+
+@pytest.mark.parametrize(
+    ("recipe", "offered"), [("digits/full", True), ("digits/nft", False), ("digits/diffusion_kto", False)]
+)
+def test_engines_that_split_weights_are_offered_where_they_exist(recipe, offered):
+    from align.commands.plan import describe_job
+    from align.config import load_config
+
+    job, _ = describe_job(load_config(recipe))
+    rows = [row for row in table(job, 80e9) if row.engine in ("fsdp2", "zero3")]
+    assert bool(rows) == offered and not any(row.why_not for row in rows)
+    assert 0 < job.widest < job.trained + job.frozen / 4 and job.outside > 0
 
 
 def test_a_plan_takes_what_fits_on_most_and_exchanges_least():
