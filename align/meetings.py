@@ -32,6 +32,13 @@ def gone(error: RuntimeError, missing: str = "") -> AlignError:
     )  # fmt: skip
 
 
+def unmet(error: RuntimeError) -> bool:
+    """Whether an error says that processes could not meet within a pass through the model, and not that this failed."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
+
+
 class Meetings:
     """The meetings of one process.
 
