@@ -45,7 +45,9 @@ def meeting() -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:  # torch.distributed raises nothing more specific
+    except RuntimeError as error:  # gloo raises nothing more specific
+        if not unmet(error):
+            raise
         raise gone(error) from error
 
 
@@ -150,6 +152,7 @@ def join_world(seconds: float = 1800.0) -> World:
 
     Raises:
         ConfigError: the launcher's environment is not whole.
+        KeyboardInterrupt: this process was asked to stop meanwhile; the others hear of it where they meet next.
     """
     if supervised():  # which then can ask this process to stop
         with contextlib.suppress(OSError):  # it is gone already
@@ -170,11 +173,17 @@ def join_world(seconds: float = 1800.0) -> World:
 
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ["RANK"])))
-    if not dist.is_initialized():
-        limit = datetime.timedelta(seconds=seconds)
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=limit)
-    found = open_meetings(seconds)
-    return World(found.rank, found.size, found)
+    asked: list[int] = []
+    with heard(lambda number, frame: asked.append(number)), meeting():  # or the others would wait for one that left
+        if not dist.is_initialized():
+            limit = datetime.timedelta(seconds=seconds)
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=limit)
+        found = open_meetings(seconds)
+    world = World(found.rank, found.size, found)
+    if asked:
+        world.abandon()
+        raise KeyboardInterrupt
+    return world
 
 
 def started_by() -> str | None:

@@ -31,7 +31,7 @@ from align.errors import ConfigError, DataError, ModelError
 from align.feedback.events import Item
 from align.feedback.overview import plain
 from align.fit_config import FitConfig, require_fit
-from align.launch import World, join_world
+from align.launch import World, join_world, meeting
 from align.run import Run, claiming
 from align.seeding import permutation, seed
 from align.sharding import FSDP2Engine, deepspeed_engine, is_sharded
@@ -479,6 +479,7 @@ def batch_loss(
 # --- the fit ----------------------------------------------------------------------------------------
 
 
+@meeting()
 def fit_reward(
     config: FitConfig,
     out: str | Path | None = None,

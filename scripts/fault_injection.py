@@ -2,13 +2,15 @@
 
     python -m scripts.fault_injection kills --count 30                   # SIGKILL; resumed runs against one left alone
     python -m scripts.fault_injection kills --trainer kto --count 30
-    python -m scripts.fault_injection kills --ranks 2 --deepspeed zero2 --count 40
+    python -m scripts.fault_injection kills steps=24 --ranks 2 --deepspeed zero2 --count 40
+    python -m scripts.fault_injection kills steps=24 --ranks 2 --deepspeed zero2 --lone   # one alone: the other ends
     python -m scripts.fault_injection stops --count 100                  # SIGTERM: saved within the grace time
     python -m scripts.fault_injection stops --ranks 2 --count 20
 
-Prints a JSON object; exits with 1 when something was lost. What is killed is forked from this process, which has
-imported everything already, so that a kill costs a second and not ten. For checkpoints and stores themselves see
-`kill_save.py`.
+Prints a JSON object; exits with 1 when something was lost. `--json FILE` adds a line to a file for every run that was
+compared and every stop as it is done, so that a sitting that is cut off keeps what it found and another `--seed` adds
+to it. What is killed is forked from this process, which has imported everything already, so that a kill costs a second
+and not ten. For checkpoints and stores themselves see `kill_save.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,9 @@ import torch
 from align import checkpoint
 from align.cli import main as align
 from align.config import load_config
+from align.errors import AlignError
 from align.tracking import read_jsonl
-from scripts.kill_save import child, finished
+from scripts.kill_save import child
 from trainers import trainer_for
 
 RECIPE = [
@@ -86,10 +89,13 @@ def fingerprint(run: Path) -> dict[str, Any]:
     return {"steps": list(steps), **hashes, "state": state, **logs, "summary": summary}
 
 
-def _launch(work: Callable[[], Any], ranks: int) -> list[int]:
-    """Fork `work` as a launcher's processes, which find each other, or as one process; return their pids."""
+def _launch(work: Callable[[], Any], ranks: int, folder: Path) -> list[int]:
+    """Fork `work` as a launcher's processes, which find each other, or as one process; return their pids.
+
+    What each writes to stderr goes to `said_RANK` in the folder.
+    """
     if ranks == 1:
-        return [child(work)]
+        return [child(work, folder / "said_0")]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
@@ -101,48 +107,121 @@ def _launch(work: Callable[[], Any], ranks: int) -> list[int]:
 
         return named
 
-    return [child(ranked(rank)) for rank in range(ranks)]
+    return [child(ranked(rank), folder / f"said_{rank}") for rank in range(ranks)]
 
 
-def _all_finished(pids: list[int], seconds: float) -> bool:
-    """Wait that long for the first process; where it is still there, kill them all at once."""
-    if finished(pids[0], seconds):
-        return [finished(pid, 60) for pid in pids[1:]].count(False) == 0
-    for pid in pids[1:]:
+def _ended(pids: list[int], seconds: float) -> dict[int, int]:
+    """Wait that long for processes, and return the exit codes of those that ended."""
+    until, codes = time.monotonic() + seconds, {}
+    while len(codes) < len(pids):
+        for pid in [pid for pid in pids if pid not in codes]:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+        if time.monotonic() > until:
+            break
+        time.sleep(0.005)
+    return codes
+
+
+def _killed(pids: list[int], seconds: float, victim: int | None = None) -> tuple[list[int], float]:
+    """Kill processes that still run after that long: all, or the victim alone, which the others must then notice.
+
+    Returns:
+        the exit codes (of who had to be killed, -9), and the seconds that the others took to end.
+    """
+    codes = _ended(pids, seconds)
+    left, began = [pid for pid in pids if pid not in codes], time.monotonic()
+    for pid in left if victim is None else {pids[victim]} & set(left):
         os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    return False
+    codes |= _ended(left, GRACE)
+    took = time.monotonic() - began
+    for pid in [pid for pid in left if pid not in codes]:
+        os.kill(pid, signal.SIGKILL)
+        codes |= _ended([pid], GRACE)
+    return [codes[pid] for pid in pids], took
 
 
 def kills(
-    count: int, seed: int, folder: Path, trainer: str = "dance_grpo", ranks: int = 1, deepspeed: str | None = None
-) -> dict[str, Any]:
-    """Kill training at random moments until `count` kills are done; compare every finished run with one left alone."""
+    count: int, seed: int, folder: Path, trainer: str = "dance_grpo", ranks: int = 1, deepspeed: str | None = None, *,
+    lone: bool = False, more: Sequence[str] = (), tell: Callable[[dict[str, Any]], None] = lambda found: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Kill training at random moments until `count` kills are done; compare every finished run with one left alone.
+
+    Args:
+        count: kills to do; the run of the last one is started again until it ends.
+        seed: of the moments.
+        folder: for the runs.
+        trainer, ranks, deepspeed: what is killed.
+        lone: kill one process of a world alone; the others must end by themselves, in words.
+        more: what else is changed of the trainer's recipe.
+        tell: is given what was found of every run once it is compared.
+    """
     recipe, changes = RECIPES[trainer]
-    config, draw = load_config(recipe, changes), random.Random(seed)
+    waits = [f"checkpoint.hung_after_seconds={GRACE // 3}"] if lone else []
+    config, draw = load_config(recipe, [*changes, *waits, *more]), random.Random(seed)
     _warm(config, deepspeed, folder / "here")
 
     def train(out: Path) -> Callable[[], None]:
-        return lambda: trainer_for(config, out=out, deepspeed=deepspeed).train() and None
+        def work() -> None:
+            try:
+                trainer_for(config, out=out, deepspeed=deepspeed).train()
+            except AlignError as error:
+                sys.stderr.write(f"align: {error}\n")
+                os._exit(2)
+
+        return work
 
     began = time.monotonic()
-    if not _all_finished(_launch(train(folder / "alone"), ranks), 600):
-        raise SystemExit("the run that is left alone did not end")
+    codes, _ = _killed(_launch(train(folder / "alone"), ranks, folder), 600)
+    if set(codes) != {0}:
+        raise SystemExit(f"the run that is left alone ended with exit codes {codes}")
     alone, whole = time.monotonic() - began, fingerprint(folder / "alone")
-    done, runs, differing, stood = 0, 0, [], []
+    done, runs, differing, stood, failures, longest = 0, 0, [], [], [], 0.0
     while done < count:
-        out = folder / f"killed_{runs}"
-        while not _all_finished(_launch(train(out), ranks), draw.uniform(0.0, alone) if done < count else 600):
+        out, before = folder / f"killed_{runs}", (done, len(failures))
+        while True:
+            seconds, victim = (draw.uniform(0.0, alone), draw.randrange(ranks)) if done < count else (600.0, 0)
+            codes, took = _killed(_launch(train(out), ranks, folder), seconds, victim if lone else None)
+            if set(codes) == {0}:
+                break
             done += 1
             stood.append(len(read_jsonl(out / "metrics.jsonl")[0]) if (out / "metrics.jsonl").exists() else 0)
+            if wrong := _survivors(codes, victim, folder) if lone else set(codes) - {-9, 0}:
+                failures.append(f"kill {done}, after {seconds:.2f} s of process {victim}: {wrong}")
+            longest = max(longest, took)
         found = fingerprint(out)
-        differing += [f"run {runs}: {key}" for key in whole if found.get(key) != whole[key]]
+        differs = [f"run {runs}: {key}" for key in whole if found.get(key) != whole[key]]
+        differing += differs
+        tell({
+            "trainer": trainer, "ranks": ranks, "deepspeed": deepspeed, "lone": lone, "seed": seed, "run": runs,
+            "kills": done - before[0], "steps_done_at_the_kills": stood[before[0] :], "differing": differs,
+            "failures": failures[before[1] :],
+        })  # fmt: skip
         runs += 1
         shutil.rmtree(out)
     return {
-        "trainer": trainer, "ranks": ranks, "deepspeed": deepspeed, "kills": done, "runs": runs,
+        "trainer": trainer, "ranks": ranks, "deepspeed": deepspeed, "lone": lone, "kills": done, "runs": runs,
         "steps_done_at_the_kills": stood, "seconds_of_one_run": round(alone, 2), "differing": differing,
+        "longest_until_the_others_ended": round(longest, 2) if lone else None, "failures": failures,
     }  # fmt: skip
+
+
+def _survivors(codes: list[int], victim: int, folder: Path) -> str:
+    """Say what is wrong with how processes ended of which one was killed; nothing if they said that it is gone."""
+    if codes[victim] != -signal.SIGKILL:
+        return f"exit codes {codes}"
+    for rank, code in enumerate(codes):
+        words = _last_line(folder / f"said_{rank}")
+        named = "Another process of the run is gone" in words or "A process of the run does not come" in words
+        if rank != victim and code and not (code == 2 and named):
+            return f"exit codes {codes}, process {rank} said {words!r}"
+    return ""
+
+
+def _last_line(said: Path) -> str:
+    """Return the last line that a process wrote."""
+    return (said.read_text(encoding="utf-8", errors="replace").splitlines() or [""])[-1]
 
 
 def _warm(config: Any, deepspeed: str | None, out: Path) -> None:
@@ -150,12 +229,16 @@ def _warm(config: Any, deepspeed: str | None, out: Path) -> None:
     trainer_for(config, out=out).train()
     if deepspeed:
         os.environ["DS_ACCELERATOR"] = "cpu"
-        importlib.import_module("deepspeed")
+        for module in ("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"):  # the second is imported late
+            importlib.import_module(module)
 
 
-def stops(count: int, seed: int, folder: Path, trainer: str = "dance_grpo", ranks: int = 1) -> dict[str, Any]:
+def stops(
+    count: int, seed: int, folder: Path, trainer: str = "dance_grpo", ranks: int = 1,
+    *, more: Sequence[str] = (), tell: Callable[[dict[str, Any]], None] = lambda found: None,
+) -> dict[str, Any]:  # fmt: skip
     """Send SIGTERM at `count` random moments, from the start of the command on; all must save and end in `GRACE`."""
-    recipe, changes = RECIPES[trainer]
+    recipe, changes = RECIPES[trainer][0], [*RECIPES[trainer][1], *more]
     draw, failures, took = random.Random(seed), [], []
     met = {"saved": 0, "complete": 0, "nothing_to_save": 0}
     codes: dict[str, int] = {}
@@ -165,38 +248,32 @@ def stops(count: int, seed: int, folder: Path, trainer: str = "dance_grpo", rank
         return lambda: os._exit(align(["train", recipe, *changes, "--out", str(out)]))
 
     began = time.monotonic()
-    _all_finished(_launch(train(folder / "alone"), ranks), 600)
+    _killed(_launch(train(folder / "alone"), ranks, folder), 600)
     alone = time.monotonic() - began
     for n in range(count):
         out = folder / f"stopped_{n}"
-        pids = _launch(train(out), ranks)
+        pids = _launch(train(out), ranks, folder)
         time.sleep(draw.uniform(0.0, alone))
         began, chosen = time.monotonic(), draw.choice(pids)
         os.kill(chosen, signal.SIGTERM)
-        ended = {pid: _ended(pid, began + GRACE) for pid in pids}
+        ended, _ = _killed(pids, GRACE)
         took.append(time.monotonic() - began)
-        codes[" ".join(map(str, sorted(ended.values())))] = codes.get(" ".join(map(str, sorted(ended.values()))), 0) + 1
-        how = _state(out, list(ended.values()))
+        together = " ".join(map(str, sorted(ended)))
+        codes[together] = codes.get(together, 0) + 1
+        how = _state(out, ended)
         if how in met:
             met[how] += 1
         else:
-            failures.append(f"stop {n}, exit codes {list(ended.values())}: {how}")
+            failures.append(f"stop {n}, exit codes {ended}: {how}")
+        tell({
+            "trainer": trainer, "ranks": ranks, "seed": seed, "stop": n, "codes": ended, "how": how,
+            "seconds": round(took[-1], 2),
+        })  # fmt: skip
         shutil.rmtree(out, ignore_errors=True)
     return {
         "trainer": trainer, "ranks": ranks, "stops": count, **met, "exit_codes": codes,
         "seconds_of_one_run": round(alone, 2), "longest_seconds": round(max(took), 2), "failures": failures,
     }  # fmt: skip
-
-
-def _ended(pid: int, until: float) -> int:
-    """Return the exit code of a process; it is killed, and counts as -9, where it is still there at that time."""
-    while time.monotonic() < until:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.005)
-    os.kill(pid, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def _state(out: Path, codes: list[int]) -> str:
@@ -216,19 +293,28 @@ def main() -> int:
     """Read the arguments, run one of the two, and print what it found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("kills", "stops"))
+    parser.add_argument("more", nargs="*", metavar="KEY=VALUE", help="changes of the recipe besides its own")
     parser.add_argument("--count", type=int, default=30, help="how many times (default: 30)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     parser.add_argument("--trainer", choices=RECIPES, default="dance_grpo", help="(default: dance_grpo)")
     parser.add_argument("--ranks", type=int, default=1, help="processes of the run (default: 1)")
     parser.add_argument("--deepspeed", help="settings of DeepSpeed, as of `align train`; for kills")
+    parser.add_argument("--lone", action="store_true", help="kill one of the processes, not all together")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add what is found to it, as it is found")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    shared = (options.count, options.seed)
+
+    def tell(found: dict[str, Any]) -> None:
+        if options.json:
+            with options.json.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"what": options.what, **found}) + "\n")
+
     with tempfile.TemporaryDirectory() as name:
+        shared = (options.count, options.seed, Path(name), options.trainer, options.ranks)
         if options.what == "kills":
-            found = kills(*shared, Path(name), options.trainer, options.ranks, options.deepspeed)
+            found = kills(*shared, options.deepspeed, lone=options.lone, more=options.more, tell=tell)
         else:
-            found = stops(*shared, Path(name), options.trainer, options.ranks)
+            found = stops(*shared, more=options.more, tell=tell)
     sys.stdout.write(json.dumps(found, indent=1) + "\n")
     return int(any(found.get(name) for name in ("differing", "failures")))
 

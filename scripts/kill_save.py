@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,17 +46,19 @@ from align.feedback.store import Store
 MANIFEST = "manifest.json"
 
 
-def child(work: Callable[[], None]) -> int:
-    """Run `work` in a forked process and return its pid."""
+def child(work: Callable[[], None], log: str | Path = os.devnull) -> int:
+    """Run `work` in a forked process and return its pid; what it says on stderr, or raises, goes to `log`."""
     pid = os.fork()
     if pid:
         return pid
     code = 1
     try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
         work()
         code = 0
     finally:
+        if code:
+            traceback.print_exc()
         os._exit(code)
 
 

@@ -35,7 +35,7 @@ from align.engine import require_fsdp
 from align.errors import CheckpointError, ConfigError
 from align.language_checks import require_divisible
 from align.language_config import LanguageConfig
-from align.launch import join_world
+from align.launch import join_world, meeting
 from align.preferences import PreferenceSet, load_preferences
 from align.rluf_config import RLUFConfig
 from align.run import claiming, require_not_hacked
@@ -173,6 +173,7 @@ class LanguageRun:
             self._plan = (epoch, made)
         return self._plan[1]
 
+    @meeting()
     def train(self) -> RunResult:
         """Train to the configured number of steps, or until asked to stop."""
         began = time.perf_counter()

@@ -125,6 +125,9 @@ class Online(Objective, Protocol):
     def ask(self, rows: PreferenceSet, tokens: Tokens, tokenizer: Any) -> None:
         """Take the training prompts: `rows`, of which `tokens` are what is left."""
 
+    def seen(self) -> list[dict[str, Any]]:
+        """Return this process's completions of the microbatch at hand, as far as they are known, for people to read."""
+
     def heldout(self, answers: HeldOut) -> dict[str, Any]:
         """Return what an evaluation says of the model's answers to held-out prompts. All processes together."""
 

@@ -151,7 +151,8 @@ class Session:
         verdict = cast(Online, self.run.objective).verdict if self.run.objective.online else None
         if verdict is None or verdict.step != step or self._heeded == step:
             return
-        if verdict.blind and self._heeded < 0:
+        if verdict.blind and not self.counters.get("warned/monitor"):
+            self.counters["warned/monitor"] = 1.0  # once a run
             self.log.warn(step, "warning", "monitor", f"The hack monitor sees nothing: {verdict.blind}")
         self._heeded = step
         if not verdict.hacked:

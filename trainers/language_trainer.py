@@ -16,7 +16,7 @@ import inspect
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
@@ -33,7 +33,7 @@ from align.sparsity.subnetwork import SubnetworkAdamW, read_places
 from trainers.language_engine import zero_stage
 from trainers.language_fsdp import load_optimizer, require_sharded, save_optimizer, set_weights, whole_weights
 from trainers.language_model import LogpCache, Reference, quiet, require_same_logps, weights_folder
-from trainers.language_objective import Models, RowLosses, add_totals, microbatch
+from trainers.language_objective import Models, Online, RowLosses, add_totals, microbatch
 from trainers.sparsity import open_tracker
 
 if TYPE_CHECKING:
@@ -176,7 +176,9 @@ class AlignTrainer(transformers.Trainer):
         return found.loss * self.run.world.size  # gradients are averaged over processes
 
     def _seen(self, inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return the rows of a microbatch, for people to read."""
+        """Return what a microbatch learns from, for people to read: its rows, or what was drawn for them."""
+        if self.run.objective.online:
+            return cast(Online, self.run.objective).seen()
         tokens, decode = self.run.tokens, self.run.tokenizer.decode
         return [
             {

@@ -38,7 +38,7 @@ from align.engine import require_engine
 from align.errors import ConfigError, DataError
 from align.groupstats import Estimate, bootstrap_mean
 from align.image_feedback import ImageFeedback, ImageRow, distinct_prompts, fitted
-from align.launch import join_world
+from align.launch import join_world, meeting
 from align.offline_checks import offline_ledger
 from align.offline_config import OfflineConfig
 from align.run import Run, claiming
@@ -153,6 +153,7 @@ class Offline:
         """
         return cls(config_to_resume(directory), out=directory, deepspeed=deepspeed)
 
+    @meeting()
     def train(self) -> RunResult:
         """Train to the configured number of steps, or until asked to stop."""
         policy = self.policy

@@ -31,7 +31,7 @@ from align.engine import Engine, ReplicaEngine, require_engine
 from align.errors import ConfigError
 from align.groupstats import bootstrap_mean, masked_mean, masked_std
 from align.images import require_first_frame
-from align.launch import World, join_world
+from align.launch import World, join_world, meeting
 from align.prompts import PromptSet, short_repr
 from align.run import Run, claiming
 from align.seeding import permutation
@@ -209,6 +209,7 @@ class OnlineRun:
 
     # What they share
 
+    @meeting()
     def train(self) -> RunResult:
         """Train to the configured number of steps, or until asked to stop."""
         config, policy, rewards = self.config, self.policy, self.rewards

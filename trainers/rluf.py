@@ -208,6 +208,7 @@ class RLUFObjective:
         self.config, self.suite = config, suite or Suite(config.rewards)
         self.step = self.barren = 0
         self._sums = _Sums()
+        self._known: dict[str, Any] = {}
         self._baseline: Scores | None = None
         self._judges = Suite(config.heldout_rewards, "heldout_rewards") if config.heldout_rewards else None
         self._monitor: Monitor | None = None
@@ -221,7 +222,7 @@ class RLUFObjective:
 
     def ask(self, rows: PreferenceSet, tokens: Tokens, tokenizer: Any) -> None:
         """Take the training prompts."""
-        self.tokenizer = tokenizer
+        self.tokenizer, self._places = tokenizer, tokens.place
         kept = rows.one_a_prompt().rows
         for row in kept:
             if row.images or not row.prompt:
@@ -244,12 +245,16 @@ class RLUFObjective:
         """Draw completions of the prompts of a microbatch, judge them, and return the losses of what is learnt from."""
         rows, members = [int(i) for i in batch["index"]], self.config.sampling.completions + 1
         prompts = [self.prompts[i] for i in rows]
+        self._known = {}
         answers = self._draw(models, rows, prompts, world)
+        self._known = {"rows": rows, "answers": answers}
         asked = [prompt for prompt in prompts for _ in range(members)]
         sequences = [(p.tokens, a.tokens) for p, a in zip(asked, answers, strict=True)]
         logp, reference = self._free_logps(models, sequences)
+        self._known["log_ratio"] = logp - reference
         self._require_reference(logp - reference, answers, world)
-        scores = stack_scores(world.gather(self.suite.score(as_samples(asked, answers))))
+        self._known["scores"] = said = self.suite.score(as_samples(asked, answers))
+        scores = stack_scores(world.gather(said))
         require_scored(
             _rewards_of(scores, self.suite), missing="mask", max_fail_frac=self.config.objective.max_fail_frac,
             where=f"step {self.step + 1}", key="objective.max_fail_frac",
@@ -261,6 +266,25 @@ class RLUFObjective:
         self._require_valid(plan, group)
         self._sums.add(self.suite, group, plan, self.config.objective.kl_max)
         return self._learn(models, plan, sequences, reference, world.share(len(ratio)), totals)
+
+    def seen(self) -> list[dict[str, Any]]:
+        """Return this process's completions of the microbatch at hand, as far as they are known, for people to read."""
+        known, k, found = self._known, self.config.sampling.completions, []
+        for i, given in enumerate(known.get("answers", ())):
+            r, m = known["rows"][i // (k + 1)], i % (k + 1)
+            draw = ["baseline"] if m == k else ["completions", self.step]
+            row = {
+                "row": self._places[r], "prompt": self.prompts[r].given, "completion": given.text,
+                "baseline": m == k, "seed": [self.config.seed, "rluf", *draw],
+            }  # fmt: skip
+            if "log_ratio" in known:
+                row["log_ratio"] = float(known["log_ratio"][i])
+            if "scores" in known:
+                scores = known["scores"]
+                row["scores"] = dict(zip(scores.names, scores.values[i].tolist(), strict=True))
+                row |= {"error": scores.errors[i]} if scores.errors[i] else {}
+            found.append(row)
+        return found
 
     def finish(self, world: World) -> dict[str, float]:
         """Go on to the next step, and return what the completions of this one were like."""

@@ -20,10 +20,13 @@ import tiny
 from align import checkpoint, stops
 from align.cli import main
 from align.config import load_config
+from align.launch import leave_world
 from align.sitting import Sitting
 from rewards import embeddings, fit
+from tests.distributed.test_fit_processes import config as fit_config
+from tests.distributed.test_fit_processes import said_of_everything
 from tests.people import thumbs, world
-from tests.unit import test_forward, test_offline
+from tests.unit import test_forward, test_offline, test_rluf
 from tests.unit.test_fit import store
 from trainers import DanceGRPO, trainer_for
 from trainers.tiny_language import build_tiny, toy_thumbs
@@ -191,34 +194,41 @@ def test_a_fit_is_stopped_at_every_phase(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "whole" / card).read_text()) == json.loads((tmp_path / "parts" / card).read_text())
 
 
-@pytest.mark.soak
-@pytest.mark.parametrize("trainer", ["kto", "bco", "dpo", "sft"])
-def test_a_language_run_is_stopped_at_every_phase(tmp_path, trainer):
-    model = build_tiny(tmp_path / "tiny")
-    config = load_config(
+def language_run(root, out, trainer):
+    """A run that can hang in every microbatch, once its losses are known."""
+    if trainer == "rluf":
+        run = test_rluf.run(root / "tiny", out, "checkpoint.every=9", NO_GRACE)
+    else:
+        run = trainer_for(language_config(root, trainer), out=out, rows=toy_thumbs(60).split(0.2))
+    losses = run.objective.losses
+
+    def found(*arguments, **options):
+        result = losses(*arguments, **options)
+        with stops.region("cut"):  # so that the test can hang here
+            return result
+
+    run.objective.losses = found
+    return run
+
+
+def language_config(root, trainer):
+    return load_config(
         {
-            "trainer": trainer, "name": "toy", "model": {"path": str(model), "train": "full"},
+            "trainer": trainer, "name": "toy", "model": {"path": str(root / "tiny"), "train": "full"},
             "data": {"path": "toy", "heldout_fraction": 0.2, "max_length": 64}, "batch_size": 16, "microbatch": 8,
             "steps": 4, "optimizer": {"lr": 1e-3}, "evaluation": {"every": 2, "rows": 20, "prompts": 0},
             "checkpoint": {"every": 9},
         },
-        [NO_GRACE, f"reference.cache={tmp_path / 'cache'}"] if trainer not in ("sft",) else [NO_GRACE],
+        [NO_GRACE, f"reference.cache={root / 'cache'}"] if trainer not in ("sft",) else [NO_GRACE],
     )  # fmt: skip
 
-    def go(out):
-        run = trainer_for(config, out=out, rows=toy_thumbs(60).split(0.2))
-        losses = run.objective.losses
 
-        def found(*arguments, **options):
-            result = losses(*arguments, **options)
-            with stops.region("cut"):  # so that the test can hang here
-                return result
-
-        run.objective.losses = found
-        return run.train().status
-
+@pytest.mark.soak
+@pytest.mark.parametrize("trainer", ["kto", "bco", "dpo", "sft", "rluf"])
+def test_a_language_run_is_stopped_at_every_phase(tmp_path, trainer):
+    build_tiny(tmp_path / "tiny")
     require_abandoned(
-        go, tmp_path,
+        lambda out: language_run(tmp_path, out, trainer).train().status, tmp_path,
         [("step 1, training", 0), ("step 2, training", 1), ("step 2, evaluation", 2), ("step 4, training", 3)],
     )  # fmt: skip
     assert rows(tmp_path / "whole", "evaluation.jsonl") == rows(tmp_path / "parts", "evaluation.jsonl")
@@ -279,6 +289,63 @@ def test_a_stop_ends_a_step_at_once_where_weights_are_split(tmp_path, engine):
     require_equal(tmp_path / "whole", tmp_path / "parts")
 
 
+def require_abandoned_by_both(go, root, moments):
+    """Stop one of two processes at each of the moments, go on, and end as two that were left alone.
+
+    Args:
+        go: train in a folder, and return how that ended.
+        moments: what that process does when the stop comes, which one it is, and the last step that is kept then.
+    """
+
+    def ended(work):
+        found = processes.world(2, work, root / "world", within=120)
+        assert not any("Traceback" in one.output for one in found), found
+        return [one.value for one in found]
+
+    def stopped(doing, rank):
+        with Hang(doing, rank=rank, seconds=1.0) as hang:
+            return go(root / "parts"), hang.hung
+
+    assert ended(lambda: go(root / "whole")) == ["complete"] * 2
+    for doing, rank, kept in moments:
+        found = ended(lambda d=doing, r=rank: stopped(d, r))
+        assert found == [("stopped", rank == 0), ("stopped", rank == 1)], (doing, found)
+        assert max(checkpoint.checkpoints(root / "parts" / "checkpoints"), default=0) == kept, doing
+    assert ended(lambda: go(root / "parts")) == ["complete"] * 2
+    require_equal(root / "whole", root / "parts")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("trainer", ["kto", "rluf"])
+def test_two_processes_of_a_language_run_abandon_a_step_together(tmp_path, trainer):
+    """One is asked while its losses are worked out; both leave where they meet next."""
+    build_tiny(tmp_path / "tiny")
+
+    def go(out):
+        status = language_run(tmp_path, out, trainer).train().status
+        leave_world()
+        return status
+
+    require_abandoned_by_both(
+        go, tmp_path, [("step 1, training", 0, 0), ("step 2, training", 1, 1), ("step 4, training", 0, 3)]
+    )
+
+
+@pytest.mark.soak
+def test_two_processes_of_a_fit_abandon_a_step_together(tmp_path):
+    said_of_everything(tmp_path)
+    config = fit_config(tmp_path, "lora", NO_GRACE, "checkpoint.every=9")
+
+    def go(out):
+        status = fit.fit_reward(config, out).status
+        leave_world()
+        return status
+
+    require_abandoned_by_both(
+        go, tmp_path, [("step 1, training", 0, 0), ("step 3, training", 1, 2), ("step 6, calibrating", 0, 6)]
+    )
+
+
 @pytest.mark.slow
 def test_a_process_that_hangs_is_named_and_not_waited_for(tmp_path):
     def work():
@@ -295,20 +362,24 @@ def test_a_process_that_hangs_is_named_and_not_waited_for(tmp_path):
     assert list(checkpoint.checkpoints(tmp_path / "run" / "checkpoints")) == [1]
 
 
-def test_a_stop_at_start_up_ends_both_processes(tmp_path):
-    """One is interrupted while it reads its model; the other one waits for it in the meantime."""
+@pytest.mark.parametrize("moment", ["joining", "loading"])
+def test_a_stop_at_start_up_ends_both_processes(tmp_path, moment):
+    """One is interrupted while the two find each other, or while it reads its model, for which the other one waits."""
 
     def work():
+        import torch.distributed as dist
+
         from trainers import online
 
-        load = online.load_policy
+        place, name = {"joining": (dist, "init_process_group"), "loading": (online, "load_policy")}[moment]
+        done = getattr(place, name)
 
         def asked(*rest, **options):
             if os.environ["RANK"] == "0":
                 os.kill(os.getpid(), signal.SIGUSR1)
-            return load(*rest, **options)
+            return done(*rest, **options)
 
-        online.load_policy = asked
+        setattr(place, name, asked)
         return main(arguments(tmp_path / "run"))
 
     ended = processes.world(2, work, tmp_path / "world", within=60)

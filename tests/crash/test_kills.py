@@ -39,7 +39,32 @@ def test_thirty_kills_change_nothing(tmp_path):
 @pytest.mark.parametrize("trainer", fault_injection.RECIPES)
 def test_kills_change_nothing_for_any_trainer(tmp_path, trainer):
     found = fault_injection.kills(30 if trainer in ("dance_grpo", "kto") else 5, 1, tmp_path, trainer)
-    assert found["kills"] >= 5 and not found["differing"], found
+    assert found["kills"] >= 5 and not found["differing"] and not found["failures"], found
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_one_of_two_processes_is_killed_and_the_other_says_so(tmp_path):
+    found = fault_injection.kills(5, 1, tmp_path, ranks=2, lone=True, more=["steps=24"])
+    assert found["kills"] == 5 and not found["differing"] and not found["failures"], found
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "wrong"),
+    [
+        (2, "align: Another process of the run is gone (process 0): connection reset.", ""),
+        (2, "align: The loss is not finite (step 3).", "process 1 said 'align: The loss"),
+        (1, "torch.distributed.DistNetworkError: Broken pipe", "process 1 said 'torch"),
+        (-9, "", "exit codes [-9, -9]"),
+        (0, "", ""),
+    ],
+)
+def test_how_the_other_process_ended_is_judged(tmp_path, code, said, wrong):
+    """A traceback, other words and a process that waits are failures; one that was done already is none."""
+    (tmp_path / "said_0").write_text("")
+    (tmp_path / "said_1").write_text(f"step 1\n{said}\n")
+    found = fault_injection._survivors([-9, code], 0, tmp_path)
+    assert (wrong in found) if wrong else found == ""
 
 
 def test_every_trainer_has_a_recipe_to_kill():

@@ -145,6 +145,33 @@ def test_a_dead_process_ends_the_other_in_words(tmp_path, victim, settings):
     require_resumable(out, tmp_path / "resume")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_while_deepspeed_gathers_a_save_ends_the_other_in_words(tmp_path, victim):
+    out = tmp_path / "run"
+
+    def work():
+        from align.engine import DeepSpeedEngine
+
+        gather = DeepSpeedEngine.optimizer_state
+
+        def dying(self):
+            if self.world.rank == victim and (out / "checkpoints" / "step_000002").is_dir():
+                os.kill(os.getpid(), signal.SIGKILL)
+            return gather(self)
+
+        DeepSpeedEngine.optimizer_state = dying
+        return main([*arguments(out), "--deepspeed", "zero2"])
+
+    ranks = processes.world(2, work, tmp_path / "world", within=90)
+    survivor = ranks[1 - victim]
+    assert ranks[victim].code == -signal.SIGKILL
+    assert survivor.value == 2 and "Traceback" not in survivor.output, survivor.output
+    assert "align: Another process of the run is gone" in survivor.output
+    assert checkpoint.load_latest(out / "checkpoints").step == 2
+    assert json.loads((out / "run.json").read_text())["status"] == ("failed" if victim else "running")
+
+
 @pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_a_launch_with_a_dead_process_ends_and_says_what_to_do(tmp_path, launcher):
     out, log = tmp_path / "run", tmp_path / "log"
