@@ -1,7 +1,6 @@
 """`align <verb>`: with align/commands/ all of align/ that knows rewards/ and trainers/. A verb is one call in Python.
 
-Exit codes: 0 done; 2 bad input, said in one sentence on stderr; 3 stopped by the hack monitor; 130 interrupted;
-1 a defect, with its traceback.
+Exit codes, `EXITS`: bad input is said in one sentence on stderr, a defect with its traceback.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from align.commands import demo, fit, models, pareto, peering, plan, selection, sparsity
+from align.commands import demo, export, fit, models, pareto, peering, plan, selection, sparsity
 from align.errors import AlignError, ConfigError, DataError
-from align.output import HACKED, INTERRUPTED
+from align.output import EXITS, HACKED, INTERRUPTED, examples
 from align.output import add_dry_run as _add_dry_run
 from align.output import add_json as _add_json
 from align.output import add_out as _add_out
@@ -104,6 +103,9 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def format_help(self) -> str:
+        return f"{super().format_help()}\n{EXITS}\n"
 
     def error(self, message: str) -> NoReturn:
         sentence, advice = message[:1].upper() + message[1:], f"`{self.prog} --help` shows what it takes."
@@ -537,11 +539,16 @@ def _local_judge(options: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from align import doctor
+    from align.doctor import run_checks
+    from align.torchvision_hook import fix
 
-    mended = doctor.fix() if options.fix and not options.dry_run else []
-    checks = doctor.run_checks()
-    rows = [("ok" if c.ok else "PROBLEM", f"{c.name}: {c.found}" + ("" if c.ok else f". {c.do}.")) for c in checks]
+    mended = fix() if options.fix and not options.dry_run else []
+    checks = run_checks()
+    rows = []
+    for check in checks:
+        level = "FAULT" if not check.ok else "advice" if check.do else "ok"
+        why = f": {check.why}" if check.why else ""
+        rows.append((level, f"{check.name}: {check.found}{why}" + (f". {check.do}." if check.do else "")))
     _give(options, [vars(check) for check in checks], "\n".join([*mended, _table(rows)]))
     return 0 if all(check.ok for check in checks) else 2
 
@@ -816,14 +823,21 @@ def _check_arguments(parser: _Arguments) -> None:
     _add_json(parser)
 
 
+def _action(actions: Any, name: str, what: str, *shown: str) -> _Arguments:
+    """Add an action of a verb."""
+    return actions.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.", epilog=examples(*shown))
+
+
 def _configs_arguments(parser: _Arguments) -> None:
     parser.set_defaults(action="list")
     _add_json(parser)
     actions = parser.add_subparsers(metavar="ACTION", parser_class=_Parser)
-    listing = actions.add_parser("list", help="name and purpose of every recipe")
-    show = actions.add_parser("show", help="print a recipe")
-    copy = actions.add_parser("copy", help="copy a recipe to edit it")
-    port = actions.add_parser("from-trl", help="print our config of the arguments of a TRL script")
+    listing = _action(actions, "list", "name and purpose of every recipe", "align configs list --json -")
+    show = _action(actions, "show", "print a recipe", "align configs show digits/dance_grpo")
+    copy = _action(actions, "copy", "copy a recipe to edit it", "align configs copy digits/dance_grpo mine.yaml")
+    port = _action(
+        actions, "from-trl", "print our config of the arguments of a TRL script", "align configs from-trl kto.yaml"
+    )
     for parser_, action in ((listing, "list"), (show, "show"), (copy, "copy"), (port, "from-trl")):
         parser_.set_defaults(action=action)
         _add_json(parser_, argparse.SUPPRESS)
@@ -841,16 +855,26 @@ def _rewards_arguments(parser: _Arguments) -> None:
     parser.set_defaults(action="list")
     _add_json(parser)
     actions = parser.add_subparsers(metavar="ACTION", parser_class=_Parser)
-    listing = actions.add_parser("list", help="name and definition of every reward")
-    describe = actions.add_parser("describe", help="what one reward measures, its range, licence and needs")
+    listing = _action(actions, "list", "name and definition of every reward", "align rewards list --json rewards.json")
+    describe = _action(
+        actions, "describe", "what one reward measures, its range, licence and needs",
+        "align rewards describe digits/legibility",
+    )  # fmt: skip
     describe.add_argument("name", metavar="NAME", help="a reward, e.g. digits/legibility")
-    serve = actions.add_parser("serve", help="let other machines use rewards of this one")
+    serve = _action(
+        actions, "serve", "let other machines use rewards of this one",
+        "align rewards serve --reward hpsv2.1 --reward aesthetic --port 8765",
+    )  # fmt: skip
     serve.add_argument("--reward", action="append", metavar="NAME", help="a reward; may be given again")
     serve.add_argument(
         "--config", metavar="FILE", help="a YAML file whose list `rewards` names more, with args; a recipe will do"
     )
-    serve.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: 127.0.0.1)")
-    serve.add_argument("--port", type=_whole, default=8765, metavar="N", help="default: 8765; 0 takes a free one")
+    serve.add_argument(
+        "--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on (default: 127.0.0.1)"
+    )
+    serve.add_argument(
+        "--port", type=_whole, default=8765, metavar="N", help="port; 0 takes a free one (default: 8765)"
+    )
     serve.add_argument(
         "--limit-mb", type=_positive, default=256, metavar="N", help="the largest request in MB (default: 256)"
     )
@@ -894,7 +918,7 @@ _VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int], Callable[[_Arg
         ('align sample runs/digits --prompt "a bold handwritten three" --count 8',
          "align sample digits --prompts prompts.txt --steps 50 --guidance 4 --out before",
          "align sample runs/digits --sampler dance_sde --eta 0.3 --seed 7",
-         "align sample runs/kto --base --count 4 --out candidates.jsonl",
+         "align sample runs/kto --before --count 4 --out candidates.jsonl",
          'align sample my-model --prompt "What is a fox?" --chat --temperature 0'),
     ),
     "evaluate": (
@@ -908,9 +932,11 @@ _VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int], Callable[[_Arg
          "align evaluate --benchmark rewardbench2 --scores scores.jsonl"),
     ),
     "export": (
-        "write trained weights as diffusers, PEFT or ComfyUI load them", models.export, models.export_arguments,
+        "write trained weights as diffusers, transformers, PEFT or ComfyUI load them, with a model card",
+        export.export, export.export_arguments,
         ("align export runs/flux --to diffusers-lora --out my-lora",
-         "align export runs/flux/checkpoints/step_000100 --to full --dtype bf16 --out my-flux"),
+         "align export runs/flux/checkpoints/step_000100 --to full --dtype bf16 --out my-flux",
+         "align export runs/kto --to full --out my-llama"),
     ),
     "fit": (
         "fit a reward to what people said", _fit, _fit_arguments,
@@ -1001,13 +1027,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="align",
         description="From a generative model and what people think of its outputs to an aligned model with a receipt.",
-        epilog="examples:\n  align configs\n  align train digits/dance_grpo\n  align check my.yaml",
+        epilog=examples("align configs", "align train digits/dance_grpo", "align check my.yaml"),
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     verbs = parser.add_subparsers(metavar="VERB", required=True, parser_class=_Parser, dest="verb")
-    for name, (what, run, add_arguments, examples) in _VERBS.items():
-        text = "examples:\n" + "\n".join(f"  {example}" for example in examples)
-        verb = verbs.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.", epilog=text)
+    for name, (what, run, add_arguments, shown) in _VERBS.items():
+        verb = _action(verbs, name, what, *shown)
         add_arguments(verb)
         verb.set_defaults(run=run, flags=sorted(verb._option_string_actions))
     return parser

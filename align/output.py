@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,18 @@ from align.errors import ConfigError
 
 INTERRUPTED, HACKED = 130, 3
 """Exit codes of what was asked to stop, and of a run that the hack monitor stopped."""
+
+EXITS = (
+    "exit codes:\n"
+    "  0 done; 2 bad input, or a fault that was looked for and found;\n"
+    "  3 stopped by the hack monitor; 130 interrupted; 1 a defect"
+)
+"""What the help of every verb ends with."""
+
+
+def examples(*lines: str) -> str:
+    """Return the end of a help text."""
+    return "examples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def give(options: argparse.Namespace, found: Any, text: str, *, one_line: bool = False) -> int:
@@ -71,9 +84,12 @@ def add_out(parser: argparse.ArgumentParser, what: str, *, required: bool = Fals
     parser.add_argument("--out", type=Path, metavar="PATH", required=required, help=f"where to write {what}")
 
 
-def add_seed(parser: argparse.ArgumentParser) -> None:
+def add_seed(parser: argparse.ArgumentParser, default: int | None = None) -> None:
     """Add `--seed N`."""
-    parser.add_argument("--seed", type=whole, metavar="N", help="seed of every random draw (default: the config's)")
+    shown = "the config's" if default is None else default
+    parser.add_argument(
+        "--seed", type=whole, default=default, metavar="N", help=f"seed of every random draw (default: {shown})"
+    )
 
 
 def whole(text: str) -> int:
@@ -91,6 +107,17 @@ def number(text: str) -> float:
         value = -1.0
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0")
+    return value
+
+
+def finite(text: str) -> float:
+    """Parse a finite number of either sign."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
     return value
 
 

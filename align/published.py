@@ -26,6 +26,7 @@ class Published:
         side: pixels, height and width, that the pipeline makes by itself.
         channels: of a latent.
         frames: that the pipeline makes by itself; None for images.
+        licence: that its hub page names; empty where we do not know it.
     """
 
     family: str
@@ -34,34 +35,52 @@ class Published:
     side: tuple[int, int]
     channels: int = 16
     frames: int | None = None
+    licence: str = ""
 
 
 PUBLISHED = {
-    "CompVis/stable-diffusion-v1-4": Published("StableDiffusionPipeline", 859_520_964, 374_016, (512, 512), 4),
+    "CompVis/stable-diffusion-v1-4": Published(
+        "StableDiffusionPipeline", 859_520_964, 374_016, (512, 512), 4, licence="creativeml-openrail-m",
+    ),
     "stable-diffusion-v1-5/stable-diffusion-v1-5": Published(
-        "StableDiffusionPipeline", 859_520_964, 374_016, (512, 512), 4
+        "StableDiffusionPipeline", 859_520_964, 374_016, (512, 512), 4,
+        licence="creativeml-openrail-m",
     ),
     "stabilityai/stable-diffusion-xl-base-1.0": Published(
-        "StableDiffusionXLPipeline", 2_567_463_684, 2_616_320, (1024, 1024), 4
+        "StableDiffusionXLPipeline", 2_567_463_684, 2_616_320, (1024, 1024), 4,
+        licence="openrail++",
     ),
     "stabilityai/stable-diffusion-3-medium-diffusers": Published(
-        "StableDiffusion3Pipeline", 2_028_328_000, 1_308_672, (1024, 1024)
+        "StableDiffusion3Pipeline", 2_028_328_000, 1_308_672, (1024, 1024),
+        licence="stabilityai-ai-community",
     ),
     "stabilityai/stable-diffusion-3.5-medium": Published(
-        "StableDiffusion3Pipeline", 2_243_171_520, 1_468_416, (1024, 1024)
+        "StableDiffusion3Pipeline", 2_243_171_520, 1_468_416, (1024, 1024),
+        licence="stabilityai-ai-community",
     ),
     "stabilityai/stable-diffusion-3.5-large": Published(
-        "StableDiffusion3Pipeline", 8_056_627_520, 3_297_792, (1024, 1024)
+        "StableDiffusion3Pipeline", 8_056_627_520, 3_297_792, (1024, 1024),
+        licence="stabilityai-ai-community",
     ),
-    "black-forest-labs/FLUX.1-dev": Published("FluxPipeline", 11_901_408_320, 4_085_760, (1024, 1024)),
-    "black-forest-labs/FLUX.1-schnell": Published("FluxPipeline", 11_891_178_560, 4_085_760, (1024, 1024)),
-    "Qwen/Qwen-Image": Published("QwenImagePipeline", 20_430_401_088, 6_635_520, (1024, 1024)),
+    "black-forest-labs/FLUX.1-dev": Published(
+        "FluxPipeline", 11_901_408_320, 4_085_760, (1024, 1024), licence="flux-1-dev-non-commercial-license",
+    ),
+    "black-forest-labs/FLUX.1-schnell": Published(
+        "FluxPipeline", 11_891_178_560, 4_085_760, (1024, 1024), licence="apache-2.0",
+    ),
+    "Qwen/Qwen-Image": Published(
+        "QwenImagePipeline", 20_430_401_088, 6_635_520, (1024, 1024), licence="apache-2.0",
+    ),
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": Published(
-        "WanPipeline", 1_418_996_800, 1_367_040, (480, 832), frames=81
+        "WanPipeline", 1_418_996_800, 1_367_040, (480, 832), frames=81,
+        licence="apache-2.0",
     ),
-    "Wan-AI/Wan2.1-T2V-14B-Diffusers": Published("WanPipeline", 14_288_491_584, 4_792_320, (480, 832), frames=81),
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": Published(
+        "WanPipeline", 14_288_491_584, 4_792_320, (480, 832), frames=81, licence="apache-2.0",
+    ),
     "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": Published(
-        "WanImageToVideoPipeline", 16_394_878_784, 5_611_520, (480, 832), frames=81
+        "WanImageToVideoPipeline", 16_394_878_784, 5_611_520, (480, 832), frames=81,
+        licence="apache-2.0",
     ),
     "hunyuanvideo-community/HunyuanVideo": Published(
         "HunyuanVideoPipeline", 12_821_012_544, 4_411_392, (720, 1280), frames=129
@@ -73,9 +92,53 @@ PUBLISHED = {
 """Published pipelines by their hub name. Counted on the architectures as diffusers builds them."""
 
 
+LICENCE_OF_OURS = {"digits": "cc-by-4.0", "tiny": "apache-2.0"}
+"""Of the embedded models: what the digits were published under, and that of this library's random weights."""
+
+
+def licence_of(model: str, folder: str | Path) -> dict[str, str]:
+    """Return the licence of a model, and where that is said; `{}` where nothing says it.
+
+    Args:
+        model: as a configuration names it.
+        folder: where it lies; the front matter of a README.md there goes before what is known of published models.
+
+    Returns:
+        `licence`, `said_by`, and where the README has them `name` and `link`.
+    """
+    from align.errors import AlignError
+    from align.textfiles import parse_yaml
+
+    readme, licence = Path(folder) / "README.md", ""
+    try:
+        opening = readme.read_bytes()[: 64 << 10].decode("utf-8", "replace")
+        front = re.match(r"---[ \t]*\r?\n(.*?)\n---[ \t]*(\r?\n|$)", opening, re.DOTALL)
+        said = parse_yaml(front[1], str(readme)).value if front else {}
+    except (OSError, AlignError):
+        said = {}
+    given = (
+        {key: said[key] for key in ("license", "license_name", "license_link") if isinstance(said.get(key), str)}
+        if isinstance(said, dict)
+        else {}
+    )
+    if "license" in given:
+        found = {key.removeprefix("license_"): value for key, value in given.items() if key != "license"}
+        return {"licence": given["license"], "said_by": "its README.md", **found}
+    if model == "tiny" or is_builtin(model):
+        licence, by = LICENCE_OF_OURS[model.partition("/")[0]], "align"
+    elif model in PUBLISHED and PUBLISHED[model].licence:
+        licence, by = PUBLISHED[model].licence, "its page on the hub, as align knows it"
+    return {"licence": licence, "said_by": by} if licence else {}
+
+
 def is_builtin(model: str) -> bool:
     """Whether a model goes by a name of ours, such as `digits` or `digits/sd`."""
     return model.partition("/")[0] in BUILTIN
+
+
+def is_ours(data: str) -> bool:
+    """Whether data go by a name of ours, such as `digits/thumbs` or `toy`, and are no file."""
+    return data == "toy" or is_builtin(data)
 
 
 def is_hub_name(model: str) -> bool:

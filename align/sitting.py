@@ -55,11 +55,13 @@ class Sitting:
 
     def begin(self, steps: int, engine: str, **about: Any) -> None:
         """Write down what run this is."""
-        config = self.config
+        config, before = self.config, read_record(self.directory)
+        data = [*before.get("data_files", ()), *(data_files(config) if self.world.leads else ())]
         self.record = {
             "trainer": config.trainer, "name": config.name, "seed": config.seed,
-            "started": read_record(self.directory).get("started") or _now(), "finished": None, "status": "running",
-            "steps_planned": steps, "engine": engine, "processes": self.world.size, **about,
+            "started": before.get("started") or _now(), "finished": None, "status": "running",
+            "steps_planned": steps, "engine": engine, "processes": self.world.size,
+            "data_files": [row for i, row in enumerate(data) if row not in data[:i]], **about,
         }  # fmt: skip
         self.log.write_run(self.record)
 
@@ -177,6 +179,21 @@ def readable(value: Any) -> Any:
 
 def _is_finite(value: Any) -> bool:
     return not hasattr(value, "isfinite") or bool(value.isfinite().all())
+
+
+def data_files(config: Any) -> list[dict[str, str]]:
+    """Return the files that a configuration learns from and is measured on, each with its sha256 as it stands."""
+    from align.published import is_ours
+    from align.weights import file_sha256
+
+    found = []
+    for name in ("prompts", "data"):
+        section = getattr(config, name, None)
+        paths = [getattr(section, key, None) for key in ("path", "heldout_path")]
+        for path in (Path(p).expanduser() for p in (*paths, *getattr(section, "paths", ())) if p and not is_ours(p)):
+            files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+            found += [{"file": str(file), "sha256": file_sha256(file)} for file in files if file.is_file()]
+    return found
 
 
 def read_record(directory: Path) -> dict[str, Any]:

@@ -390,7 +390,12 @@ def demo_arguments(parser: argparse.ArgumentParser) -> None:
     add_seed(parser)
     parser.add_argument("--users", type=positive, default=200, metavar="N", help="people who thumb (default: 200)")
     parser.add_argument(
-        "--images", type=positive, default=40, metavar="N", help="images of each prompt for them (default: 40)"
+        "--each",
+        dest="images",
+        type=positive,
+        default=40,
+        metavar="N",
+        help="images of each prompt for them (default: 40)",
     )
     parser.add_argument("--overwrite", action="store_true", help="begin anew what stands in the folder")
     parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="changes to digits/demo")

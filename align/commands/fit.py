@@ -99,28 +99,6 @@ def _plan_text(config: Any, out: Path) -> str:
 
 
 def _card_text(card: Mapping[str, Any], directory: Path, report: Path) -> str:
-    heldout, rows = card["heldout"], []
-    if thumbs := heldout.get("thumbs"):
-        rows.append(("thumbs", f"{thumbs['n']} held out, {thumbs['base_rate']:.1%} up; AUROC {_show(thumbs['auroc'])}"))
-        low, high = thumbs["debiased_ece_ci"]
-        rows.append((
-            "calibration",
-            f"debiased ECE {_show(thumbs['debiased_ece'])} ({_show(low)} to {_show(high)}); Brier "
-            f"{_show(thumbs['brier'])}, that of the base rate {_show(thumbs['brier_of_base_rate'])}",
-        ))  # fmt: skip
-    for kind in ("comparisons", "rankings"):
-        if pairs := heldout.get(kind):
-            low, high = pairs["ci"]
-            rows.append(
-                (kind, f"{pairs['n']} pairs, {_show(pairs['without_ties'])} right ({_show(low)} to {_show(high)})")
-            )
-    if rated := heldout.get("ratings"):
-        rows.append(("ratings", f"{rated['n']}, Spearman {_show(rated['spearman'])}"))
-    if card["sparsity"]["status"] == "measured":
-        rows.append(("weights", card["sparsity"]["sentence"]))
-    rows += [("reward", str(directory / "reward")), ("report", str(report))]
-    return table(rows)
+    from align.reports.fit import worth
 
-
-def _show(value: float | None) -> str:
-    return "none" if value is None else f"{value:.3f}"
+    return table([*worth(card), ("reward", str(directory / "reward")), ("report", str(report))])

@@ -1,4 +1,4 @@
-"""`align sample` and `align evaluate`, of images or of text, by what the source is; and `align export`."""
+"""`align sample` and `align evaluate`, of images or of text, by what the source is."""
 
 from __future__ import annotations
 
@@ -80,21 +80,6 @@ def evaluate(options: argparse.Namespace) -> int:
     with _Bar() as bar:
         found = evaluate_language(options.source, options.prompts, **_given(call), progress=bar.show)
     return give(options, found, _rows_text(found))
-
-
-def export(options: argparse.Namespace) -> int:
-    """Write trained weights as another tool loads them."""
-    from align.diffusion.export import export as write
-    from align.diffusion.export import plan_export
-
-    call = {"to": options.to, "out": str(options.out), "dtype": options.dtype}
-    if options.dry_run:
-        found = plan_export(options.source, **call)
-        what = {"base": found.config.model.path, "step": found.step, "train": found.config.model.train}
-        return dry(options, "export", {"source": options.source, **what, **call})
-    card = write(options.source, **call)
-    note = f"\n{card['note']}." if "note" in card else ""
-    return give(options, card, f"wrote {options.out}\nload it with: {card['load']}{note}")
 
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:
@@ -307,7 +292,10 @@ def sample_arguments(parser: argparse.ArgumentParser) -> None:
         "--count", type=positive, metavar="N", help="images (default: 4) or answers (default: 1) of each prompt"
     )
     _add_text(parser).add_argument(
-        "--base", action="store_true", help="also let the model before training answer, under the same draws"
+        "--before",
+        dest="base",
+        action="store_true",
+        help="also let the model before training answer, under the same draws",
     )
     add_out(
         parser, "the PNG files, grid.png and samples.jsonl (default: samples), or answers (default: completions.jsonl)"
@@ -338,21 +326,6 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     rewards.add_arguments(parser)
     add_out(parser, "one JSON line a sample; of rewards, the page (default: evaluation.html)")
-    add_dry_run(parser)
-    add_json(parser)
-
-
-def export_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `align export`."""
-    parser.add_argument("source", metavar="SOURCE", help="a run folder (its last checkpoint), or a checkpoint folder")
-    parser.add_argument(
-        "--to", required=True, metavar="LAYOUT",
-        help="diffusers-lora, peft, full (a pipeline folder, adapters merged), or comfyui (not opened in ComfyUI)",
-    )  # fmt: skip
-    add_out(parser, "the weights and their card: a new folder", required=True)
-    parser.add_argument(
-        "--dtype", default="fp32", metavar="NAME", help="of the weights: fp32 (default), or bf16 for half the size"
-    )
     add_dry_run(parser)
     add_json(parser)
 

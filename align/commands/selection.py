@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from pathlib import Path
 from typing import Any
 
 from align.commands.models import candidate_arguments, sample_candidates
 from align.errors import ConfigError
-from align.output import add_dry_run, add_json, add_out, dry, give, number, positive, share, table
+from align.output import add_dry_run, add_json, add_out, dry, finite, give, number, positive, share, table
 
 PAIRS = ("best-worst", "best-random", "all")
 
@@ -84,7 +83,7 @@ def select_arguments(parser: argparse.ArgumentParser) -> None:
     rule = parser.add_argument_group("what is kept (default: the best one of each prompt)")
     rule.add_argument("--best", type=positive, metavar="N", help="the N best of each prompt")
     rule.add_argument("--share", type=share, metavar="S", help="the best share of each prompt, one at least")
-    rule.add_argument("--threshold", type=_finite, metavar="T", help="scores from T up; of them the best, if asked for")
+    rule.add_argument("--threshold", type=finite, metavar="T", help="scores from T up; of them the best, if asked for")
     rule.add_argument(
         "--across-prompts", action="store_true", help="with --share: of all candidates together, not of each prompt"
     )
@@ -92,10 +91,10 @@ def select_arguments(parser: argparse.ArgumentParser) -> None:
     mined.add_argument("--pairs", choices=PAIRS, metavar="HOW", help=f"rows for dpo: {', '.join(PAIRS)}")
     mined.add_argument("--margin", type=number, default=0.0, metavar="M", help="of a pair: scores further apart than M")
     mined.add_argument(
-        "--up-from", type=_finite, metavar="U", help="rows for kto and bco: thumbs up for scores from U up"
+        "--up-from", type=finite, metavar="X", help="rows for kto and bco: thumbs up for scores from X up"
     )
     mined.add_argument(
-        "--down-to", type=_finite, metavar="D", help="thumbs down up to D, none between (default: all below U)"
+        "--down-to", type=finite, metavar="X", help="thumbs down up to X, none between (default: all that are not up)"
     )
     parser.add_argument(
         "--batch-size", type=positive, default=32, metavar="N", help="read, scored and kept at once (default: 32)"
@@ -104,16 +103,6 @@ def select_arguments(parser: argparse.ArgumentParser) -> None:
     add_out(parser, "the rows, the scores and the page: a folder (default: selection)")
     add_dry_run(parser)
     add_json(parser)
-
-
-def _finite(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
-    return value
 
 
 def _text(found: dict[str, Any], out: Path) -> str:

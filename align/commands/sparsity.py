@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import ConfigError
-from align.output import add_dry_run, add_json, add_out, dry, give, positive, table
+from align.output import add_dry_run, add_json, add_out, add_seed, dry, examples, give, positive, table
 
 FORMS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 
@@ -147,12 +147,25 @@ def _plan(options: argparse.Namespace, verb: str, call: dict[str, Any]) -> int:
     return dry(options, verb, {**call, **counts, "coverage": pairing.coverage})
 
 
+_EXAMPLES = {
+    "compare": ("base tuned --json sparsity.json", "base tuned --form bf16 --mask run.mask"),
+    "overlap": ("run-a run-b --base base", "a.mask b.mask"),
+    "control": ("run.mask --base base --match magnitude --out control.mask",),
+    "equal": ("run-a run-b --mask run.mask --init base",),
+    "rank": ("base tuned --json rank.json",),
+    "delta": ("base tuned --out tuned.delta",),
+    "apply": ("base tuned.delta --out tuned-again",),
+    "report": ("base tuned --out sparsity.html",),
+}
+
+
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the actions of `align sparsity`."""
     actions = parser.add_subparsers(metavar="ACTION", required=True, parser_class=type(parser), dest="action")
 
     def action(name: str, what: str, run: Any) -> argparse.ArgumentParser:
-        found = actions.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+        shown = examples(*(f"align sparsity {name} {line}" for line in _EXAMPLES[name]))
+        found = actions.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.", epilog=shown)
         found.set_defaults(run=run)
         return found
 
@@ -162,12 +175,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--level", choices=("full", "bits"), default="full", help="bits: the bit-identical share alone (default: full)"
     )
     compare.add_argument(
-        "--as", dest="form", choices=tuple(FORMS), help="bring both sides to this format first (default: the coarser)"
+        "--form", choices=tuple(FORMS), help="bring both sides to this format first (default: the coarser)"
     )
     compare.add_argument(
         "--structure", action="store_true", help="also channels, attention heads and n:m groups, in a second pass"
     )
-    compare.add_argument("--mask", metavar="FILE", help="also write which weights changed, a bit each")
+    compare.add_argument("--mask", metavar="FILE", help="also write which weights changed, as a mask")
     compare.add_argument(
         "--threads", type=positive, metavar="N", help="tensors at once (default: the cores, at most 8)"
     )
@@ -183,13 +196,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--match", choices=("tensor", "magnitude"), default="tensor",
         help="as many in every tensor, or in every exponent of its weights (default: tensor)",
     )  # fmt: skip
-    control.add_argument("--seed", type=int, metavar="N", help="of the draw (default: 0)")
+    add_seed(control, 0)
     add_out(control, "the mask (default: control.mask)")
 
     equal = action("equal", "compare two fine-tunes: overall, within a mask, and beside no training", _equal)
     equal.add_argument("first", metavar="A", help="a fine-tune")
     equal.add_argument("second", metavar="B", help="another one from the same model")
-    equal.add_argument("--mask", metavar="M", required=True, help="the weights that one of them was limited to")
+    equal.add_argument("--mask", metavar="FILE", required=True, help="the mask that one of them was limited to")
     equal.add_argument("--init", metavar="I", required=True, help="the model before training")
     equal.add_argument("--full", metavar="F", help="the fine-tune of all weights (default: A)")
 

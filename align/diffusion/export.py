@@ -1,15 +1,16 @@
 """Trained weights in the layouts that other tools load: a diffusers LoRA, a PEFT adapter, a pipeline, ComfyUI's.
 
 What is exported is what a run delivers: the running average where there is one, else the last weights. An export is a
-folder, written whole or not at all, with a card (`export.json`, `README.md`) of what it is and where it comes from.
-Only the denoiser is loaded, on the CPU, and only where its weights are needed.
+folder, written whole or not at all, with a record (`export.json`) of what it is and where it comes from. Only the
+denoiser is loaded, on the CPU, and only where its weights are needed.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,13 +24,15 @@ from align.diffusion.comfyui import NOT_OPENED, to_comfyui
 from align.diffusion.families import FAMILIES
 from align.diffusion.policy import ADAPTER, adapter_config, quiet_loading, read_index, resolve_model
 from align.errors import CheckpointError, ConfigError, ModelError, first_line
-from align.registry import suggest
+from align.exporting import Finish, describe_export, require_choices, write_whole
+from align.offline_config import OfflineConfig
+from align.published import licence_of
 from align.weights import file_sha256, weights_sha256, without_storage
 
 if TYPE_CHECKING:
     from peft import LoraConfig as PeftLoraConfig
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Trained:
         listed: its `model_index.json`.
     """
 
-    config: VisualConfig
+    config: VisualConfig | OfflineConfig
     run: Path
     step: int
     group: str
@@ -72,8 +75,10 @@ class Trained:
 
     @property
     def peft_config(self) -> PeftLoraConfig:
-        """PEFT's configuration of these adapters."""
-        return adapter_config(self.config.model.lora, list(self.adapters))
+        """PEFT's configuration of these adapters, its layers in one order whatever the process."""
+        config = adapter_config(self.config.model.lora, list(self.adapters))
+        config.target_modules = sorted(config.target_modules)
+        return config
 
     def adapter_state(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return the adapters under PEFT's names: `<layer>.lora_A.weight`, `<layer>.lora_B.weight`."""
@@ -109,7 +114,7 @@ def find_trained(source: str | Path) -> Trained:
 
     Raises:
         CheckpointError: no run there, or one without a checkpoint.
-        ConfigError: a run of a language model.
+        ConfigError: a run of a language model, or a fit.
         ModelError: a base model that is gone.
     """
     found = checkpoint.find_run(source)
@@ -121,10 +126,10 @@ def find_trained(source: str | Path) -> Trained:
         )
     run, folder = found
     config = load_config(run / "config.yaml")
-    if not isinstance(config, VisualConfig):
+    if not isinstance(config, (VisualConfig, OfflineConfig)):
         raise ConfigError(
-            "This is a run of a language model", where=str(source),
-            why="its checkpoints are already folders that transformers and peft load", do=f"Use {folder} as it is",
+            "This is no run of a model of images", where=str(source), why=f"its trainer is {config.trainer}",
+            do="Use trainers.language_export for language models; of a fit, its folder `reward` is what others load",
         )  # fmt: skip
     group = checkpoint.delivered_group(folder)
     saved = checkpoint.load(folder, only=group)
@@ -213,12 +218,7 @@ LAYOUTS: dict[str, Callable[[Trained, Path, torch.dtype], str]] = {
 
 def plan_export(source: str | Path, *, to: str, out: str | Path, dtype: str = "fp32") -> Trained:
     """Check everything that `export` checks before it writes, and return what it would export; see there."""
-    for value, known, flag in ((to, LAYOUTS, "--to"), (dtype, DTYPES, "--dtype")):
-        if value not in known:
-            raise ConfigError(f"Unknown {flag.removeprefix('--')} {value!r}", where=flag, do=suggest(value, known))
-    out = Path(out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigError("There is something there already", where=f"--out {out}", do="Choose another --out")
+    require_choices(LAYOUTS, to=to, out=out, dtype=dtype)
     trained = find_trained(source)
     if to != "full" and trained.config.model.train == "full":
         raise ConfigError(
@@ -228,78 +228,49 @@ def plan_export(source: str | Path, *, to: str, out: str | Path, dtype: str = "f
     return trained
 
 
-def export(source: str | Path, *, to: str, out: str | Path, dtype: str = "fp32") -> dict[str, Any]:
+def export(
+    source: str | Path, *, to: str, out: str | Path, dtype: str = "fp32", finish: Finish | None = None
+) -> dict[str, Any]:
     """Write what a run delivers as another tool loads it, into the new folder `out`, whole or not at all.
 
     Args:
         source: a run folder (its last checkpoint), or a checkpoint folder.
         to: "diffusers-lora", "peft", "full" (a pipeline folder, adapters merged) or "comfyui" (not opened in ComfyUI).
         dtype: of the exported weights: "fp32", or "bf16" for half the size.
+        finish: writes what else the folder is to hold, such as `align.reports.modelcard.write_card`.
 
     Returns:
-        the card that is written beside the weights.
+        the record that is written beside the weights.
 
     Raises:
         ConfigError: an unknown layout, a layout that cannot hold what was trained, or an `out` that is taken.
         CheckpointError, ModelError: see `find_trained`.
     """
-    from safetensors import SafetensorError
+    trained = plan_export(source, to=to, out=out, dtype=dtype)
 
-    trained, out = plan_export(source, to=to, out=out, dtype=dtype), Path(out)
-    writing = out.parent / f".{out.name}.writing"
-    try:
-        shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir(parents=True)
+    def write(folder: Path) -> dict[str, Any]:
         with quiet_loading():
-            load = LAYOUTS[to](trained, writing, DTYPES[dtype])
-        card = _card(trained, writing, to=to, dtype=dtype, load=load)
-        (writing / "export.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-        (writing / "README.md").write_text(_readme(card), encoding="utf-8")
-        writing.replace(out)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            "The export could not be written", where=f"--out {out}",
-            why=f"{error.strerror} ({error.filename})" if getattr(error, "filename", None) else str(error),
-            do="Free some space, or choose another --out",
-        ) from error  # fmt: skip
-    finally:
-        shutil.rmtree(writing, ignore_errors=True)
-    return card
+            load = LAYOUTS[to](trained, folder, _KINDS[dtype])
+        return _record(trained, to=to, dtype=dtype, load=load)
+
+    return write_whole(out, write, finish)
 
 
-def _card(trained: Trained, folder: Path, **how: str) -> dict[str, Any]:
-    config, model = trained.config, trained.config.model
-    lora = {"rank": model.lora.rank, "alpha": model.lora.alpha, "layers": len(trained.adapters)}
-    written = sorted(path for path in folder.rglob("*.safetensors") if path.is_file())
-    return {
-        **how,
-        "base": {
-            "model": model.path, "pipeline": trained.pipeline, "component": trained.component,
-            "sha256": weights_sha256(trained.base / trained.component),
-        },
-        "run": {
-            "name": config.name, "folder": str(trained.run), "step": trained.step,
-            "weights": "running average" if trained.group == "average" else "last", "sha256": trained.sha256,
-        },
-        "trained": {
-            "trainer": config.trainer, "train": model.train, **(lora if model.train == "lora" else {}),
-            "rewards": [reward.name for reward in config.rewards], "prompts": config.prompts.path, "seed": config.seed,
-        },
-        "files": {path.relative_to(folder).as_posix(): file_sha256(path) for path in written},
-        **({"note": NOT_OPENED} if how["to"] == "comfyui" else {}),
+def _record(trained: Trained, **how: str) -> dict[str, Any]:
+    import diffusers
+
+    model, family = trained.config.model.path, FAMILIES.get(trained.pipeline)
+    takes = inspect.signature(getattr(diffusers, trained.pipeline).__call__).parameters
+    base = {
+        "pipeline": trained.pipeline, "component": trained.component,
+        "sha256": weights_sha256(trained.base / trained.component), "licence": licence_of(model, trained.base),
+        "absent": [part for part, home in trained.listed.items() if isinstance(home, list) and home[0] is None],
+        "takes_image": family.takes_image, "makes": "image" if family.fps is None else "video", "fps": family.fps,
+        "guidance": "true_cfg_scale" if "true_cfg_scale" in takes else "guidance_scale",
     }  # fmt: skip
-
-
-def _readme(card: Mapping[str, Any]) -> str:
-    base, run, trained = card["base"], card["run"], card["trained"]
-    scale = f"; rank {trained['rank']}, alpha {trained['alpha']:g}" if "rank" in trained else ""
-    lines = [
-        f"# {run['name']}, step {run['step']}", "",
-        f"- base model: {base['model']} ({base['pipeline']}, {base['component']})",
-        f"- trained: {trained['train']}{scale}, with {trained['trainer']} on {', '.join(trained['rewards'])}",
-        f"- weights: {run['weights']}, {card['dtype']}, as {card['to']}",
-        f"- load: `{card['load']}`",
-        *([f"- {card['note']}"] if "note" in card else []), "",
-        "`export.json` says the same, with the hashes of the files.",
-    ]  # fmt: skip
-    return "\n".join(lines) + "\n"
+    run = {
+        "folder": str(trained.run), "step": trained.step,
+        "weights": "running average" if trained.group == "average" else "last", "sha256": trained.sha256,
+    }  # fmt: skip
+    record = describe_export(trained.config, base, run, len(trained.adapters), **how)
+    return {**record, "note": NOT_OPENED} if how["to"] == "comfyui" else record

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from markupsafe import Markup
 
 from align.reports.charts import Series, line_chart
+from align.reports.markdown import code, front_matter, made_by, plain
 from align.reports.page import finite, render
 from align.reports.runfiles import RunFiles, curve, page_context
 from align.tracking import replace_text
@@ -20,7 +22,7 @@ _SVG_STYLE = (
 
 
 def fit_page(files: RunFiles) -> str:
-    """Return the page of a run of `align fit`, and write its reliability plot beside the artefact.
+    """Return the page of a run of `align fit`, and write its reliability plot and its card beside the artefact.
 
     A run that is not finished has no card: the page then shows its loss alone.
     """
@@ -34,9 +36,68 @@ def fit_page(files: RunFiles) -> str:
     plot = reliability_plot(thumbs["reliability"]) if thumbs else Markup()
     if plot:
         replace_text(path.with_name("reliability.svg"), standalone(plot))
+    if card:
+        replace_text(path.with_name("README.md"), reward_card(artefact, files))
     loss = line_chart([curve(files.metrics, "loss", "loss")]) if files.metrics else Markup()
     context = {**page_context(files), "artefact": artefact, "card": card, "plot": plot, "loss": loss}
     return render("fit.html", context)
+
+
+def worth(card: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what a card says of a reward on held-out answers, a row of name and text for each kind of them."""
+    heldout, rows = card.get("heldout", {}), []
+    if thumbs := heldout.get("thumbs"):
+        rows.append(("thumbs", f"{thumbs['n']} held out, {thumbs['base_rate']:.1%} up; AUROC {_show(thumbs['auroc'])}"))
+        low, high = thumbs["debiased_ece_ci"]
+        rows.append((
+            "calibration",
+            f"debiased ECE {_show(thumbs['debiased_ece'])} ({_show(low)} to {_show(high)}); Brier "
+            f"{_show(thumbs['brier'])}, that of the base rate {_show(thumbs['brier_of_base_rate'])}",
+        ))  # fmt: skip
+    for kind in ("comparisons", "rankings"):
+        if pairs := heldout.get(kind):
+            low, high = pairs["ci"]
+            rows.append(
+                (kind, f"{pairs['n']} pairs, {_show(pairs['without_ties'])} right ({_show(low)} to {_show(high)})")
+            )
+    if rated := heldout.get("ratings"):
+        rows.append(("ratings", f"{rated['n']}, Spearman {_show(rated['spearman'])}"))
+    if card.get("sparsity", {}).get("status") == "measured":
+        rows.append(("weights", card["sparsity"]["sentence"]))
+    return rows
+
+
+def _show(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}"
+
+
+def reward_card(artefact: Mapping[str, Any], files: RunFiles) -> str:
+    """Return the README.md of a fitted reward: how it is loaded, what it is worth, its origins, where it fails."""
+    card, model, name = artefact["card"], artefact["model"], artefact["name"]
+    tags = ["align", "reward-model", str(artefact["media"])]
+    samples = 'Samples(prompts=["a cat"], images=torch.rand(1, 3, 16, 16))'
+    if artefact["media"] == "text":
+        samples = 'Samples(prompts=["Say hello."], texts=["Hello."])'
+    snippet = [*(["import torch"] if artefact["media"] != "text" else []), "from align.types import Samples"]
+    snippet += ["from rewards.fitted import Fitted", "", 'reward = Fitted(".")  # the folder of this card']
+    backbone = f"{code(model['backbone'])}" + (f" of {code(model['path'])}" if model.get("path") else "")
+    split = ", ".join(f"{part} {counts['rows']} rows" for part, counts in card["split"].items())
+    seen = ", ".join(f"{n} {kind}" for kind, n in card["data"]["observations"].items())
+    calibration = (artefact["calibration"] or {}).get("kind", "none")
+    lines = [
+        front_matter({"license": "unknown", "tags": tags}) + f"# {plain(name)}", "",
+        f"A reward that `align fit` fitted to what people said. It reads {plain(artefact['media'])} through {backbone} "
+        f"with a {plain(model['head'])} head; calibration {plain(calibration)}.", "",
+        "## Use", "", "```python", *snippet, f"print(reward.score({samples}).values)", "```", "",
+        "## What it is worth on held-out answers", "",
+        *([f"- {plain(kind)}: {plain(text)}" for kind, text in worth(card)] or ["- nothing was measured"]), "",
+        "## What it was made of", "",
+        *(f"- {code(file)}, sha256 {code(digest)}" for file, digest in card["data"]["hashes"].items()),
+        f"- Observations: {plain(seen)}. Split: {plain(split)}.",
+        *made_by(files), "- Licence: that of its data and backbone, which align does not know.", "",
+        "## Where it fails", "", *(f"- {plain(mode)}" for mode in card["known_failure_modes"]),
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
 
 
 def reliability_plot(bins: list[dict[str, Any]]) -> Markup:

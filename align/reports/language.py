@@ -30,7 +30,7 @@ from align.reports.runfiles import (
 )
 from align.reports.verdict import Verdict, cost_sentence, difference, how_it_ended, messages, split_alarms
 
-__all__ = ["LanguageOutcome", "judge_language", "language_context", "language_outcome"]
+__all__ = ["LanguageOutcome", "judge_language", "language_context", "language_outcome", "language_verdict"]
 
 FEW, STUCK, OVERFITTED = 50, 0.5, 0.15
 """Caveats: fewer held-out units; z0 at 0 in a larger share; a training AUC above the held-out one by more."""
@@ -90,7 +90,7 @@ def language_context(files: RunFiles) -> Row:
     cost, loss = _cost(files), f"{explain('loss', trainer)} {LANGUAGE_CHARTS['Loss']}"
     return {
         **page_context(files),
-        "verdict": judge_language(found, files, cost),
+        "verdict": language_verdict(files),
         "tiles": _TILES.get(trainer, _tiles)(files, found, cost),
         "charts": charts(
             {**_charts(files.metrics, evaluations), **moved_charts(files.metrics)},
@@ -104,6 +104,12 @@ def language_context(files: RunFiles) -> Row:
         "rows": found.last.get("n"),
         "data": _data(files),
     }
+
+
+def language_verdict(files: RunFiles) -> Verdict:
+    """Return what a language model's run came to."""
+    evaluations = [_estimates(row) for row in files.evaluations]
+    return judge_language(language_outcome(trainer_of(files), evaluations), files, _cost(files))
 
 
 def _estimates(row: Row) -> Row:

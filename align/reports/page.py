@@ -136,6 +136,15 @@ class Sheet:
 
 def load_sheet(path: Path, step: int) -> Sheet | None:
     """Return the contact sheet that `align.tracking.save_grid` wrote, None when it is no readable image."""
+    found = open_sheet(path)
+    if found is None:
+        return None
+    image, geometry = found
+    return Sheet(step, image_uri(image), image.width, image.height, geometry.get("rows", 0), geometry.get("columns", 0))
+
+
+def open_sheet(path: Path) -> tuple[Any, dict[str, int]] | None:
+    """Return a contact sheet as a PIL image, its labels cut off, and its geometry; None when it cannot be read."""
     from PIL import Image
 
     try:
@@ -145,8 +154,7 @@ def load_sheet(path: Path, step: int) -> Sheet | None:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
     left = min(int(geometry.get("left", 0)), image.width - 1)
-    image = image.crop((left, 0, image.width, image.height))
-    return Sheet(step, image_uri(image), image.width, image.height, geometry.get("rows", 0), geometry.get("columns", 0))
+    return image.crop((left, 0, image.width, image.height)), geometry
 
 
 def _geometry(text: Any) -> dict[str, int]:

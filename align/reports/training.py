@@ -15,7 +15,7 @@ from align.guards import FIRST_RATIO_TOLERANCE
 from align.reports.charts import Series, line_chart, stacked_chart
 from align.reports.fit import fit_page
 from align.reports.glossary import CHARTS, LANGUAGE_TRAINERS, explain
-from align.reports.language import language_context
+from align.reports.language import language_context, language_verdict
 from align.reports.moved import MOVED_CHARTS, moved_charts, moved_context
 from align.reports.page import finite, percent, render
 from align.reports.runfiles import (
@@ -32,9 +32,9 @@ from align.reports.runfiles import (
     setting,
     trainer_of,
 )
-from align.reports.verdict import DIVERSITY_KEPT, judge, outcome
+from align.reports.verdict import DIVERSITY_KEPT, Verdict, judge, outcome
 
-__all__ = ["read_run", "write_report"]
+__all__ = ["read_run", "verdict_of", "write_report"]
 
 PHASES = ("rollout", "decode", "reward", "train", "optimizer", "log")
 
@@ -60,17 +60,23 @@ def write_report(run_dir: str | Path) -> Path:
     return path
 
 
+def verdict_of(files: RunFiles) -> Verdict:
+    """Return what a run came to: of a language model by its held-out rows, else by its held-out reward."""
+    if trainer_of(files) in LANGUAGE_TRAINERS:
+        return language_verdict(files)
+    has_heldout = bool(_described(files, "heldout_rewards")) or "heldout_rewards" not in files.record
+    found = outcome(files.summary, files.evaluations)
+    return judge(found, files.warnings, files.record, _cost(files), has_heldout=has_heldout)
+
+
 def _context(files: RunFiles) -> Row:
     page = page_context(files)
-    found = outcome(files.summary, files.evaluations)
-    cost = _cost(files)
     heldout = _described(files, "heldout_rewards")
-    has_heldout = bool(heldout) or "heldout_rewards" not in files.record
     return {
         **page,
-        "outcome": found,
-        "verdict": judge(found, files.warnings, files.record, cost, has_heldout=has_heldout),
-        "cost": cost,
+        "outcome": outcome(files.summary, files.evaluations),
+        "verdict": verdict_of(files),
+        "cost": _cost(files),
         "charts": _charts(files),
         "moved": moved_context(files),
         "phases": _phases(files.metrics),

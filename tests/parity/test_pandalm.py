@@ -59,7 +59,7 @@ def test_published_agreement(tmp_path: Path):
     ],
 )
 def test_judge_report(tmp_path: Path, judge: str, column: str, figures: tuple[float, ...]):
-    how = ["--judge", data(judge), "--judge-column", column, "--join", "idx", "--map", "Tie=0,garbage=0"]
+    how = ["--judge-file", data(judge), "--judge-column", column, "--join", "idx", "--map", "Tie=0,garbage=0"]
     found = agreement(tmp_path, *how, "--draws", "0")["judge"]
     names = ("accuracy", "macro_precision", "macro_recall", "macro_f1")
     assert tuple(round(found[name], 4) for name in names) == figures and found["n"] == 999

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from align.cli import _VERBS, main
+from align.cli import _VERBS, _parser, main
+from align.output import EXITS
 
 ROOT = Path(__file__).parents[2]
 # The fastest honest measure on a busy machine is the best of a few attempts.
@@ -38,31 +43,87 @@ def process(*arguments: str, path: Path | None = None, **options) -> subprocess.
     )
 
 
-@pytest.mark.parametrize("verb", _VERBS)
-def test_every_verb_has_help_with_examples(capsys, verb: str):
-    code, out, _ = run(capsys, verb, "--help")
-    assert code == 0 and f"usage: align {verb}" in out and f"examples:\n  align {verb}" in out
+def verbs(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Walk every verb and action with its parser."""
+    yield " ".join(("align", *path)), parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, found in action.choices.items():
+                yield from verbs(found, (*path, name))
 
 
-@pytest.mark.parametrize("verb", _VERBS)
-def test_the_examples_in_the_help_parse(verb: str):
-    import shlex
-
-    from align.cli import _parse
-
-    for example in _VERBS[verb][3]:
-        options = _parse(shlex.split(example)[1:])
-        assert options.verb == verb
+SURFACE = dict(verbs(_parser()))
+ACTS = {name: parser for name, parser in SURFACE.items() if name not in ("align", "align feedback", "align sparsity")}
+"""Those that do something by themselves."""
 
 
-@pytest.mark.parametrize("flag", ["--json", "--out", "--seed", "--dry-run"])
-def test_a_flag_reads_the_same_everywhere(capsys, flag: str):
-    texts = set()
-    for verb in _VERBS:
-        out = run(capsys, verb, "--help")[1]
-        if f"\n  {flag}" in out:
-            texts.add(" ".join(out.split(f"\n  {flag}", 1)[1].split("\n  --")[0].split())[:16])
-    assert len(texts) == 1
+def flags_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    return {name: action for action in parser._actions for name in action.option_strings if name.startswith("--")}
+
+
+@pytest.mark.parametrize("verb", SURFACE)
+def test_every_verb_has_help_with_examples_and_exit_codes(verb: str):
+    text = SURFACE[verb].format_help()
+    assert f"usage: {verb}" in text and f"examples:\n  {verb if verb != 'align' else 'align configs'}" in text
+    assert f"\n{EXITS}\n" in text and text.rstrip().endswith(EXITS)
+    assert SURFACE[verb].description and all(
+        action.help for action in SURFACE[verb]._actions if action.metavar not in ("VERB", "ACTION")
+    )
+
+
+def test_the_examples_in_every_help_parse():
+    for verb, parser in SURFACE.items():
+        for line in parser.epilog.splitlines()[1:]:
+            example = shlex.split(line)
+            options, rest = SURFACE["align"].parse_known_args(example[1:])
+            assert example[0] == "align" and options.verb == example[1], (verb, line)
+            assert all("=" in word and not word.startswith("-") for word in rest), (verb, line)
+
+
+def test_every_verb_that_acts_gives_json():
+    assert [verb for verb, parser in ACTS.items() if "--json" not in flags_of(parser)] == []
+    assert len(ACTS) > 40, "all were seen"
+
+
+MEANINGS = {
+    "--chat": "chat|what a user says", "--columns": "names of all columns", "--config": "YAML file",
+    "--count": "of each prompt", "--down-to": "thumbs down .*to X", "--dtype": "fp32",
+    "--duplicates": "contradict each other", "--host": "^address to listen on", "--image-column": "column",
+    "--images": "images", "--key": "signal|this key", "--kind": "^only this kind", "--level": "full|bits",
+    "--mask": "mask", "--max-new-tokens": "^longest", "--model": "model", "--nproc": "processes",
+    "--base": "start|model that", "--out": "^where to write", "--overwrite": "start again|begin anew|replace",
+    "--port": "^port; 0 takes a free one", "--prompts": "^a txt, JSONL, CSV or Parquet file",
+    "--rankings": "^with the columns", "--ratings": "^with the columns", "--reward": "^a reward",
+    "--scale": "^of ratings", "--seed": "^seed of every random draw", "--temperature": "^0 is greedy",
+    "--to": "^layout to write", "--up-from": "thumbs up for .* from X up",
+}  # fmt: skip
+"""What the help of a flag says in all verbs, where its other words differ."""
+
+
+def test_one_flag_means_one_thing():
+    """The same words, or the words of `MEANINGS`; and the same kind of value everywhere."""
+    uses: dict[str, list[tuple[str, argparse.Action]]] = {}
+    for verb, parser in SURFACE.items():
+        for name, action in flags_of(parser).items():
+            uses.setdefault(name, []).append((verb, action))
+    for name, found in uses.items():
+        helps = {action.help for _, action in found}
+        kinds = {(type(a), a.type, a.metavar, a.nargs) for _, a in found if a.help != argparse.SUPPRESS}
+        assert len(kinds) == 1, (name, [(verb, a.type, a.metavar) for verb, a in found])
+        if len(helps) > 1:
+            assert MEANINGS.get(name), (name, helps)
+            assert all(re.search(MEANINGS[name], text) for text in helps), (name, helps)
+    assert set(MEANINGS) <= set(uses)
+
+
+def test_the_walk_sees_a_flag_of_two_meanings():
+    """What the tests above are made of can fail: two verbs, one flag, two kinds of value."""
+    parser = argparse.ArgumentParser(prog="align")
+    actions = parser.add_subparsers()
+    actions.add_parser("a").add_argument("--images", type=int, help="how many images")
+    actions.add_parser("b").add_argument("--images", metavar="DIR", help="where images are")
+    kinds = {flags_of(found)["--images"].type for verb, found in verbs(parser) if verb != "align"}
+    assert kinds == {int, None}
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from align.feedback.crowd import Visitor, served
 from align.feedback.store import Store
 
 SMALL = [
-    "--users", "40", "--images", "4", "model.path=digits/smoke", "model.lora.rank=4", "steps=2", "prompts_per_step=4",
+    "--users", "40", "--each", "4", "model.path=digits/smoke", "model.lora.rank=4", "steps=2", "prompts_per_step=4",
     "group_size=4", "sampler.solver_steps=4", "evaluation.solver_steps=6", "evaluation.every=1", "evaluation.samples=20",
     "evaluation.final_samples=40", "checkpoint.every=0", "tracking.samples_every=0", "monitor.action=warn",
 ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from dataclasses import replace
 
@@ -16,10 +17,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from align import checkpoint
+from align.commands.export import export_model
 from align.config import load_config
 from align.errors import ConfigError, DataError
 from align.language_config import LanguageModelConfig
 from align.preferences import describe_preferences, load_preferences, prompt_key
+from align.weights import file_sha256
 from trainers import trainer_for
 from trainers.language_images import model_inputs
 from trainers.language_model import completion_logps, load_language_model, load_processor
@@ -424,7 +427,7 @@ def metrics(out):
     ],
 )  # fmt: skip
 def test_a_run_stops_goes_on_bit_for_bit_and_leaves_what_transformers_loads(
-    models, pictures, tmp_path, trainer, family, overrides
+    models, pictures, tmp_path, monkeypatch, trainer, family, overrides
 ):
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -461,6 +464,15 @@ def test_a_run_stops_goes_on_bit_for_bit_and_leaves_what_transformers_loads(
     rows = load_preferences(path)
     trained_, first = (by_the_book(m.eval(), processor, rows.rows[0]) for m in (model, loaded(models, family)))
     assert abs(float(trained_ - first)) > 1e-3
+    for to in ("full", "peft") if made.model.train == "lora" else ("full",):
+        export_model(tmp_path / "whole", to=to, out=tmp_path / to)
+        card = (tmp_path / to / "README.md").read_text()
+        assert "pipeline_tag: image-text-to-text\n" in card and file_sha256(path) in card
+        monkeypatch.chdir(tmp_path / to)
+        names: dict = {}
+        exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], names)  # what a reader of the card would do
+        exported = by_the_book(names["model"].eval(), names["reader"], rows.rows[0])
+        torch.testing.assert_close(exported, trained_, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("trainer", ["dpo", "sft"])

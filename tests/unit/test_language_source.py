@@ -134,7 +134,7 @@ def test_the_loop_closes_samples_are_rated_and_train(made, tmp_path, capsys):
     from align.feedback.tasks import load_task
 
     said = tmp_path / "candidates.jsonl"
-    assert main(["sample", str(made / "kto"), "--base", "--count", "2", "--out", str(said)]) == 0
+    assert main(["sample", str(made / "kto"), "--before", "--count", "2", "--out", str(said)]) == 0
     out = capsys.readouterr().out
     assert "> Say: " in out and "  step 4: " in out and f"wrote 12 answers to {said}" in out
     rows = [row for row in lines(said) if row["completion"].strip()]

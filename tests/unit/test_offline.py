@@ -16,6 +16,7 @@ from PIL import Image
 import tiny
 from align import checkpoint, guards
 from align.checks import check_config
+from align.commands.export import export_model
 from align.config import load_config
 from align.diffusion.latents import Latents
 from align.diffusion.policy import Policy
@@ -24,6 +25,7 @@ from align.image_feedback import fitted
 from align.reports.training import write_report
 from align.run import Run
 from align.types import StepStats
+from align.weights import file_sha256
 from trainers import Offline, evaluate, sample_images, trainer_for
 
 PROMPTS = ["a red cat", "a blue dog", "two dogs", "a cat", "four cats", "a red dog", "bold cat", "seven"]
@@ -225,6 +227,13 @@ def test_held_out_rewards_are_measured_on_samples(folders, data, tmp_path):
     assert "Held-out reward" in write_report(out).read_text()
     assert len(list(sample_images(out, count=2, out=tmp_path / "made").glob("*_*.png"))) == 4  # two held-out prompts
     assert evaluate(out, samples=4)["rewards"]["reward/jpeg"]["n"] == 4
+    export_model(out, to="diffusers-lora", out=tmp_path / "lora")
+    card = (tmp_path / "lora" / "README.md").read_text()
+    assert (
+        file_sha256(data / "thumbs.jsonl") in card
+        and "objective `kto`" in card
+        and "Rewards it was trained on:\n\n- none" in card
+    )
 
 
 def test_what_is_not_finite_never_reaches_the_optimizer(folders, data, tmp_path):

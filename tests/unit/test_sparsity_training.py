@@ -442,7 +442,7 @@ def test_the_verbs_of_masks(tmp_path, capsys):
     pair(tmp_path / "m")
     base, tuned, mask = (str(tmp_path / "m" / name) for name in ("base.safetensors", "tuned.safetensors", "run.mask"))
     control = str(tmp_path / "control.mask")
-    assert main(["sparsity", "compare", base, tuned, "--as", "bf16", "--mask", mask]) == 0
+    assert main(["sparsity", "compare", base, tuned, "--form", "bf16", "--mask", mask]) == 0
     assert main(["sparsity", "control", mask, "--base", base, "--match", "magnitude", "--out", control]) == 0
     assert main(["sparsity", "overlap", mask, control]) == 0
     assert main(["sparsity", "equal", tuned, base, "--mask", mask, "--init", base, "--full", tuned]) == 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.errors import ConfigError
-from align.output import add_dry_run, add_json, give, table, whole
+from align.output import add_dry_run, add_json, add_out, add_seed, examples, give, table, whole
 
 if TYPE_CHECKING:
     from align.feedback.events import FeedbackEvent, Item
@@ -20,7 +20,7 @@ EXAMPLES: Mapping[str, Sequence[str]] = {
     "agreement": (
         "align feedback agreement feedback.db --key helpfulness",
         "align feedback agreement votes.csv --raters ann1,ann2,ann3 --categories 0,1,2 --json agreement.json",
-        "align feedback agreement votes.json --raters ann1,ann2 --categories 0,1,2 --judge judge.json"
+        "align feedback agreement votes.json --raters ann1,ann2 --categories 0,1,2 --judge-file judge.json"
         " --judge-column result --join id --map Tie=0,garbage=0",
     ),
     "consistency": (
@@ -53,8 +53,9 @@ def add(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         ("report", "write a page of all of it", _needs_cli, _report_arguments),
     )
     for name, what, run, arguments in verbs:
-        text = "examples:\n" + "\n".join(f"  {example}" for example in EXAMPLES[name])
-        parser = actions.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.", epilog=text)
+        parser = actions.add_parser(
+            name, help=what, description=f"{what[0].upper()}{what[1:]}.", epilog=examples(*EXAMPLES[name])
+        )
         arguments(parser)
         add_json(parser)
         parser.set_defaults(run=run)
@@ -418,7 +419,7 @@ def _interval(ends: Sequence[Any], percent: bool = False) -> str:
 
 def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draws", type=whole, default=1000, metavar="N", help="bootstrap draws (default: 1000)")
-    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="of every random draw (default: 0)")
+    add_seed(parser, 0)
 
 
 def _source_argument(parser: argparse.ArgumentParser, *, optional: bool) -> None:
@@ -429,15 +430,17 @@ def _source_argument(parser: argparse.ArgumentParser, *, optional: bool) -> None
 
 def _agreement_arguments(parser: argparse.ArgumentParser) -> None:
     _source_argument(parser, optional=False)
-    parser.add_argument("--kind", default="", metavar="KIND", help="only this kind: binary, ordinal, pairwise, ...")
+    parser.add_argument("--kind", default="", metavar="NAME", help="only this kind: binary, ordinal, pairwise, ...")
     parser.add_argument("--with-ai", action="store_true", help="count AI annotators among the raters")
     wide = parser.add_argument_group("a table with a row an item and a column a rater")
     wide.add_argument("--raters", default="", metavar="NAMES", help="the columns, with commas between")
-    wide.add_argument("--columns", default="", metavar="NAMES", help="names of all columns of a headerless CSV")
+    wide.add_argument("--columns", default="", metavar="MAP", help="names of all columns of a headerless CSV")
     wide.add_argument("--categories", default="", metavar="LABELS", help="all labels, in order (default: those used)")
     wide.add_argument("--ordered", action="store_true", help="their order means something: weights, ordinal alpha")
     wide.add_argument("--cluster", default="", metavar="NAME", help="column to resample by, such as the prompt")
-    wide.add_argument("--judge", type=Path, metavar="FILE", help="a table with a judge's label of the same items")
+    wide.add_argument(
+        "--judge-file", dest="judge", type=Path, metavar="FILE", help="a table with a judge's label of the same items"
+    )
     wide.add_argument("--judge-column", default="judge", metavar="NAME", help="its column (default: judge)")
     wide.add_argument("--join", default="id", metavar="NAME", help="column that both tables share (default: id)")
     wide.add_argument("--map", default="", metavar="NAME=LABEL", help="labels to read as others, e.g. Tie=0,garbage=0")
@@ -456,8 +459,8 @@ def _consistency_arguments(parser: argparse.ArgumentParser) -> None:
     _source_argument(parser, optional=True)
     _files(parser, "prompt, input, response, rating", "prompt, input, response_a, response_b, preference")
     parser.add_argument(
-        "--duplicates", default="first", choices=("first", "last", "mean"),
-        help="which answer counts of several in a file (default: first)",
+        "--duplicates", default="first", choices=("first", "last", "mean"), metavar="POLICY",
+        help="answers that contradict each other in a file: first, last, mean (default: first)",
     )  # fmt: skip
     parser.add_argument("--tie-band", type=float, default=0.0, metavar="X", help="ratings this close are a tie")
     parser.add_argument("--drop-identical", action="store_true", help="leave out pairs of equal responses")
@@ -465,7 +468,7 @@ def _consistency_arguments(parser: argparse.ArgumentParser) -> None:
         "--elicitation", default="unknown", choices=("same_screen", "separate", "unknown"), help="how both were asked"
     )
     parser.add_argument(
-        "--join", default="auto", choices=("auto", "annotator", "pooled"),
+        "--ratings-of", dest="join", default="auto", choices=("auto", "annotator", "pooled"),
         help="of a store: each annotator's rankings with its own ratings, or with everybody's mean",
     )  # fmt: skip
     _common(parser)
@@ -477,8 +480,8 @@ def _winrate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--candidate", default="", metavar="MODEL", help="whose wins are counted")
     parser.add_argument("--baseline", default="", metavar="MODEL", help="over whom")
     parser.add_argument(
-        "--model", default="", metavar="NAME",
-        help="of strengths: bradley_terry, davidson, rao_kupper (default: davidson where there are ties)",
+        "--strengths", dest="model", default="", metavar="NAME",
+        help="how they are worked out: bradley_terry, davidson, rao_kupper (default: davidson where there are ties)",
     )  # fmt: skip
     parser.add_argument("--bootstrap", action="store_true", help="intervals of strengths by resampling prompts")
     _common(parser)
@@ -501,7 +504,7 @@ def _audit_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", type=Path, metavar="STORE", help="the store's file")
-    parser.add_argument("--out", type=Path, metavar="PATH", help="where to write the page (default: beside the store)")
+    add_out(parser, "the page (default: beside the store)")
     parser.add_argument("--quality", default="", metavar="KEY", help="ratings that are the independent quality label")
     parser.add_argument("--outcome", default="", metavar="KEY", help="signal that is a user's delayed outcome")
     _common(parser)

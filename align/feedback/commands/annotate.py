@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.errors import ConfigError
-from align.output import add_dry_run, add_json, give, positive, table, whole
+from align.output import add_dry_run, add_json, add_seed, give, number, positive, table, whole
 
 if TYPE_CHECKING:
     from align.feedback.asking import Judge
@@ -35,7 +35,7 @@ def add(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--task", required=True, choices=("rating", "ranking"), help="what to ask")
     parser.add_argument("--endpoint", metavar="URL", help="base of an OpenAI-compatible API")
     parser.add_argument(
-        "--model", required=True, metavar="NAME",
+        "--model", required=True, metavar="MODEL",
         help="the model's name at the endpoint; without --endpoint a local model: its folder, or hub id",
     )  # fmt: skip
     parser.add_argument(
@@ -45,7 +45,9 @@ def add(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--key", default="quality", metavar="NAME", help="signal to answer (default: quality)")
     parser.add_argument("--scale", default="1-7", metavar="LOW-HIGH", help="of ratings (default: 1-7)")
     parser.add_argument("--criteria", default="", metavar="TEXT", help="what to judge by")
-    parser.add_argument("--pairs", type=whole, default=0, metavar="N", help="pairs a prompt at most (default: all)")
+    parser.add_argument(
+        "--pairs-each", dest="pairs", type=whole, default=0, metavar="N", help="pairs a prompt at most (default: all)"
+    )
     parser.add_argument(
         "--p-flip", type=float, default=0.0, metavar="P", help="turn verdicts around with probability P"
     )
@@ -60,10 +62,12 @@ def add(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )  # fmt: skip
     parser.add_argument("--timeout", type=float, metavar="S", help="seconds for one request (default: 60)")
     parser.add_argument("--deadline", type=float, default=0.0, metavar="S", help="seconds in all (default: none)")
-    parser.add_argument("--temperature", type=float, metavar="T", help="of sampling (default: 0)")
+    parser.add_argument("--temperature", type=number, metavar="T", help="0 is greedy (default: 0)")
     parser.add_argument("--dtype", metavar="NAME", help="of a local model: fp32, bf16 or fp16 (default: fp32)")
-    parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="of a local model's reply (default: 64)")
-    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="of pairs and of noise (default: 0)")
+    parser.add_argument(
+        "--max-new-tokens", type=positive, metavar="N", help="longest reply of a local model (default: 64)"
+    )
+    add_seed(parser, 0)
     add_dry_run(parser)
     add_json(parser)
     parser.set_defaults(run=run)

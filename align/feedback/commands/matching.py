@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import ConfigError
-from align.output import add_dry_run, add_json, dry, give, positive, table, whole
+from align.output import add_dry_run, add_json, add_out, add_seed, dry, give, positive, table
 
 EXAMPLES = """examples:
   align feedback match-prompts thumbs.jsonl --out matched.jsonl
@@ -22,9 +22,9 @@ def add(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         description="Add the column udm_weight to a file of thumbs, and write a receipt beside it.",
     )  # fmt: skip
     parser.add_argument("source", type=Path, metavar="DATA", help="JSONL, CSV or Parquet that kto and bco train on")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write; the same format")
+    add_out(parser, "the rows, in the same format", required=True)
     parser.add_argument(
-        "--model", metavar="FOLDER", help="embed prompts with this transformers model (default: bags of words)"
+        "--model", metavar="MODEL", help="embed prompts with this transformers model (default: bags of words)"
     )
     parser.add_argument(
         "--sample", type=positive, default=1024, metavar="N", help="rows of each class to fit on (default: 1024)"
@@ -34,7 +34,7 @@ def add(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--score-threshold", type=float, metavar="X", help="rows with a score and no label are up from here on"
     )
-    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="of the draw of rows (default: 0)")
+    add_seed(parser, 0)
     parser.add_argument("--overwrite", action="store_true", help="replace the file")
     add_dry_run(parser)
     add_json(parser)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.errors import ConfigError, DataError
-from align.output import add_dry_run, add_json, give, table
+from align.output import add_dry_run, add_json, examples, finite, give, table
 from align.registry import suggest
 
 if TYPE_CHECKING:
@@ -53,8 +53,9 @@ def add(actions: Any) -> None:
         ("stats", "count what a store holds", run_stats, _stats_arguments),
     )
     for name, what, run, arguments in verbs:
-        text = "examples:\n" + "\n".join(f"  {example}" for example in EXAMPLES[name])
-        parser = actions.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.", epilog=text)
+        parser = actions.add_parser(
+            name, help=what, description=f"{what[0].upper()}{what[1:]}.", epilog=examples(*EXAMPLES[name])
+        )
         arguments(parser)
         add_json(parser)
         parser.set_defaults(run=run, flags=sorted(parser._option_string_actions))
@@ -336,13 +337,15 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "file", type=Path, metavar="FILE", help=".jsonl, .parquet, .csv; a data set folder without ending"
     )
-    parser.add_argument("--to", required=True, choices=FORMS, help="what to make")
+    parser.add_argument(
+        "--to", required=True, choices=FORMS, metavar="LAYOUT", help=f"layout to write: {', '.join(FORMS)}"
+    )
     parser.add_argument("--ties", default="drop", choices=("drop", "half", "keep"), help="of pairs (default: drop)")
     parser.add_argument("--min-gap", type=float, default=0.0, metavar="X", help="ratings closer than this make no pair")
     parser.add_argument("--zscore", action="store_true", help="ratings in standard deviations of their annotator")
     parser.add_argument("--drop-identical", action="store_true", help="leave out pairs of equal responses")
-    parser.add_argument("--up-from", type=float, metavar="X", help="a rating from here on is a thumb up")
-    parser.add_argument("--down-to", type=float, metavar="X", help="a rating up to here is a thumb down")
+    parser.add_argument("--up-from", type=finite, metavar="X", help="thumbs up for ratings from X up")
+    parser.add_argument("--down-to", type=finite, metavar="X", help="thumbs down for ratings up to X, none between")
     parser.add_argument("--up", default="", metavar="NAMES", help="reactions that are a thumb up")
     parser.add_argument("--down", default="", metavar="NAMES", help="reactions that are a thumb down")
     parser.add_argument("--one-class", action="store_true", help="write thumbs though all point one way")
