@@ -173,15 +173,18 @@ def _fit(config: Any, *, files: bool) -> list[Finding]:
     return found
 
 
-def require_valid(config: Any) -> list[Finding]:
+def require_valid(config: Any, findings: list[Finding] | None = None) -> list[Finding]:
     """Return the warnings and notes on `config`.
+
+    Args:
+        findings: on it, where files were read too; those that need no file when None.
 
     Raises:
         ConfigError: the first error found, where its value came from, and what to change.
     """
     from align.config import config_origins
 
-    findings = check_config(config)
+    findings = check_config(config) if findings is None else findings
     for finding in findings:
         if finding.level == "error":
             origin = config_origins(config).get(finding.key)

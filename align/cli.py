@@ -11,7 +11,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -30,7 +29,6 @@ from align.output import whole as _whole
 from align.output import word as _word
 
 if TYPE_CHECKING:
-    from align.checks import Finding
     from align.config import DanceGRPOConfig, RunConfig
 
 _ENDS = {"stopped": INTERRUPTED, "hacked": HACKED}
@@ -152,7 +150,7 @@ def _known(word: str, choices: Sequence[str] | dict[str, Any], kind: str) -> Non
 
 
 def _train(options: argparse.Namespace) -> int:
-    from align.checks import describe_config, require_valid
+    from align.checks import require_valid
     from align.config import load_config
     from align.launch import require_launcher
     from align.run import require_directory
@@ -162,16 +160,15 @@ def _train(options: argparse.Namespace) -> int:
     if config.trainer in ("fit", "peering"):
         what, verb = "fits a reward" if config.trainer == "fit" else "compares protocols", config.trainer
         raise ConfigError(f"This config {what}", where=options.config, do=f"Run `align {verb} {options.config}`")
-    findings, engine = require_valid(config), _engine(options, config)
-    out = options.out or Path("runs") / config.name
+    engine, out = _engine(options, config), options.out or Path("runs") / config.name
+    switches = [name for name in ("overwrite", "fork") if getattr(options, name)]
+    again = ["train", options.config, *options.overrides, *seed, "--out", str(out), *(f"--{s}" for s in switches)]
     if options.dry_run:
-        described = {**describe_config(config, findings), "out": str(out)}
-        return _give(options, described, f"{_config_text(described)}\nwould train into {out}")
+        return _would(options, config, again, {"out": str(out)}, f"would train into {out}")
+    findings = require_valid(config)
     if options.launch:
         require_launcher(options.launch)
         require_directory(out, config, overwrite=options.overwrite, fork=options.fork)
-        switches = [name for name in ("overwrite", "fork") if getattr(options, name)]
-        again = ["train", options.config, *options.overrides, *seed, "--out", str(out), *(f"--{s}" for s in switches)]
         return _launch(options, again, out, config)
     for finding in findings if _leads() else ():
         if finding.level == "warning":
@@ -203,12 +200,24 @@ def _require_split(config: Any, where: str, engine: str) -> None:
     require_splittable(config, engine)
 
 
-def _launch(options: argparse.Namespace, arguments: list[str], out: Path, config: Any) -> int:
-    """Run `align <arguments>` in several processes, and say what happened to them."""
-    from align.checkpoint import checkpoints
+def _would(options: argparse.Namespace, config: Any, again: list[str], more: dict[str, Any], what: str) -> int:
+    """Resolve the config, its data and rewards and its launch, and say what a run would do."""
+    from align.checks import describe_config
+    from align.commands.dry import require_ready
+    from align.launch import shown
+
+    found = {**describe_config(config, require_ready(config)), **more}
+    text = f"{_config_text(found)}\n{what}"
+    if options.launch:
+        found["command"] = shown(*_launched(options, again, config))
+        text += f"\nby {found['command']}"
+    return _give(options, found, text)
+
+
+def _launched(options: argparse.Namespace, arguments: list[str], config: Any) -> tuple[list[str], dict[str, str]]:
+    """Return the command that runs `align <arguments>` in several processes, and what it adds to the environment."""
     from align.engine import deepspeed_settings, read_settings, require_fsdp
-    from align.launch import launch_command, run_launched, shown
-    from align.sitting import read_record
+    from align.launch import launch_command
 
     fsdp = "fsdp" in _engine(options, config)
     settings = options.deepspeed or ("zero2" if options.launch == "deepspeed" and not fsdp else None)
@@ -232,7 +241,16 @@ def _launch(options: argparse.Namespace, arguments: list[str], out: Path, config
         arguments = [*arguments, "--deepspeed", settings]
     if options.json is not None:
         arguments = [*arguments, "--json", options.json]
-    command, environment = launch_command(options.launch, options.nproc, arguments)
+    return launch_command(options.launch, options.nproc, arguments)
+
+
+def _launch(options: argparse.Namespace, arguments: list[str], out: Path, config: Any) -> int:
+    """Run `align <arguments>` in several processes, and say what happened to them."""
+    from align.checkpoint import checkpoints
+    from align.launch import run_launched, shown
+    from align.sitting import read_record
+
+    command, environment = _launched(options, arguments, config)
     sys.stderr.write(f"align: {shown(command, environment)}\n")
     before = read_record(out)
     code = run_launched(command, environment)
@@ -262,8 +280,9 @@ def _resume(options: argparse.Namespace) -> int:
     config = _run_config(options.run_folder)
     engine = _engine(options, config)
     if options.dry_run:
-        plan = {"directory": str(options.run_folder), "steps": config.steps}
-        return _give(options, plan, f"would resume {options.run_folder} up to step {config.steps}")
+        what = f"would resume {options.run_folder} up to step {config.steps}"
+        again = ["resume", str(options.run_folder)]
+        return _would(options, config, again, {"directory": str(options.run_folder)}, what)
     if config.trainer == "fit":
         return fit.fit_into(options, config, options.run_folder, ["resume", str(options.run_folder)], _launch)
     if config.trainer == "peering":
@@ -314,6 +333,7 @@ def _ended(result: Any) -> str:
 
 
 def _score(options: argparse.Namespace) -> int:
+    from align.commands.dry import require_rewards
     from align.config import load_rewards
     from rewards.scoring import plan_scores, score_files
 
@@ -322,6 +342,7 @@ def _score(options: argparse.Namespace) -> int:
     call |= {"completion_column": options.completion_column, "overwrite": options.overwrite}
     out = options.out or Path("scores.parquet")
     if options.dry_run:
+        require_rewards(rewards)
         return _dry(options, "score", plan_scores(rewards, out, **call)[0])
     from align.reports.scores import write_contact_sheet
 
@@ -331,7 +352,8 @@ def _score(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from align.checks import check_config, describe_config, describe_prompts
+    from align.checks import describe_config, describe_prompts
+    from align.commands.dry import config_findings
     from align.config import load_config
     from align.offline_checks import describe_image_feedback, is_image_feedback_file
     from align.preferences import describe_preferences, is_preference_file
@@ -359,14 +381,7 @@ def _check(options: argparse.Namespace) -> int:
         config = _run_config(source, options.overrides)
     else:
         config = load_config(options.file, options.overrides)
-    findings = check_config(config, reward_names=_reward_names(), files=True)
-    missing = {finding.code for finding in findings} & {"data", "model", "model_not_here"}
-    here = _is_language(config) and config.data.path != "toy" and not missing
-    if here and find_spec("transformers"):
-        from trainers.data_check import length_findings
-
-        findings += length_findings(config)
-    found = describe_config(config, [*_bad_rewards(config), *findings])
+    found = describe_config(config, config_findings(config))
     _give(options, found, _config_text(found))
     return 0 if found["valid"] else 2
 
@@ -470,13 +485,11 @@ def _rewards(options: argparse.Namespace) -> int:
 
 def _serve(options: argparse.Namespace) -> int:
     try:
-        from rewards.serve import read_asked, serve
+        from rewards.serve import read_asked, require_asked, serve
     except ModuleNotFoundError as error:
         raise ConfigError("Serving needs more packages", why=str(error), do="pip install 'align[server]'") from error
     asked = [*((name, {}) for name in options.reward or ()), *(read_asked(options.config) if options.config else ())]
-    for name, _ in asked:
-        if ":" not in name:
-            _known(name, _reward_names(), "reward")
+    require_asked(asked)
     if options.dry_run:
         return _dry(options, "serve", {"rewards": [name for name, _ in asked], "at": f"{options.host}:{options.port}"})
 
@@ -498,9 +511,11 @@ def _feedback(options: argparse.Namespace) -> int:
 
 
 def _feedback_report(options: argparse.Namespace) -> int:
+    from align.feedback.store import Store
     from align.reports.feedback import page_of, write_report
 
     if options.dry_run:
+        Store.open(options.store, create=False).close()
         return _dry(options, "report", {"store": str(options.store), "page": str(page_of(options.store, options.out))})
     path, found = write_report(
         options.store, options.out, quality=options.quality, outcome=options.outcome, draws=options.draws,
@@ -553,34 +568,8 @@ def _doctor(options: argparse.Namespace) -> int:
     return 0 if all(check.ok for check in checks) else 2
 
 
-def _bad_rewards(config: RunConfig) -> list[Finding]:
-    """What is wrong with the arguments and transforms of a config's rewards, without building one."""
-    from align.checks import Finding, named_rewards
-    from rewards.base import require_arguments
-    from rewards.compose import build_transforms
-
-    found, names = [], _reward_names()
-    for part in ("rewards", "heldout_rewards"):
-        for i, reward in named_rewards(getattr(config, part, ())):
-            checks = [("transform", lambda r=reward: build_transforms(r.transform, r.name))]
-            if reward.name in names and reward.args.get("placement") != "remote":
-                checks.append(("args", lambda r=reward: require_arguments(r.name, r.args)))
-            for key, check in checks:
-                try:
-                    check()
-                except ConfigError as error:
-                    found.append(Finding("error", key, str(error).removesuffix("."), "", f"{part}.{i}.{key}"))
-    return found
-
-
 def _sentence(text: str) -> str:
     return text if text.endswith(("?", ".", "!")) else text + "."
-
-
-def _reward_names() -> list[str]:
-    from rewards import list_rewards
-
-    return [card.name for card in list_rewards()]
 
 
 def _is_language(config: RunConfig) -> bool:

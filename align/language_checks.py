@@ -154,7 +154,7 @@ def _files(config: LanguageConfig) -> list[Finding]:
         if path is None or path == "toy":
             continue
         try:
-            alone = isinstance(config, RLUFConfig) and config.objective.baseline == "reference"
+            alone = isinstance(config, RLUFConfig) and config.prompts_alone
             rows = load_preferences(path, prompts=alone)
             if any(row.images for row in rows.rows) and _reads_text_alone(config.model.path):
                 found.append(Finding(

@@ -95,3 +95,8 @@ class RLUFConfig(LanguageConfig):
     evaluation: LanguageEvaluationConfig = Field(
         default=LanguageEvaluationConfig(prompts=64), description="The evaluation."
     )
+
+    @property
+    def prompts_alone(self) -> bool:
+        """Whether rows may be prompts alone, as the baseline is an answer of the model before training."""
+        return self.objective.baseline == "reference"

@@ -149,19 +149,19 @@ def _described(reward: Reward, identity: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _media(reward: Reward | Named) -> str:
+def media_of(reward: Reward | Named) -> str:
     """What a reward scores: "image", "video", "text", or "any"; that of the reward inside a threshold."""
     if isinstance(reward, str):
         return "any" if ":" in reward and reward not in REWARDS else REWARDS.get(reward).card.media
     if isinstance(reward, RewardConfig):
-        inner, media = reward.args.get("reward"), _media(reward.name)
-        return _media(inner) if media == "any" and isinstance(inner, str) else media
+        inner, media = reward.args.get("reward"), media_of(reward.name)
+        return media_of(inner) if media == "any" and isinstance(inner, str) else media
     inner = getattr(reward, "inner", None)
-    return _media(inner) if inner is not None and reward.card.media == "any" else reward.card.media
+    return media_of(inner) if inner is not None and reward.card.media == "any" else reward.card.media
 
 
 def _kind(rewards: Sequence[Reward | Named], images: str | Path | None) -> str:
-    media = {_name(reward): _media(reward) for reward in rewards}
+    media = {_name(reward): media_of(reward) for reward in rewards}
     asked = set(media.values()) - {"any"}
     if "video" in asked:
         raise ConfigError("Only images and texts are scored from files", why=f"{media} has a reward of videos")

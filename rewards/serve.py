@@ -28,7 +28,7 @@ from align.config import load_rewards
 from align.errors import ConfigError, DataError
 from align.registry import suggest
 from align.stops import ending
-from rewards.base import Reward, get_reward, score_safely
+from rewards.base import Reward, get_reward, require_arguments, score_safely
 from rewards.remote import RemoteReward
 from rewards.roster import entry_of
 from rewards.wire import Answer, pack_answers, read_scores, unpack_items
@@ -54,13 +54,24 @@ def build_served(asked: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Served]
     Raises:
         ConfigError: no reward, an unknown one, or an unknown argument.
     """
-    if not asked:
-        raise ConfigError("There is nothing to serve", do="Name a reward: align rewards serve --reward jpeg")
+    require_asked(asked)
     served: dict[tuple[str, str], Served] = {}
     for name, args in asked:
         reward = get_reward(name, **args)
         served.setdefault((name, reward.identity()), Served(reward, entry_of(name, args, reward)))
     return list(served.values())
+
+
+def require_asked(asked: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    """Refuse what cannot be served, and build nothing.
+
+    Raises:
+        ConfigError: no reward, an unknown one, or an unknown argument.
+    """
+    if not asked:
+        raise ConfigError("There is nothing to serve", do="Name a reward: align rewards serve --reward jpeg")
+    for name, args in asked:
+        require_arguments(name, args)
 
 
 def read_asked(path: str | Path) -> list[tuple[str, dict[str, Any]]]:

@@ -10,6 +10,7 @@ from align.checks import Finding
 from align.errors import AlignError
 from align.language_config import LanguageConfig
 from align.preferences import PreferenceSet, load_preferences
+from align.rluf_config import RLUFConfig
 from align.seeding import permutation
 from trainers.language_model import load_processor
 from trainers.preference_data import encode, tokenise
@@ -46,7 +47,12 @@ def describe_lengths(
 
 
 def length_findings(config: LanguageConfig) -> list[Finding]:
-    """Return what the lengths of a config's rows say; its model and data have to be on this machine."""
+    """Return what the lengths of a config's rows say; its model and data have to be on this machine.
+
+    Nothing of rows that may be prompts alone: their completions are drawn.
+    """
+    if isinstance(config, RLUFConfig) and config.prompts_alone:
+        return []
     data = config.data
     try:
         found = describe_lengths(

@@ -323,7 +323,7 @@ class _Reload:
 
 def read_data(config: LanguageConfig) -> tuple[PreferenceSet, PreferenceSet | None]:
     """Return the training and the held-out rows of a configuration."""
-    data, alone = config.data, isinstance(config, RLUFConfig) and config.objective.baseline == "reference"
+    data, alone = config.data, isinstance(config, RLUFConfig) and config.prompts_alone
     rows = toy_thumbs() if data.path == "toy" else load_preferences(data.path, prompts=alone)
     if data.heldout_path is not None:
         return rows, load_preferences(data.heldout_path, prompts=alone)

@@ -15,6 +15,7 @@ from align.output import INTERRUPTED, add_dry_run, add_json, add_out, add_seed, 
 def fit(options: argparse.Namespace, launch: Callable[..., int]) -> int:
     """Fit a reward as a config says; `launch` runs `align` in several processes."""
     from align.checks import require_valid
+    from align.commands.dry import require_ready
     from align.config import load_config
     from align.fit_config import FitConfig
 
@@ -23,6 +24,11 @@ def fit(options: argparse.Namespace, launch: Callable[..., int]) -> int:
     require_valid(config)
     out = options.out or Path("runs") / config.name
     if options.dry_run:
+        require_ready(config)
+        if options.launch:
+            from rewards.fit import require_launchable
+
+            require_launchable(config, options.nproc)
         return give(options, _plan(config, out), _plan_text(config, out))
     again = ["fit", options.config, *options.overrides, *seed, "--out", str(out)]
     again += ["--overwrite"] if options.overwrite else []

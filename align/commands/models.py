@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from align.commands import rewards
+from align.commands.dry import require_rewards, require_source
 from align.errors import AlignError, ConfigError
 from align.output import add_dry_run, add_json, add_out, add_seed, dry, give, number, positive, share, table, word
 
@@ -39,6 +40,7 @@ def sample(options: argparse.Namespace) -> int:
     with _naming_flags():
         call = {"count": options.count or 4, **_sampling(options), "out": str(options.out or "samples")}
     if options.dry_run:
+        require_source(options.source)
         return dry(options, "sample", {"source": options.source, "prompts": _prompts_plan(prompts), **call})
     from trainers import sample_images
 
@@ -67,7 +69,11 @@ def evaluate(options: argparse.Namespace) -> int:
             call |= {"samples": options.samples or 256, **_sampling(options)}
     call["out"] = options.out
     if options.dry_run:
-        plan = _prompts_plan(options.prompts, options.chat)
+        require_source(options.source)
+        require_rewards(named)
+        plan = _rows_plan(options.data) if options.data else _prompts_plan(options.prompts, options.chat)
+        if named:
+            call["rewards"] = [reward if isinstance(reward, str) else reward.name for reward in named]
         return dry(options, "evaluate", {"source": options.source, "prompts": plan, **call})
     if not language:
         from trainers import evaluate as evaluate_images
@@ -117,6 +123,7 @@ def _sample_text(options: argparse.Namespace, prompts: Any) -> int:
     call = {"count": options.count or 1, "seed": options.seed, "base": options.base}
     call |= {name: getattr(options, name) for name in _DRAWN} | {"out": str(options.out or "completions.jsonl")}
     if options.dry_run:
+        require_source(options.source)
         plan = _prompts_plan(prompts, options.chat)
         return dry(options, "sample", {"source": options.source, "prompts": plan, **call})
     from trainers import sample_completions
@@ -157,6 +164,12 @@ def _prompts_plan(prompts: Any, chat: bool = False) -> str:
 
     loaded = load_prompts(prompts)
     return f"{len(loaded)} from {loaded.source}"
+
+
+def _rows_plan(data: str) -> str:
+    from align.preferences import load_preferences
+
+    return f"those of {len(load_preferences(data))} rows from {data}"
 
 
 class _Bar:
@@ -356,6 +369,13 @@ def sample_candidates(options: argparse.Namespace, out: Path) -> Path:
             sample_images(**call, out=out / "samples")
             replace_text(made, said)
     return out / "samples"
+
+
+def plan_candidates(options: argparse.Namespace) -> str:
+    """Refuse candidates that could not be sampled; return which prompts they would answer."""
+    _is_language(options)
+    require_source(options.source)
+    return _prompts_plan(options.prompts, options.chat)
 
 
 def candidate_arguments(parser: argparse.ArgumentParser) -> None:

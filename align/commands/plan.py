@@ -14,7 +14,7 @@ from typing import Any
 
 from align.errors import ConfigError
 from align.footprint import Footprint
-from align.output import add_json, give, number, positive, table
+from align.output import add_dry_run, add_json, dry, give, number, positive, table
 from align.plan import COUNTS, ENGINES, Job, Row, choose, launch
 from align.plan import table as rows_of
 
@@ -33,6 +33,14 @@ EXTRAPOLATED = (
 
 def plan(options: argparse.Namespace) -> int:
     """Say what a run would hold and take on 1 to 64 accelerators, and which of them it fits on."""
+    if options.dry_run:
+        from align.checks import require_valid
+        from align.config import load_config
+
+        config = load_config(options.config, options.overrides)
+        require_valid(config)
+        what = {"run": config.name, "model": config.model.path, "gpus": options.gpus, "memory": options.memory}
+        return dry(options, "plan", {**what, "timed here": options.measure})
     found = make_plan(
         options.config, options.overrides, gpus=options.gpus, memory_gb=options.memory, per_node=options.per_node,
         forward_seconds=options.forward_seconds, measure=options.measure,
@@ -55,6 +63,7 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--measure", action="store_true", help="load the model and time that here; small local ones are timed unasked"
     )
+    add_dry_run(parser)
     add_json(parser)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,17 @@ def evaluate(options: argparse.Namespace) -> int:
         found, text = _benchmark(options), _benchmark_text
         plan = {"benchmark": options.benchmark, "scores": options.scores}
     else:
-        rewards, data, part = _rewards_and_data(options)
+        named = _named(options)
+        data, part = _data(options, named)
         plan = {
-            "rewards": ", ".join(reward.names[0] for reward in rewards), "rows": part,
+            "rewards": [reward.name for reward in named], "rows": part,
             **{f"{kind}s": n for kind, n in data.counts().items()},
         }  # fmt: skip
         if not options.dry_run:
+            from rewards import get_reward
             from rewards.on_feedback import evaluate_rewards
 
+            rewards = [get_reward(reward.name, **reward.args) for reward in named]
             found, text = evaluate_rewards(rewards, data), _feedback_text
             found["data"]["part"] = part
     if options.dry_run:
@@ -79,35 +82,44 @@ def _is_fit(source: str) -> bool:
     return bool(load_config(path / "config.yaml").trainer == "fit")
 
 
-def _rewards_and_data(options: argparse.Namespace) -> tuple[list[Any], Any, str]:
-    """Build the rewards, and read the feedback that they are measured on; say which rows of it that is."""
-    from align.config import load_config, load_rewards
-    from align.fit_config import FitDataConfig
-    from rewards import get_reward
-    from rewards.fit_data import load_data
-    from rewards.fitted import Fitted
-    from rewards.on_feedback import feedback_for_fit
+def _named(options: argparse.Namespace) -> list[Any]:
+    """Return the rewards to be evaluated as a configuration names them; refuse those that cannot be built."""
+    from align.commands.dry import require_rewards
+    from align.config import RewardConfig, load_rewards
 
-    rewards: list[Any] = [] if options.source is None else [Fitted(options.source)]
-    rewards += [get_reward(name) for name in options.reward or ()]
-    if options.config:
-        rewards += [get_reward(reward.name, **reward.args) for reward in load_rewards(options.config)]
-    if not rewards:
+    named = [] if options.source is None else [RewardConfig(name="fitted", args={"path": str(options.source)})]
+    named += [RewardConfig(name=name) for name in options.reward or ()]
+    named += load_rewards(options.config) if options.config else ()
+    if not named:
         raise ConfigError(
             "Nothing is named to be evaluated", do="Give SOURCE, --reward NAME, --config FILE, or --benchmark NAME"
         )
+    require_rewards(named)
+    return named
+
+
+def _data(options: argparse.Namespace, named: Sequence[Any]) -> tuple[Any, str]:
+    """Return the feedback that rewards are measured on, and which rows of it that is."""
+    from align.config import load_config
+    from align.fit_config import FitDataConfig
+    from rewards.fit_data import load_data
+    from rewards.fitted import read_artefact
+    from rewards.on_feedback import feedback_for_fit
+    from rewards.scoring import media_of
+
     told = {"folder": options.images, "key": options.key, "reaction": options.reaction}
     told = {name: value for name, value in told.items() if value is not None}
-    fit = next((reward for reward in rewards if isinstance(reward, Fitted)), None)
-    config = None if fit is None else fit.folder.parent / "config.yaml"
+    fits = [read_artefact(reward.args["path"]) for reward in named if reward.name == "fitted"]
+    config = fits[0][0].parent / "config.yaml" if fits else None
     if config is not None and config.is_file():
-        return rewards, *feedback_for_fit(load_config(config), fit.artefact["card"], options.data, told)
+        return feedback_for_fit(load_config(config), fits[0][1]["card"], options.data, told)
     if options.data is None:
         raise ConfigError("Rewards are measured on feedback", do="Give --data FILE, or --benchmark NAME --scores FILE")
-    media = next((m for reward in rewards if (m := reward.card.media) != "any"), "image" if options.images else "text")
+    kinds = [str(artefact["media"]) for _, artefact in fits] + [media_of(reward) for reward in named]
+    media = next((kind for kind in kinds if kind != "any"), "image" if options.images else "text")
     if media == "video":
-        raise ConfigError("Feedback on videos is not evaluated yet", where=rewards[0].names[0])
-    return rewards, load_data([options.data], FitDataConfig(paths=(options.data,), media=media, **told)), "all rows"
+        raise ConfigError("Feedback on videos is not evaluated yet", where=named[0].name)
+    return load_data([options.data], FitDataConfig(paths=(options.data,), media=media, **told)), "all rows"
 
 
 # --- as text ----------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from align.commands.models import candidate_arguments, sample_candidates
+from align.commands.dry import require_rewards
+from align.commands.models import candidate_arguments, plan_candidates, sample_candidates
 from align.errors import ConfigError
 from align.output import add_dry_run, add_json, add_out, dry, finite, give, number, positive, share, table
 
@@ -61,8 +62,9 @@ def _plan(options: argparse.Namespace, panel: Any, rule: Any, out: Path, ready: 
         plan |= {"candidates": f"{len(found.rows)} {'images' if found.images else 'texts'}"}
         plan |= {"prompts": max(found.groups()) + 1, "scores": list(found.scores) or None}
     else:
-        plan |= {"prompts": options.prompts or "the run's held-out prompts", "count": options.count or 8}
+        plan |= {"prompts": plan_candidates(options), "count": options.count or 8}
     if panel is not None:
+        require_rewards((*panel.rewards, *panel.heldout_rewards))
         plan |= {"rewards": [r.name for r in panel.rewards], "judges": [r.name for r in panel.heldout_rewards] or None}
     kept = {name: value for name, value in vars(rule).items() if value}
     return {**plan, **kept, "pairs": options.pairs, "up_from": options.up_from, "out": str(out)}

@@ -263,11 +263,3 @@ def test_the_page_documents_every_option():
         assert name in rows, name
         if isinstance(info.default, (bool, int, str)) and info.default != "":
             assert f"`{str(info.default).lower()}`" in rows[name], name
-
-
-def test_the_documented_task_is_one(tmp_path: Path):
-    text = (Path(tasks.__file__).parents[2] / "docs" / "feedback_page.md").read_text(encoding="utf-8")
-    (tmp_path / "answers.jsonl").write_text(text.split("```json\n")[1].split("```")[0])
-    (tmp_path / "task.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
-    found = describe_task(load_task(tmp_path / "task.yaml"))
-    assert (found["screens"], found["answers_wanted"]) == (1, 2)

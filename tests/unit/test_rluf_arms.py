@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import shlex
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -182,34 +180,10 @@ def test_a_run_without_rewards_is_refused(tmp_path):
         write_pareto([folder], tmp_path / "x.html")
 
 
-@pytest.mark.slow
-def test_the_commands_of_the_page_run(tmp_path, monkeypatch, capsys):
-    """Every command of docs/rluf.md in its order, the trainings cut short."""
-    page = (Path(__file__).parents[2] / "docs" / "rluf.md").read_text(encoding="utf-8")
-    commands = [line.partition("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", page, re.S)
-                for line in block.splitlines()]  # fmt: skip
-    assert len(commands) > 8
-    monkeypatch.chdir(tmp_path)
-    short = ["steps=1", "evaluation.prompts=20", "evaluation.rows=20", "sampling.completions=2"]
-    for command in commands:
-        words = shlex.split(command)
-        if words[0] == "echo":
-            Path(words[3]).write_text(words[1] + "\n")
-            continue
-        texts = words[1] == "train" and words[2] != "rluf/digits"
-        images = ["steps=1", "model.path=digits/smoke", "evaluation.final_samples=8", "prompts_per_step=2"]
-        more = short if texts else images if words[1] == "train" else []
-        assert words[0] == "align" and main([*words[1:], *more]) == 0, command
-    capsys.readouterr()
-    assert (tmp_path / "arms.svg").is_file()
-    reward = get_reward("calibrated", reward="digits/legibility", baseline="baseline.csv")
-    assert list(reward.base) == ["a bold handwritten three"]
-
-
 def test_the_configuration_of_the_page_is_one(tmp_path):
     page = (Path(__file__).parents[2] / "docs" / "rluf.md").read_text(encoding="utf-8")
     path = tmp_path / "mine.yaml"
-    path.write_text(page.split("```yaml\n")[1].split("```")[0])
+    path.write_text(page.split("```yaml file: mine.yaml\n")[1].split("```")[0])
     config = load_config(path)
     assert [f for f in check_config(config) if f.level == "error"] == []
     assert config.rewards["love"].name == "fitted" and config.rewards["farewell"].role == "gate"
