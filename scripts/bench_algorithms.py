@@ -322,7 +322,7 @@ def main() -> None:
     parser.add_argument(
         "overrides", nargs="*", help="key=value of every arm's configuration, such as model.path=digits"
     )
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if unknown := [arm for arm in (*args.arms, BASELINE) if arm not in ARMS or arm == BASELINE not in args.arms]:
         parser.error(f"--arms: {', '.join(unknown)} is unknown or missing; {BASELINE} must be there")
     grid = Grid(args.arms, args.rates, args.tuning_seeds, args.seeds, args.budget, args.spend, tuple(args.overrides))

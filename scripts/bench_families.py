@@ -38,6 +38,7 @@ from unittest import mock
 import numpy as np
 import torch
 from bench_step import Bench
+from measuring import cost, over_rounds
 from torch import Tensor
 
 from align.config import LoraConfig
@@ -205,21 +206,6 @@ def family_of(shape: Shape, pipeline: Any) -> Family:
 
     family.encode = encode
     return family
-
-
-def cost(work: Callable[[], object]) -> float:
-    """Return the seconds of one call: of the GPU by events, or of this process's CPU."""
-    if not GPU:
-        began = time.process_time()
-        work()
-        return time.process_time() - began
-    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    began.record()
-    work()
-    ended.record()
-    torch.cuda.synchronize()
-    return began.elapsed_time(ended) / 1000
 
 
 def brightness(samples: Samples) -> list[float]:
@@ -509,20 +495,20 @@ def measure(name: str, shape_name: str, rounds: int, official: int) -> dict[str,
             seen += [row] if turn else []
         tile = {"rollout": bench.batches[0], "train": bench.batches[1]}
 
-    def ratio(value: Callable[[dict[str, float]], float]) -> float:
-        return statistics.median(value(row) for row in seen)
-
-    median = {arm: ratio(lambda row, arm=arm: row[arm]) for arm in arms}
+    median = {arm: statistics.median(row[arm] for row in seen) for arm in arms}
+    plainly = {"official_loop_plain_ratio": None}
+    if not always:
+        plainly = over_rounds("official_loop_plain_ratio", [row["ours"] / row["official_plain"] for row in seen])
     return {
         "weights": weights, "side": shape.side, "samples": samples, "solver_steps": shape.steps,
         "trained_steps": bench.count, "rows_at_once": tile, "dtype": dtype,
         "checkpointed": always,
-        "rollout_vs_pipeline": ratio(lambda row: row["pipeline"] / row["rollout"]),
+        **over_rounds("rollout_vs_pipeline", [row["pipeline"] / row["rollout"] for row in seen]),
         "rollout_vs_plain": statistics.median(plain) / median["rollout"],
         "trained_step_feq": feq,
-        "non_model_overhead": ratio(lambda row: 1 - (row["bare_model"] + row["decode"]) / row["ours"]),
-        "official_loop_ratio": ratio(lambda row: row["ours"] / row["official"]),
-        "official_loop_plain_ratio": None if always else ratio(lambda row: row["ours"] / row["official_plain"]),
+        **over_rounds("non_model_overhead", [1 - (row["bare_model"] + row["decode"]) / row["ours"] for row in seen]),
+        **over_rounds("official_loop_ratio", [row["ours"] / row["official"] for row in seen]),
+        **plainly,
         "official_samples_run": few,
         "peak_memory_gb": {k: v for k, v in peaks.items() if v is not None} or {"process": peak_memory_mb() / 1000},
         "seconds": {**median, "plain": statistics.median(plain)},

@@ -17,9 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import resource
 import statistics
 import sys
 import tempfile
@@ -29,8 +26,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from measuring import over_rounds, peak_mb
+
 from align.feedback.events import FeedbackEvent, Item
 from align.feedback.store import Store, Writer
+from align.run import describe_machine
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -38,11 +38,6 @@ def seconds(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
-
-
-def peak_mb() -> float:
-    """Return the most memory this process has held, in megabytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def thumbs(items: list[Item], count: int, name: str) -> list[FeedbackEvent]:
@@ -133,19 +128,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         rounds = [compare_writing(folder, options.written, options.threads) for _ in range(options.rounds)]
+        ratios = [r["grouped"] / r["single"] for r in rounds]
         result: dict[str, Any] = {
-            "grouped_vs_single": statistics.median(r["grouped"] / r["single"] for r in rounds),
+            **over_rounds("grouped_vs_single", ratios),
             "grouped_vs_direct": statistics.median(r["grouped"] / r["single_direct"] for r in rounds),
             "events_a_second": {way: statistics.median(r[way] for r in rounds) for way in rounds[0]},
-            "ratios": [r["grouped"] / r["single"] for r in rounds],
             "threads": options.threads,
             "read": read_many(folder, options.events) if options.events else {},
-            "machine": {"cpus": os.cpu_count(), "python": platform.python_version(), "load": os.getloadavg()},
         }
         if options.users:
             from bench_feedback_page import page_latency
 
             result["page"] = page_latency(options.users, folder=folder)
+    result |= describe_machine()
     Path(options.json).write_text(json.dumps(result, indent=1), encoding="utf-8")
     sys.stdout.write(json.dumps(result, indent=1) + "\n")
 

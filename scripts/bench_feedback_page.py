@@ -1,6 +1,6 @@
 """How long the annotation page takes: one annotator alone, then many at once, through real HTTP to a real server.
 
-    python scripts/bench_feedback_page.py --users 50 --json page.json
+    python scripts/bench_feedback_page.py --users 50 --rounds 3 --json page.json
 
 A page is one answer: the post that stores it (on disk before it is acknowledged) and brings the next screen. Everyone
 pauses between answers, as people do, only far shorter: `think` seconds on average.
@@ -9,84 +9,50 @@ pauses between answers, as people do, only far shorter: `think` seconds on avera
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import random
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-import urllib.parse
 from pathlib import Path
 from typing import Any
 
+from align.feedback.crowd import Visitor
+from align.run import describe_machine
+
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 5.0
-TICKET = re.compile(rb'name="ticket" value="([^"]+)"')
 TEXT = "The light of the sky is scattered by the air, and the short wavelengths are scattered the most. " * 6
 
 
-class Person:
-    """One annotator on one kept-alive connection."""
+def annotate(address: str, users: int, answers: int, think: float, label: str) -> list[float]:
+    """Have `users` annotators answer at once, and return how many seconds every answer and its next screen took."""
+    found: list[list[float]] = []
 
-    def __init__(self, address: str) -> None:
-        self.address, self.cookie, self.page = address, "", b""
-
-    async def enter(self, name: str) -> None:
-        """Connect, sign in and open the first screen."""
-        host, _, port = self.address.partition(":")
-        self._reader, self._writer = await asyncio.open_connection(host, int(port))
-        headers = await self._ask("POST", "/enter", {"who": name})
-        self.cookie = re.findall(r"(?i)set-cookie: ([^;\r]+)", headers)[0]
-        await self._ask("GET", "/work")
-
-    async def answer(self) -> float:
-        """Answer the screen and read the next one; return how many seconds that took."""
-        ticket = TICKET.search(self.page)
-        if ticket is None:
-            raise RuntimeError(f"no screen to answer: {self.page[:200]!r}")
-        began = time.perf_counter()
-        await self._ask("POST", "/answer", {"ticket": ticket[1].decode(), "d0": "5", "d1": "4", "latency_ms": "900"})
-        return time.perf_counter() - began
-
-    async def _ask(self, method: str, path: str, fields: dict[str, str] | None = None) -> str:
-        body = urllib.parse.urlencode(fields or {}).encode()
-        lines = [
-            f"{method} {path} HTTP/1.1", f"host: {self.address}", f"origin: http://{self.address}", "hx-request: true",
-            f"cookie: {self.cookie}", "content-type: application/x-www-form-urlencoded", f"content-length: {len(body)}",
-        ]  # fmt: skip
-        head = "\r\n".join(lines) + "\r\n\r\n"
-        self._writer.write(head.encode() + body)
-        headers = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-        length = re.search(r"(?i)content-length: (\d+)", headers)
-        self.page = await self._reader.readexactly(int(length[1])) if length else b""
-        if not headers.startswith(("HTTP/1.1 200", "HTTP/1.1 303")):
-            raise RuntimeError(f"{method} {path}: {headers.splitlines()[0]}")
-        return headers
-
-    def leave(self) -> None:
-        """Close the connection."""
-        self._writer.close()
-
-
-async def _work(address: str, users: int, answers: int, think: float, label: str) -> list[float]:
-    people = [Person(address) for _ in range(users)]
-    for i, person in enumerate(people):
-        await person.enter(f"{label} {i}")
-
-    async def one(person: Person, seed: int) -> list[float]:
-        draw, taken = random.Random(seed), []
+    def work(place: int) -> None:
+        person, draw, taken = Visitor(address, f"{label} {place}", scripts=True), random.Random(place), []
+        person.screen()
+        entered.wait()
         for _ in range(answers):
-            await asyncio.sleep(draw.uniform(0.5, 1.5) * think)
-            taken.append(await person.answer())
-        return taken
-
-    found = await asyncio.gather(*(one(person, i) for i, person in enumerate(people)))
-    for person in people:
+            time.sleep(draw.uniform(0.5, 1.5) * think)
+            began = time.perf_counter()
+            person.answer(d0="5", d1="4")
+            taken.append(time.perf_counter() - began)
         person.leave()
+        found.append(taken)
+
+    entered = threading.Barrier(users)
+    people = [threading.Thread(target=work, args=(place,)) for place in range(users)]
+    for person in people:
+        person.start()
+    for person in people:
+        person.join()
+    if len(found) < users:
+        raise SystemExit(f"{users - len(found)} of {users} annotators did not come to their end")
     return [seconds for taken in found for seconds in taken]
 
 
@@ -107,18 +73,8 @@ def page_latency(
         (Path(made) / "task.yaml").write_text(json.dumps({**task, "annotators_per_item": users + 1}), encoding="utf-8")
         rows = [json.dumps({"prompt": f"Question {i}?", "response": f"{i}. {TEXT}"}) for i in range(400)]
         (Path(made) / "data.jsonl").write_text("\n".join(rows), encoding="utf-8")
-        command = [
-            sys.executable,
-            "-m",
-            "align.cli",
-            "feedback",
-            "serve",
-            "task.yaml",
-            "--port",
-            "0",
-            "--json",
-            "ready.json",
-        ]
+        command = [sys.executable, "-m", "align.cli", "feedback", "serve", "task.yaml", "--port", "0"]
+        command += ["--json", "ready.json"]
         path = {"PYTHONPATH": str(ROOT)}
         with subprocess.Popen(
             command, cwd=made, stdout=subprocess.PIPE, text=True, env={**os.environ, **path}
@@ -127,9 +83,9 @@ def page_latency(
                 if server.stdout is None or not server.stdout.readline():
                     raise RuntimeError("the server did not start")
                 address = json.loads((Path(made) / "ready.json").read_text(encoding="utf-8"))["address"]
-                asyncio.run(_work(address, 1, 20, 0.05, "warm"))
-                single = asyncio.run(_work(address, 1, alone, 0.1, "alone"))
-                many = asyncio.run(_work(address, users, answers, think, "many"))
+                annotate(address, 1, 20, 0.05, "warm")
+                single = annotate(address, 1, alone, 0.1, "alone")
+                many = annotate(address, users, answers, think, "many")
             finally:
                 server.terminate()
     single_ms = 1000 * statistics.median(single)
@@ -138,7 +94,7 @@ def page_latency(
     return {
         "users": users, "think_s": think, "pages": len(many), "single_median_ms": round(single_ms, 2),
         "many_median_ms": round(statistics.median(ranked), 2), "many_p95_ms": round(p95, 2),
-        "p95_over_single_median": round(p95 / single_ms, 2), "limit": LIMIT, "ok": p95 <= LIMIT * single_ms,
+        "p95_over_single_median": round(p95 / single_ms, 2),
     }  # fmt: skip
 
 
@@ -147,9 +103,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--users", type=int, default=50)
     parser.add_argument("--think", type=float, default=1.0, help="average pause of an annotator, in seconds")
+    parser.add_argument("--rounds", type=int, default=1, help="of one annotator and then many; medians are reported")
     parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
     options = parser.parse_args()
-    found = page_latency(options.users, think=options.think)
+    rounds = [page_latency(options.users, think=options.think) for _ in range(options.rounds)]
+    ratios = sorted(one["p95_over_single_median"] for one in rounds)
+    ratio = statistics.median(ratios)
+    found = {
+        "p95_over_single_median": ratio, "p95_over_single_median_spread": [ratios[0], ratios[-1]], "limit": LIMIT,
+        "ok": ratio <= LIMIT, "rounds": rounds, **describe_machine(),
+    }  # fmt: skip
     text = json.dumps(found, indent=2) + "\n"
     sys.stdout.write(text)
     if options.json:

@@ -1,6 +1,6 @@
 """What guards and stops cost of a step: one run whose steps have them and do without them in turn.
 
-    python scripts/bench_guards.py --pairs 40
+    python scripts/bench_guards.py --pairs 40 [--json FILE]
 
 A pair is two steps that follow each other; which of them has the guards changes from pair to pair, so neither a drift
 of the machine nor the order favours one. Printed is the median of (seconds with / seconds without - 1), and its
@@ -25,7 +25,7 @@ import torch
 import rewards.base
 from align import guards, stops
 from align.config import load_config
-from align.run import Run
+from align.run import Run, describe_machine
 from align.sitting import Sitting
 from trainers import DanceGRPO
 
@@ -87,10 +87,14 @@ def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = measure(options.pairs, Path(folder) / "run")
-    low, middle, high = np.quantile(found, [0.25, 0.5, 0.75])
+    low, middle, high = np.quantile(found, [0.25, 0.5, 0.75]).tolist()
+    if options.json:
+        figures = {"guards_cost": middle, "guards_cost_spread": [low, high], "pairs": len(found), **describe_machine()}
+        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(
         f"guards cost {middle:+.1%} of a step: median of {len(found)} interleaved pairs, "
         f"quartiles {low:+.1%} to {high:+.1%}\n"

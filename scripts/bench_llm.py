@@ -16,7 +16,7 @@ padding      share of tokens that are not padding; a pass over rows packed into 
 V is 32k (width 256, prompts of 64 to 128 tokens, completions of 32 to 64) or 152k (width 128, half as long): a random
 Qwen2 of four layers in fp32, eight rows a step. Steps go through both libraries' own `training_step`, without gradient
 checkpointing. Times are CPU seconds of the process, on one thread, of arms that alternate in it; medians of the rounds'
-ratios. Sizes are those of fresh processes, what they import included. Progress goes to stderr.
+ratios. Sizes are those of fresh processes, what they import included, medians of three. Progress goes to stderr.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from measuring import cost, over_rounds, peak_mb
 
 if TYPE_CHECKING:
     import torch
@@ -58,21 +60,6 @@ BARS = {
 def say(text: str) -> None:
     """Write a line of progress."""
     sys.stderr.write(f"{text}\n")
-
-
-def cpu_seconds(work: Callable[[], object]) -> float:
-    """Return the CPU seconds this process spends in one call."""
-    began = time.process_time()
-    work()
-    return time.process_time() - began
-
-
-def peak_mb() -> float:
-    """Return this process's largest resident size; unlike `getrusage`'s, not that of the process that started it."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024 / 1e6
-    raise SystemExit("This needs Linux: /proc/self/status has no VmHWM")
 
 
 # Models and rows
@@ -146,6 +133,7 @@ def our_step(folder: Path, shape: str, trainer: str, *, precomputed: bool = Fals
     """Return forward and backward of our trainer on one batch, and the policy."""
     from align.config import load_config
     from align.preferences import load_preferences
+    from align.sitting import Sitting
     from align.tracking import RunLog
     from trainers import trainer_for
     from trainers.language_model import Reference, load_language_model
@@ -165,7 +153,9 @@ def our_step(folder: Path, shape: str, trainer: str, *, precomputed: bool = Fals
     reference = Reference(run.reference, model)
     cache = run._precompute(model) if precomputed else None
     perturb(model)
-    session = Session(run, RunLog(out, silent=True), None, 0.0)
+    log = RunLog(out, silent=True)
+    session = Session(run, log, None, 0.0)
+    session.sitting = Sitting(out, run.config, run.world, log, lambda: None)
     made = AlignTrainer(run, session, cache, reference, model=model, args=training_arguments(run, out / "staging"))
     made.state.global_step = 1  # the guard of the first step wants policy and reference to be one
     if precomputed:
@@ -227,7 +217,7 @@ def alternate(arms: dict[str, Callable[[], object]], rounds: int, label: str) ->
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for index in range(rounds + 1):
         for name, arm in arms.items():
-            seconds[name].append(cpu_seconds(arm))
+            seconds[name].append(cost(arm))
         say(f"{label}, round {index or 'of warm-up'}: " + ", ".join(f"{n} {s[-1]:.2f}" for n, s in seconds.items()))
     return {name: values[1:] for name, values in seconds.items()}
 
@@ -235,6 +225,11 @@ def alternate(arms: dict[str, Callable[[], object]], rounds: int, label: str) ->
 def ratio(seconds: dict[str, list[float]], a: str, b: str) -> float:
     """Return the median over rounds of one arm's seconds over another's."""
     return statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
+
+
+def with_spread(name: str, seconds: dict[str, list[float]], a: str, b: str) -> dict[str, Any]:
+    """Return that median under a name, and the smallest and largest of the rounds beside it."""
+    return over_rounds(name, [x / y for x, y in zip(seconds[a], seconds[b], strict=True)])
 
 
 def described(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
@@ -270,8 +265,8 @@ def speed(folder: Path, shape: str, rounds: int) -> dict[str, Any]:
         difference += float((parameter.grad - theirs[name].grad).double().square().sum())
         norm += float(theirs[name].grad.double().square().sum())
     return {
-        f"kto_ratio_{shape}": ratio(made["seconds"], "kto", "trl"),
-        f"bco_over_kto_ratio_{shape}": ratio(made["seconds"], "bco", "kto"),
+        **with_spread(f"kto_ratio_{shape}", made["seconds"], "kto", "trl"),
+        **with_spread(f"bco_over_kto_ratio_{shape}", made["seconds"], "bco", "kto"),
         f"loss_difference_{shape}": abs(made["losses"]["kto"] - made["losses"]["trl"]),
         f"gradient_difference_{shape}": (difference / norm) ** 0.5,
         f"seconds_{shape}": described(made["seconds"]),
@@ -512,13 +507,18 @@ def measure(parts: list[str], rounds: int, seeds: int) -> dict[str, Any]:
         for shape in SHAPES:
             with scratch() as folder:
                 in_a_process({"part": "save_model", "shape": shape}, folder)
-                sizes = {
-                    arm: in_a_process({"part": "memory", "shape": shape, "arm": arm}, folder)
-                    for arm in ("kto", "trl", "bco")
-                }
-            say(f"{shape} peak MB: " + ", ".join(f"{arm} {size['peak_mb']:.0f}" for arm, size in sizes.items()))
-            found[f"kto_memory_ratio_{shape}"] = sizes["kto"]["peak_mb"] / sizes["trl"]["peak_mb"]
-            found[f"memory_{shape}"] = sizes
+                rows = [
+                    {
+                        arm: in_a_process({"part": "memory", "shape": shape, "arm": arm}, folder)
+                        for arm in ("kto", "trl", "bco")
+                    }
+                    for _ in range(min(rounds, 3))
+                ]
+            peaks = {arm: statistics.median(row[arm]["peak_mb"] for row in rows) for arm in rows[0]}
+            say(f"{shape} peak MB: " + ", ".join(f"{arm} {peak:.0f}" for arm, peak in peaks.items()))
+            ratios = [row["kto"]["peak_mb"] / row["trl"]["peak_mb"] for row in rows]
+            found |= over_rounds(f"kto_memory_ratio_{shape}", ratios)
+            found[f"memory_{shape}"] = {"peak_mb": peaks, "processes": rows}
     if "order" in parts:
         rows = []
         for seed in range(seeds):

@@ -20,7 +20,6 @@ import argparse
 import functools
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -36,6 +35,7 @@ from align.feedback.bias import spearman
 from align.feedback.resampling import bootstrap_sums, wilson
 from align.feedback.simulate import Simulation, SimulationConfig, simulate
 from align.groupstats import bootstrap_mean
+from align.run import describe_machine
 from align.tracking import replace_text
 from align.types import Samples
 from rewards import get_reward
@@ -239,7 +239,7 @@ def measure(made: Cells, options: argparse.Namespace) -> dict[str, Any]:
         "calibration": {name: probabilities(found) for name, found in calibration.items()},
         "cpu_seconds": sum(cell["cpu_seconds"] for cell in every),
         "settings": made.settings | {"seeds": options.seeds}, "worlds": {n: asdict(w) for n, w in WORLDS.items()},
-        "machine": {"cpus": os.cpu_count(), "python": platform.python_version(), "load": os.getloadavg()},
+        **describe_machine(),
     }  # fmt: skip
 
 

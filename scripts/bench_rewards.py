@@ -8,27 +8,25 @@ prompt_tower_passes  rows that went through the prompt tower for P prompts of G 
 file_reads           times the weights were read for two rewards on one file                               (== 1)
 memory               of each reward: the peak while it loads and scores, and what its weights are, in MB
 
-Arms alternate within each round and the medians of the rounds' ratios are reported. ViT-H/14 joins with an accelerator.
+Arms alternate within each round and the medians of the rounds' ratios are reported; times are CPU time of the process,
+or of a GPU by events. ViT-H/14 joins with an accelerator.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import open_clip
 import torch
+from measuring import cost, over_rounds, peak_mb
 from PIL import Image
 
 from align.run import describe_machine
@@ -38,17 +36,6 @@ from rewards.media import clip_pixels, problems, stacked
 from rewards.towers import ClipReward
 
 SIZES = {"ViT-B-32-quickgelu": ("clip/hessel", "clip/cosine"), "ViT-H-14": ("hpsv2", "pickscore")}
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """Return the wall-clock seconds of one call."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 def write_weights(architecture: str, folder: Path) -> Path:
@@ -119,7 +106,7 @@ def compare(architecture: str, file: Path, args: argparse.Namespace) -> dict[str
     }  # fmt: skip
     for work in works.values():
         work()
-    rows = [{name: seconds(work) for name, work in works.items()} for _ in range(args.rounds)]
+    rows = [{name: cost(work) for name, work in works.items()} for _ in range(args.rounds)]
     ratios = [row["bare"] / (row["score"] - row["preprocess"]) for row in rows]
 
     grouped, passed = make_samples(args.batch, args.group, args.side), []
@@ -130,8 +117,7 @@ def compare(architecture: str, file: Path, args: argparse.Namespace) -> dict[str
     hook.remove()
     median = {name: statistics.median(row[name] for row in rows) for name in works}
     return {
-        "scoring_vs_bare": statistics.median(ratios),
-        "scoring_vs_bare_spread": [min(ratios), max(ratios)],
+        **over_rounds("scoring_vs_bare", ratios),
         "whole_score_vs_bare": median["bare"] / median["score"],
         "prompt_tower_passes": sum(passed),
         "prompts": len(set(grouped.prompts)),
@@ -142,27 +128,18 @@ def compare(architecture: str, file: Path, args: argparse.Namespace) -> dict[str
     }
 
 
-def peak_megabytes() -> float:
-    """Return the most memory this process has held; what its parent held before starting it does not count."""
-    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii") as status:
-        for line in status:
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def measure_memory(name: str, file: str, architecture: str, args: argparse.Namespace) -> None:
     """In a process of its own: build one reward, score one batch, and write the peak to standard output."""
     samples = make_samples(args.batch, args.group, args.side)
-    before = peak_megabytes()
+    before = peak_mb()
     reward = get_reward(name, path=file, architecture=architecture)
-    loaded = peak_megabytes()
+    loaded = peak_mb()
     scored = reward.score(samples)
-    peak = peak_megabytes()
-    weights = sum(t.numel() * t.element_size() for t in reward.towers.model.parameters()) / 2**20
+    peak = peak_mb()
+    weights = sum(t.numel() * t.element_size() for t in reward.towers.model.parameters()) / 1e6
     found = {"weights": weights, "peak_loading": loaded - before, "peak_scoring": peak - before}
     if torch.cuda.is_available():
-        found["peak_accelerator"] = torch.cuda.max_memory_allocated() / 2**20
+        found["peak_accelerator"] = torch.cuda.max_memory_allocated() / 1e6
     if not scored.valid.all():
         raise SystemExit(f"the benchmark scored nothing: {scored.errors[0]}")
     sys.stdout.write(json.dumps(found))

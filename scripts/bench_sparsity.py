@@ -29,12 +29,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from measuring import over_rounds
 from safetensors.torch import load_file, save_file
 
 from align.run import describe_machine
@@ -52,15 +53,16 @@ PROTOTYPE = {1e-7: 558, 1e-6: 109, 3e-6: 46, 1e-5: 17, 3e-5: 7.8}
 """Ratios measured of a prototype of the codec with zstd, by the standard deviation of a Gaussian update."""
 
 
-def cpu_seconds(work: Callable[[], object], rounds: int = 3, clock: Callable[[], float] = time.process_time) -> float:
-    """Return the median seconds of `work` after one run that warms up."""
+def timed(work: Callable[[], object], clock: Callable[[], float] = time.process_time) -> float:
+    """Return the seconds of one call by a clock."""
+    began = clock()
     work()
-    taken = []
-    for _ in range(rounds):
-        began = clock()
-        work()
-        taken.append(clock() - began)
-    return statistics.median(taken)
+    return clock() - began
+
+
+def ratio(rows: Sequence[Mapping[str, float]], name: str, a: str, b: str) -> dict[str, Any]:
+    """Return the median over rounds of one arm's seconds over another's, under a name, and their range beside it."""
+    return over_rounds(name, [row[a] / row[b] for row in rows])
 
 
 def write_pair(folder: Path, millions: int, scale: float) -> tuple[Path, Path]:
@@ -123,27 +125,29 @@ def delta_table(folder: Path) -> list[dict[str, float]]:
     return rows
 
 
-def measure(paths: tuple[Path, Path], folder: Path) -> dict[str, Any]:
+def measure(paths: tuple[Path, Path], folder: Path, rounds: int) -> dict[str, Any]:
     """Return every figure for one pair of files."""
-    limit = cpu_seconds(lambda: read_both(paths))
-    found: dict[str, Any] = {"limit_gb_s": sum(path.stat().st_size for path in paths) / limit / 1e9}
-    times: dict[str, dict[str, float]] = {}
+    arms: dict[str, Callable[[], object]] = {
+        "limit": lambda: read_both(paths), "authors": lambda: authors_method(paths),
+        "one_thread": lambda: compare(*paths, threads=1), "two_threads": lambda: compare(*paths, threads=2),
+    }  # fmt: skip
     for kernel in ("numpy", "numba"):
-        levels = (("bits", "bits"), ("battery", "full"))
-        times[kernel] = {
-            name: cpu_seconds(lambda k=kernel, lv=level: compare(*paths, level=lv, threads=1, kernel=k))
-            for name, level in levels
-        }
-        again = cpu_seconds(lambda: read_both(paths))
-        limit = min(limit, again)
+        for name, level in (("bits", "bits"), ("battery", "full")):
+            arms[f"{name}_{kernel}"] = lambda k=kernel, lv=level: compare(*paths, level=lv, threads=1, kernel=k)
+    rows = []
+    for turn in range(rounds + 1):  # the first warms up
+        clocks = {arm: time.perf_counter if arm.endswith(("thread", "threads")) else time.process_time for arm in arms}
+        row = {arm: timed(work, clocks[arm]) for arm, work in arms.items()}
+        row["limit"] = min(row["limit"], timed(arms["limit"], time.process_time))
+        rows += [row] if turn else []
+    found: dict[str, Any] = {"cpu_vs_authors": {}}
     for name in ("bits", "battery"):
-        found[f"{name}_over_limit"] = limit / times["numba"][name]
-        found[f"{name}_over_limit_numpy"] = limit / times["numpy"][name]
-    wall = [cpu_seconds(lambda n=n: compare(*paths, threads=n), clock=time.perf_counter) for n in (1, 2)]
-    found["two_threads"] = wall[0] / wall[1]
-    authors = cpu_seconds(lambda: authors_method(paths), rounds=1)
-    found["cpu_vs_authors"] = {name: authors / times["numba"][name] for name in ("bits", "battery")}
-    found["cpu_seconds"] = {"limit": limit, "authors": authors, **times}
+        found |= ratio(rows, f"{name}_over_limit", "limit", f"{name}_numba")
+        found |= ratio(rows, f"{name}_over_limit_numpy", "limit", f"{name}_numpy")
+        found["cpu_vs_authors"] |= ratio(rows, name, "authors", f"{name}_numba")
+    found |= ratio(rows, "two_threads", "one_thread", "two_threads")
+    found["seconds"] = {arm: statistics.median(row[arm] for row in rows) for arm in arms}
+    found["limit_gb_s"] = sum(path.stat().st_size for path in paths) / found["seconds"]["limit"] / 1e9
     found["same_as_authors"] = compare(*paths).as_dict()["sparsity_authors_mode"] == authors_method(paths)[0]
     file = folder / "compare.json"
     command = [sys.executable, "-m", "align.cli", "sparsity", "compare", *map(str, paths), "--json", str(file)]
@@ -186,23 +190,18 @@ def rank_figures(folder: Path, kinds: Sequence[str], side: int, rounds: int) -> 
             scaled, scale = spectrum.unit_scaled(matrix)
             return spectrum.count_above(scaled, edge * scale, many=many)
 
+        seen: list[torch.Tensor] = []
         arms: dict[str, Callable[[], Any]] = {
             "count": count, "whole": lambda pair=pair: rank_of(pair),
-            "torch": lambda matrix=matrix: torch.linalg.svdvals(torch.from_numpy(matrix)),
+            "torch": lambda matrix=matrix, seen=seen: seen.append(torch.linalg.svdvals(torch.from_numpy(matrix))),
         }  # fmt: skip
-        taken: dict[str, list[float]] = {name: [] for name in arms}
-        for _ in range(rounds):
-            for name, work in arms.items():
-                began = time.process_time()
-                values = work()
-                taken[name].append(time.process_time() - began)
-        seconds = {name: statistics.median(times) for name, times in taken.items()}
+        rows = [{name: timed(work) for name, work in arms.items()} for _ in range(rounds)]
+        seconds = {name: statistics.median(row[name] for row in rows) for name in arms}
         proved = count()
         found[kind] = {
             "density": float(np.mean(matrix != 0)), "above_edge": proved.above, "certificate": proved.certificate,
-            "proof": proved.proof, "svdvals_above_edge": int(np.sum(values.numpy() > edge)),
-            "svdvals_over_count": statistics.median(a / b for a, b in zip(taken["torch"], taken["count"], strict=True)),
-            "cpu_seconds": seconds,
+            "proof": proved.proof, "svdvals_above_edge": int(np.sum(seen[-1].numpy() > edge)),
+            **ratio(rows, "svdvals_over_count", "torch", "count"), "cpu_seconds": seconds,
         }  # fmt: skip
     return found
 
@@ -214,16 +213,12 @@ def overlap_figures(millions: int, rounds: int) -> dict[str, Any]:
     bools = [torch.from_numpy(np.unpackbits(b).view(np.bool_)) for b in bits]
     if count_overlap(*bits) != int((bools[0] & bools[1]).count_nonzero()):
         raise SystemExit("packed and torch masks disagree")
-    taken = []
-    for _ in range(rounds):
-        packed = cpu_seconds(lambda: count_overlap(*bits), 1)
-        taken.append((packed, cpu_seconds(lambda: (bools[0] & bools[1]).count_nonzero(), 1)))
-    seconds = {name: statistics.median(t[i] for t in taken) for i, name in enumerate(("packed", "torch"))}
+    arms = {"packed": lambda: count_overlap(*bits), "torch": lambda: (bools[0] & bools[1]).count_nonzero()}
+    rows = [{name: timed(work) for name, work in arms.items()} for _ in range(rounds + 1)][1:]  # the first warms up
     return {
-        "millions": millions,
-        "torch_over_packed": statistics.median(b / a for a, b in taken),
-        "cpu_seconds": seconds,
-    }
+        "millions": millions, **ratio(rows, "torch_over_packed", "torch", "packed"),
+        "cpu_seconds": {name: statistics.median(row[name] for row in rows) for name in arms},
+    }  # fmt: skip
 
 
 def independent_z(seed: int, size: int = 1 << 24) -> dict[str, float]:
@@ -252,7 +247,7 @@ def main() -> int:
     parser.add_argument("--millions", type=int, default=96, help="weights of the pair, in millions (default: 96)")
     parser.add_argument("--scale", type=float, default=1.2e-5, help="standard deviation of the update")
     parser.add_argument("--sections", default="compare,rank,overlap", help="what to measure (default: all)")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of rank and overlap (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of alternating arms (default: 3)")
     parser.add_argument("--kinds", default="planted,dense", help="updates whose rank is measured (default: both)")
     parser.add_argument("--side", type=int, default=4096, help="rows and columns of the delta (default: 4096)")
     parser.add_argument("--mask-millions", type=int, default=785, help="bits of a mask, in millions (default: 785)")
@@ -261,13 +256,13 @@ def main() -> int:
     sections, found = options.sections.split(","), {}
     with tempfile.TemporaryDirectory() as folder:
         if "compare" in sections:
-            found |= measure(write_pair(Path(folder), options.millions, options.scale), Path(folder))
+            found |= measure(write_pair(Path(folder), options.millions, options.scale), Path(folder), options.rounds)
         if "rank" in sections:
             found["rank"] = rank_figures(Path(folder), options.kinds.split(","), options.side, options.rounds)
         if "overlap" in sections:
             found["overlap"] = overlap_figures(options.mask_millions, options.rounds)
             found["independent"] = [independent_z(seed) for seed in range(4)]
-    found["machine"] = describe_machine()
+    found |= describe_machine()
     text = json.dumps(found, indent=2)
     if options.json:
         Path(options.json).write_text(text + "\n", encoding="utf-8")

@@ -6,9 +6,10 @@ model_share          bare denoiser forwards and backwards of the same shapes / a
 vs_batched_loop      our iteration / a straightforward batched loop on autograd               (<= 1.0)
 vs_official_loop     our iteration / one (sample, step) at a time, as the released code does
 rollout_vs_pipeline  a plain pipeline call / our rollout: same batch, steps and guidance      (>= .90)
-guards_cost          our iteration / the same with every guard taken out, minus 1             (<= .03)
 
-Arms alternate within each round and the medians of the rounds' ratios are reported.
+Arms alternate within each round and the medians of the rounds' ratios are reported. Times are CUDA events on a GPU and
+CPU time of the process otherwise, but for `iteration_parts`, wall-clock as a run counts its own. What guards cost is
+measured by `bench_guards.py`.
 """
 
 from __future__ import annotations
@@ -21,14 +22,13 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
+from measuring import cost, over_rounds
 
-from align import guards
 from align.checks import trained_step_count
 from align.config import load_config
 from align.diffusion.rollout import initial_noise, sample
@@ -37,15 +37,6 @@ from align.run import describe_machine
 from align.seeding import permutation
 from trainers import DanceGRPO
 from trainers.advantages import group_advantages
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """Return the wall-clock seconds of one call."""
-    began = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 class Bench:
@@ -105,19 +96,6 @@ class Bench:
         """Count seconds of the part `source` as a part of their own."""
         self.parts[source] -= seconds
         self.parts[name] = self.parts.get(name, 0.0) + seconds
-
-    def unguarded(self) -> None:
-        """One iteration of the trainer with its guards taken out."""
-        out, parts = {"first_ratio_errors": lambda *_: (0.0, 0.0)}, dict(self.parts)
-        out |= {name: lambda *_, **__: None for name in ("require_finite", "require_gradient", "require_first_ratio")}
-        with contextlib.ExitStack() as stack:
-            for name, instead in out.items():
-                stack.enter_context(mock.patch.object(guards, name, instead))
-            stack.enter_context(mock.patch.object(self.trainer.rewards, "require_scored", return_value=None))
-            for name in ("_require_finite", "_require_first_ratio"):
-                stack.enter_context(mock.patch.object(self.trainer, name, return_value=None))
-            self.ours()
-        self.parts = parts
 
     def bare_model(self) -> None:
         """The denoiser calls of an iteration, and nothing else: same count, shapes and gradients."""
@@ -241,28 +219,26 @@ def main() -> None:
         bench.parts.clear()
         rows: list[dict[str, float]] = []
         for _ in range(args.rounds):
-            row = {"ours": seconds(bench.ours), "bare_model": seconds(bench.bare_model)}
-            row["batched_loop"] = seconds(lambda: bench.plain_loop(None))
-            row["unguarded"] = seconds(bench.unguarded)
-            row["rollout"] = seconds(bench.rollout)
-            row["pipeline"] = seconds(bench.pipeline_call)
+            row = {"ours": cost(bench.ours), "bare_model": cost(bench.bare_model)}
+            row["batched_loop"] = cost(lambda: bench.plain_loop(None))
+            row["rollout"] = cost(bench.rollout)
+            row["pipeline"] = cost(bench.pipeline_call)
             rows.append(row)
         iteration_parts = {k: v / args.rounds for k, v in bench.parts.items()}
         flat, prompts = bench.flat, bench.prompts
         bench.prompts = prompts[: max(1, len(prompts) // args.official_share)]
         bench.flat = flat[: len(bench.prompts) * bench.config.group_size]
-        official = seconds(lambda: bench.plain_loop(1)) * len(flat) / len(bench.flat)
+        official = cost(lambda: bench.plain_loop(1)) * len(flat) / len(bench.flat)
     median = {k: statistics.median(r[k] for r in rows) for k in rows[0]}
 
-    def ratio(a: str, b: str) -> float:
-        return statistics.median(r[a] / r[b] for r in rows)
-
+    ratios = {
+        "model_share": [r["bare_model"] / r["ours"] for r in rows],
+        "vs_batched_loop": [r["ours"] / r["batched_loop"] for r in rows],
+        "vs_official_loop": [r["ours"] / official for r in rows],
+        "rollout_vs_pipeline": [r["pipeline"] / r["rollout"] for r in rows],
+    }
     result = {
-        "model_share": ratio("bare_model", "ours"),
-        "vs_batched_loop": ratio("ours", "batched_loop"),
-        "vs_official_loop": median["ours"] / official,
-        "rollout_vs_pipeline": ratio("pipeline", "rollout"),
-        "guards_cost": ratio("ours", "unguarded") - 1,
+        **{key: value for name, values in ratios.items() for key, value in over_rounds(name, values).items()},
         "seconds": {**median, "official_loop": official},
         "iteration_parts": iteration_parts,
         "spread": {k: [min(r[k] for r in rows), max(r[k] for r in rows)] for k in rows[0]},

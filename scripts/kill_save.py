@@ -42,6 +42,7 @@ from align import checkpoint
 from align.errors import AlignError, CheckpointError, DataError
 from align.feedback.events import FeedbackEvent, Item
 from align.feedback.store import Store
+from align.run import describe_machine
 
 MANIFEST = "manifest.json"
 
@@ -478,7 +479,7 @@ def main() -> int:
     failures = [f"{name}: {failure}" for name, part in found.items() for failure in part["failures"]]
     sys.stdout.write("".join(f"{failure}\n" for failure in failures))
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps({**found, **describe_machine()}, indent=1) + "\n", encoding="utf-8")
     return int(bool(failures))
 
 

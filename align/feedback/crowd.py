@@ -67,10 +67,11 @@ class Visitor:
     Args:
         address: of the server, `host:port`.
         name: under which they enter.
+        scripts: be a browser with scripts, to which an answer brings the next screen.
     """
 
-    def __init__(self, address: str, name: str) -> None:
-        self.address = address
+    def __init__(self, address: str, name: str, *, scripts: bool = False) -> None:
+        self.address, self.scripts = address, scripts
         self._connection = http.client.HTTPConnection(address, timeout=60)
         self._cookie = ""
         self._ticket = ""
@@ -78,18 +79,21 @@ class Visitor:
 
     def screen(self) -> list[str]:
         """Return the ids of the images or videos on the next screen, from the left; none when all is answered."""
-        page = self._ask("GET", "/work").decode()
-        ticket = _TICKET.search(page)
-        self._ticket = ticket[1] if ticket else ""
-        return _MEDIA.findall(page) if ticket else []
+        return self._see(self._ask("GET", "/work"))
 
     def look(self, item: str) -> bytes:
         """Return the bytes of an image or a video."""
         return self._ask("GET", f"/media/{item}")
 
-    def answer(self, **fields: str) -> None:
-        """Answer the screen with the fields of its form."""
-        self._ask("POST", "/answer", {"ticket": self._ticket, "latency_ms": "2000", **fields})
+    def answer(self, **fields: str) -> list[str]:
+        """Answer the screen with the fields of its form; return what is on the next one, if that came with it."""
+        return self._see(self._ask("POST", "/answer", {"ticket": self._ticket, "latency_ms": "2000", **fields}))
+
+    def _see(self, read: bytes) -> list[str]:
+        page = read.decode()
+        ticket = _TICKET.search(page)
+        self._ticket = ticket[1] if ticket else ""
+        return _MEDIA.findall(page) if ticket else []
 
     def leave(self) -> None:
         """Close the connection."""
@@ -99,6 +103,8 @@ class Visitor:
         headers = {"origin": f"http://{self.address}", "content-type": "application/x-www-form-urlencoded"}
         if self._cookie:
             headers["cookie"] = self._cookie
+        if self.scripts:
+            headers["hx-request"] = "true"
         body = None if fields is None else urllib.parse.urlencode(fields)
         self._connection.request(method, path, body, headers)
         answer = self._connection.getresponse()

@@ -40,17 +40,23 @@ def test_a_folder_that_holds_something_else_stays_as_it_is(tmp_path, capsys):
 
 
 def test_a_visitor_is_told_when_the_page_refuses(tmp_path):
-    (tmp_path / "task.yaml").write_text("{name: t, kind: rating, data: rows.jsonl}")
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    (tmp_path / "task.yaml").write_text("{name: t, kind: rating, data: rows.jsonl, annotators_per_item: 2}")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "c", "response": "d"}\n')
     with served(tmp_path / "task.yaml", tmp_path / "s.db") as address:
         visitor = Visitor(address, "ana")
         assert visitor.screen() == [], "a text is no medium to look at"
         with pytest.raises(DataError, match="POST /answer"):
             visitor.answer(d0="9")
         visitor.answer(d0="6")
+        visitor.answer(d0="1")  # of a screen that was not looked at: it counts for nothing
         visitor.leave()
+        scripted = Visitor(address, "bob", scripts=True)
+        scripted.screen()
+        for value in "53":  # the second screen came with the first answer
+            scripted.answer(d0=value)
+        scripted.leave()
     with Store.open(tmp_path / "s.db") as store:
-        assert [event.value for event in store.current() if event.kind == "ordinal"] == [6]
+        assert [event.value for event in store.current() if event.kind == "ordinal"] == [6, 5, 3]
 
 
 def test_a_chapter_that_was_stopped_is_told_again(tmp_path, monkeypatch):
