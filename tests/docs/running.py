@@ -147,6 +147,8 @@ class Session:
             self._tests(block, words[3:])
         elif words[1].startswith("scripts/"):
             require_script(block, words[1:])
+        elif words[1] == "-m" and words[2].startswith("scripts."):
+            require_script(block, [words[2].replace(".", "/") + ".py", *words[3:]])
         elif subprocess.run([sys.executable, *words[1:]], timeout=60).returncode != 0:
             raise Wrong(f"{block.where}: {shlex.join(words)} failed")
 
@@ -351,16 +353,21 @@ class _Parsed(Exception):
 
 def require_script(block: Block, words: list[str]) -> None:
     """Run a script as far as its own parser, which must take the arguments."""
-    path, parse, given = ROOT / words[0], argparse.ArgumentParser.parse_args, sys.argv
+    path, given, own = ROOT / words[0], sys.argv, argparse.ArgumentParser
     if not path.is_file():
         raise Wrong(f"{block.where}: there is no {words[0]}")
 
-    def stop(parser: Any, args: Any = None, namespace: Any = None) -> Any:
-        parse(parser, args, namespace)
-        raise _Parsed
+    def stopping(parse: Any) -> Any:
+        def stop(parser: Any, args: Any = None, namespace: Any = None) -> Any:
+            parse(parser, args, namespace)
+            raise _Parsed
 
-    said = io.StringIO()
-    argparse.ArgumentParser.parse_args, sys.argv = stop, words  # type: ignore[method-assign]
+        return stop
+
+    said, parsers = io.StringIO(), {name: getattr(own, name) for name in ("parse_args", "parse_intermixed_args")}
+    for name, parse in parsers.items():
+        setattr(own, name, stopping(parse))
+    sys.argv = words
     try:
         with contextlib.redirect_stderr(said):
             runpy.run_path(str(path), run_name="__main__")
@@ -370,7 +377,9 @@ def require_script(block: Block, words: list[str]) -> None:
     except SystemExit as error:
         raise Wrong(f"{block.where}: {shlex.join(words)}: {said.getvalue()}") from error
     finally:
-        argparse.ArgumentParser.parse_args, sys.argv = parse, given  # type: ignore[method-assign]
+        sys.argv = given
+        for name, parse in parsers.items():
+            setattr(own, name, parse)
 
 
 # --- Python that is not run
