@@ -154,10 +154,10 @@ BENCHES: dict[str, Bench] = {
         for trainer in ("dance_grpo", "kto", "forward", "offline", "bco", "dpo", "sft", "rluf")
     },
     "kills_two": Bench(
-        "-m scripts.fault_injection kills --ranks 2 --deepspeed zero2 --count 40", 20, "--count 1"
+        "-m scripts.fault_injection kills steps=24 --ranks 2 --deepspeed zero2 --count 40", 20, "--count 1"
     ),
     "stops": Bench("-m scripts.fault_injection stops --count 100", 20, "--count 1"),
-    "stops_two": Bench("-m scripts.fault_injection stops --ranks 2 --count 20", 10, "--count 1"),
+    "stops_two": Bench("-m scripts.fault_injection stops steps=24 --ranks 2 --count 20", 10, "--count 1"),
     "not_finite": Bench(
         _pytest('-m "not soak and not slow" tests/crash/test_not_finite.py -k "stop"'), 4, _COLLECT
     ),
@@ -166,8 +166,9 @@ BENCHES: dict[str, Bench] = {
     "matrix": Bench(
         _pytest(
             '-m "slow or soak" tests/distributed/test_matrix_language.py tests/distributed/test_matrix_trainers.py '
-            "tests/distributed/test_offline_processes.py tests/distributed/test_rluf_processes.py"
-        ), 8, _COLLECT,
+            "tests/distributed/test_offline_processes.py tests/distributed/test_rluf_processes.py "
+            "tests/distributed/test_matrix_visual.py tests/distributed/test_matrix_fit.py"
+        ), 20, _COLLECT,
     ),
     "plan": Bench(
         "scripts/bench_plan.py --json {json} --hidden 512 --layers 6", 12, "--hidden 64 --layers 2 --counts 1 --steps 2"
@@ -180,10 +181,7 @@ _TESTS = "tests failed"
 _PLAN = "run of 2026-11-25, `python scripts/bench_plan.py --hidden 512 --layers 6`, output not kept"
 _ORDER = "run of 2026-11-24, `python scripts/bench_llm.py --parts order`, output not kept"
 _FAMILIES = "run of 2026-11-24, `python scripts/bench_families.py --shape small --rounds 5`, output not kept"
-_KILLS, _STOPS, _NAN = (
-    ("in part", f"[reliability](reliability.md#{part})")
-    for part in ("training-that-is-killed", "stops", "numbers-that-are-not-finite")
-)
+_NAN = "run of 2026-11-25, `python -m pytest -n 0 tests/crash/test_not_finite.py -m soak`, output not kept"
 
 ASKED: dict[str, list[Asked]] = {
     "The loop on one page": [
@@ -355,24 +353,24 @@ ASKED: dict[str, list[Asked]] = {
               "store_flips.cases", why="SQLite keeps no checksums, see [reliability](reliability.md)"),
         *(
             Asked(f"resumed runs of {30 if trainer == 'kto' else 5} kills that differ, {trainer}", "== 0",
-                  f"kills_{trainer}", "differing", "d", "runs", noun="runs compared", before=_KILLS)
+                  f"kills_{trainer}", "differing", "d", "runs", noun="runs compared")
             for trainer in ("kto", "forward", "offline", "bco", "dpo", "sft", "rluf")
         ),
         Asked("the same of 40 kills, two processes under ZeRO 2", "== 0", "kills_two", "differing", "d", "runs",
-              noun="runs compared", before=_KILLS),
-        Asked("SIGTERM at 100 moments: not saved in grace", "== 0", "stops", "failures", "d", "stops", before=_STOPS),
-        Asked("SIGTERM at 20 moments, two processes", "== 0", "stops_two", "failures", "d", "stops", before=_STOPS),
+              noun="runs compared"),
+        Asked("SIGTERM at 100 moments: not saved in grace", "== 0", "stops", "failures", "d", "stops"),
+        Asked("SIGTERM at 20 moments, two processes", "== 0", "stops_two", "failures", "d", "stops"),
         Asked("NaN and infinity at 5 sites, one process and two: not stopped", "== 0", "not_finite", "failed", "d",
               "tests", noun=_TESTS),
         Asked("the same at 20 steps in one pair of processes", "== 0", "not_finite_twenty", "failed", "d", "tests",
-              noun=_TESTS, before=_NAN),
+              noun=_TESTS, before=("0 of 100 cases", _NAN)),
         Asked("loaders x hostile files: executed, not refused, or above 512 MB", "== 0", "hostile_files", "failed",
-              "d", "tests", noun=_TESTS, why="57 pairs in one, 227 MB at most"),
+              "d", "tests", noun=_TESTS, why="67 pairs in one, 227 MB at most"),
         Asked("guards, share of a step", "<= .03", "guards", "guards_cost", "+.3f"),
     ],
     "Scale": [
         Asked("trainers x engines x LoRA, full: equal to one process to 1e-5, held shares below 60 %", "== 0",
-              "matrix", "failed", "d", "tests", noun=_TESTS,
+              "matrix", "failed", "d", "tests", noun=_TESTS, before=("0 of 73 cells", "[scale](scale.md#the-matrix)"),
               why="the cells are in [scale](scale.md#the-matrix)"),
         Asked("`align plan`: memory planned / measured", "", "plan", "rows.*.memory_ratio", ".2f",
               why="by engine in [scale](scale.md)",

@@ -1,4 +1,4 @@
-"""A fit of a classifier under engines that split weights: one process's reward, and what a process holds of it.
+"""A fit of a classifier under every engine: one process's reward, and what a process holds of it.
 
 python -m pytest -n 0 -m "slow or soak" tests/distributed/test_matrix_fit.py -o junit_family=xunit1 --junitxml=fit.xml
 
@@ -12,6 +12,7 @@ import shutil
 
 import processes
 import pytest
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from align import checkpoint
@@ -23,6 +24,11 @@ from tests.distributed.test_fit_processes import config, require_equal, said_of_
 from tests.distributed.weighing import cell, require_shares, shares_held, weigh_second_step
 
 ENGINES = {"fsdp2": ("FSDP2Engine", 0, "fsdp2"), "zero3": ("DeepSpeedEngine", 3, "deepspeed_zero3")}
+"""Those that split weights."""
+OTHERS = {
+    None: ("ReplicaEngine", 0, "data_parallel"), "zero1": ("DeepSpeedEngine", 1, "deepspeed_zero1"),
+    "zero2": ("DeepSpeedEngine", 2, "deepspeed_zero2"),
+}  # fmt: skip
 SOAK = pytest.mark.soak
 
 pytestmark = [pytest.mark.timeout(300)]
@@ -42,15 +48,21 @@ def fitted(own, out, engine=None):
             )  # fmt: skip
             if inner is not None:
                 weigh_second_step(inner, inner.module, told["shares"])
-            elif engine == "fsdp2":
-                module, step = self.engine.parts[-1], self.engine.optimizer.step
+            elif self.world.size > 1:
+                split = engine == "fsdp2"
+                module = (
+                    self.engine.parts[-1]
+                    if split
+                    else nn.ParameterDict({str(i): p for i, p in enumerate(self.engine.named.values())})
+                )
+                step = self.engine.optimizer.step
 
                 def weighed():
                     told["shares"] = shares_held(module, self.engine.optimizer)
                     return step()
 
                 self.engine.optimizer.step = weighed
-                assert all(isinstance(p, DTensor) for p in module.parameters())
+                assert all(isinstance(p, DTensor) is split for p in module.parameters())
 
     how = {"fsdp": True} if engine == "fsdp2" else {"deepspeed": engine}
     if engine == "zero3":  # or DeepSpeed keeps weights as small as all of these whole
@@ -94,21 +106,24 @@ def difference(one, other):
 
 
 @SOAK
-@pytest.mark.parametrize(("train", "size"), [("full", 2), ("lora", 2), ("full", 4)])
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("engine", "train", "size"),
+    [(engine, what, size) for engine in ENGINES for what, size in (("full", 2), ("lora", 2), ("full", 4))]
+    + [(engine, what, 2) for engine in OTHERS for what in ("full", "lora")],
+)
 def test_several_processes_fit_as_one_does(folder, tmp_path, record_property, engine, train, size):
     own = config(folder, train)
     assert fitted(own, tmp_path / "alone")["name"] == "single"
     told = together(own, tmp_path / "run", engine, size)
     for one in told:
-        assert one["status"] == "complete" and (one["engine"], one["stage"], one["name"]) == ENGINES[engine]
+        assert one["status"] == "complete" and (one["engine"], one["stage"], one["name"]) == (ENGINES | OTHERS)[engine]
         require_shares(one["shares"], engine, size)
     require_equal(tmp_path / "alone", tmp_path / "run")
     receipts = [json.loads((tmp_path / run / "sparsity.json").read_text()) for run in ("alone", "run")]
     assert [found["status"] for found in receipts] == ["measured", "measured"]
     found = difference(tmp_path / "alone", tmp_path / "run")
     assert found < 1e-5
-    record_property("cell", cell("fit", ENGINES[engine][2], train, found, told))
+    record_property("cell", cell("fit", told[0]["name"], train, found, told))
 
 
 @SOAK
