@@ -24,6 +24,7 @@ def require_no_save_lost(count, folder):
     assert not found["torn"] and not found["lost"], found
 
 
+@pytest.mark.slow
 def test_killed_runs_end_as_one_that_was_left_alone(tmp_path):
     require_killed_runs_equal(6, tmp_path)
 

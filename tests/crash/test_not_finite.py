@@ -176,11 +176,7 @@ def test_a_later_update_of_a_rollout_is_stopped_too(tmp_path, site, value):
     ("site", "settings"),
     [
         *((site, None) for site in SITES),
-        *(
-            pytest.param(site, zero, marks=() if site == "gradient" else pytest.mark.slow)
-            for site in SITES
-            for zero in ("zero1", "zero2")
-        ),
+        *(pytest.param(site, zero, marks=pytest.mark.slow) for site in SITES for zero in ("zero1", "zero2")),
     ],
 )
 def test_a_nan_on_one_process_stops_both_alike(tmp_path, site, settings):

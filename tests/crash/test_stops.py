@@ -57,6 +57,7 @@ def at_step(step, act):
     Run.commit = committed
 
 
+@pytest.mark.slow
 def test_sigterm_stops_one_process_at_a_checkpoint(tmp_path):
     out, log = tmp_path / "run", tmp_path / "log"
     with processes.launched([str(BIN / "align"), *arguments(out)], log) as process:
@@ -101,7 +102,8 @@ def test_a_stop_that_comes_between_two_steps_is_not_lost(tmp_path):
     assert require_stopped(out) == 4
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_sigterm_to_a_launch_stops_all_its_processes_at_a_checkpoint(tmp_path, launcher):
     out, log = tmp_path / "run", tmp_path / "log"
     command = [str(BIN / "align"), *arguments(out), "--launch", launcher, "--nproc", "2"]
@@ -126,7 +128,7 @@ def test_sigterm_to_bare_torchrun_stops_its_processes_at_a_checkpoint(tmp_path):
     require_stopped(out)
 
 
-@pytest.mark.parametrize("settings", [None, "zero2"])
+@pytest.mark.parametrize("settings", [None, pytest.param("zero2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_dead_process_ends_the_other_in_words(tmp_path, victim, settings):
     out, deepspeed = tmp_path / "run", [] if settings is None else ["--deepspeed", settings]
@@ -172,7 +174,8 @@ def test_a_process_that_dies_while_deepspeed_gathers_a_save_ends_the_other_in_wo
     assert json.loads((out / "run.json").read_text())["status"] == ("failed" if victim else "running")
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_a_launch_with_a_dead_process_ends_and_says_what_to_do(tmp_path, launcher):
     out, log = tmp_path / "run", tmp_path / "log"
     command = [str(BIN / "align"), *arguments(out), "--launch", launcher, "--nproc", "2"]

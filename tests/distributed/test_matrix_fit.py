@@ -15,13 +15,12 @@ import pytest
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from align import checkpoint
 from align.cli import main
 from align.errors import ConfigError
 from align.launch import leave_world
 from rewards import fit
 from tests.distributed.test_fit_processes import config, require_equal, said_of_everything
-from tests.distributed.weighing import cell, require_shares, shares_held, weigh_second_step
+from tests.distributed.weighing import cell, largest_difference, require_shares, shares_held, weigh_second_step
 
 ENGINES = {"fsdp2": ("FSDP2Engine", 0, "fsdp2"), "zero3": ("DeepSpeedEngine", 3, "deepspeed_zero3")}
 """Those that split weights."""
@@ -93,18 +92,6 @@ def folder(tmp_path_factory):
     return folder
 
 
-def difference(one, other):
-    """The largest difference in the last checkpoint."""
-    first, second = (checkpoint.load_latest(out / "checkpoints").tensors for out in (one, other))
-    assert first.keys() == second.keys() == {"model", "optimizer", "average", "rng"}
-    found = 0.0
-    for group in ("model", "average", "optimizer"):
-        assert set(first[group]) == set(second[group])
-        for name, value in first[group].items():
-            found = max(found, float((value.double() - second[group][name].double()).abs().max()))
-    return found
-
-
 @SOAK
 @pytest.mark.parametrize(
     ("engine", "train", "size"),
@@ -121,7 +108,7 @@ def test_several_processes_fit_as_one_does(folder, tmp_path, record_property, en
     require_equal(tmp_path / "alone", tmp_path / "run")
     receipts = [json.loads((tmp_path / run / "sparsity.json").read_text()) for run in ("alone", "run")]
     assert [found["status"] for found in receipts] == ["measured", "measured"]
-    found = difference(tmp_path / "alone", tmp_path / "run")
+    found = largest_difference(tmp_path / "alone", tmp_path / "run")
     assert found < 1e-5
     record_property("cell", cell("fit", told[0]["name"], train, found, told))
 
@@ -137,8 +124,8 @@ def test_a_fit_goes_on_bit_for_bit_and_in_one_process(folder, tmp_path, engine):
         shutil.rmtree(tmp_path / name / "checkpoints/step_000006")
         shutil.rmtree(tmp_path / name / "reward")
         together(own, tmp_path / name, other, size)
-    assert difference(tmp_path / "whole", tmp_path / "again") == 0
-    assert difference(tmp_path / "whole", tmp_path / "one") < 1e-5
+    assert largest_difference(tmp_path / "whole", tmp_path / "again") == 0
+    assert largest_difference(tmp_path / "whole", tmp_path / "one") < 1e-5
     require_equal(tmp_path / "whole", tmp_path / "again")
 
 

@@ -19,12 +19,11 @@ import pytest
 from safetensors.torch import load_file
 
 import tiny
-from align import checkpoint
 from align.cli import main
 from align.config import load_config
 from align.errors import AlignError, ConfigError
 from align.launch import leave_world
-from tests.distributed.weighing import cell, require_shares, shares_held, weigh_second_step
+from tests.distributed.weighing import cell, largest_difference, require_shares, shares_held, weigh_second_step
 from trainers import DanceGRPO
 
 ENGINES = {"fsdp2": "fsdp2", "zero3": "deepspeed_zero3"}
@@ -131,14 +130,7 @@ def difference(one, other):
     assert receipts[0].keys() == receipts[1].keys() and receipts[0]["status"] == "measured"
     for name in ("bit_identical", "norm", "relative_norm"):
         assert receipts[1][name] == pytest.approx(receipts[0][name], rel=1e-2, abs=1e-4), name
-    first, second = (checkpoint.load_latest(out / "checkpoints").tensors for out in (one, other))
-    assert first.keys() == second.keys() == {"model", "optimizer", "average", "rng"}
-    found = 0.0
-    for group in ("model", "average", "optimizer"):
-        assert set(first[group]) == set(second[group])
-        for name, value in first[group].items():
-            found = max(found, float((value.double() - second[group][name].double()).abs().max()))
-    return found
+    return largest_difference(one, other)
 
 
 @pytest.fixture(scope="module")

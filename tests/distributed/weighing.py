@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from align import checkpoint
 
 SPLITS = {
     None: (), "zero1": ("optimizer",), "zero2": ("optimizer", "gradients"),
@@ -61,6 +64,18 @@ def require_shares(shares: dict[str, float], engine: str | None, size: int = 2) 
     for what in ("optimizer", "gradients", "parameters"):
         assert (shares[what] < 1.2 / size) if what in SPLITS[engine] else (shares[what] >= 0.99 / size), shares
     assert engine is not None or min(shares.values()) == 1
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    """The largest difference of a weight, of the average or of the optimizer's state in the last checkpoints."""
+    first, second = (checkpoint.load_latest(out / "checkpoints").tensors for out in (one, other))
+    assert first.keys() == second.keys() == {"model", "optimizer", "average", "rng"}
+    found = 0.0
+    for group in ("model", "average", "optimizer"):
+        assert set(first[group]) == set(second[group])
+        for name, value in first[group].items():
+            found = max(found, float((value.double() - second[group][name].double()).abs().max()))
+    return found
 
 
 def cell(name: str, engine: str, train: str, difference: float, told: list[dict[str, Any]]) -> str:
