@@ -136,7 +136,7 @@ def save(
     root = Path(root)
     final, temporary = _places(root, step)
     with _or_refused(final, temporary):
-        _begin(root, temporary, sum(t.nbytes for named in tensors.values() for t in named.values()))
+        _begin(final, temporary, sum(t.nbytes for named in tensors.values() for t in named.values()))
         for group, named in tensors.items():
             _write(temporary / f"{group}.safetensors", named)
         _seal(temporary, final, step, state)
@@ -172,7 +172,7 @@ def save_pieces(
 
     def begin() -> None:
         with _or_refused(final, temporary):
-            _begin(root, temporary, needed)
+            _begin(final, temporary, needed)
 
     def finish() -> None:
         with _or_refused(final, temporary):
@@ -218,13 +218,14 @@ def _or_refused(final: Path, temporary: Path) -> Iterator[None]:
         ) from error  # fmt: skip
 
 
-def _begin(root: Path, temporary: Path, needed: int) -> None:
+def _begin(final: Path, temporary: Path, needed: int) -> None:
     """Make the folder of a checkpoint that takes `needed` bytes, and remove what unfinished ones left."""
+    root = final.parent
     root.mkdir(parents=True, exist_ok=True)
     _bring_back(root)
     for leftover in root.glob(".*_step_*"):
         shutil.rmtree(leftover)
-    _require_space(root, needed)
+    _require_space(final, needed)
     temporary.mkdir()
 
 
@@ -234,11 +235,11 @@ def _write(path: Path, named: Mapping[str, Tensor], metadata: dict[str, str] | N
     save_file({n: t.detach().to("cpu").contiguous() for n, t in named.items()}, path, metadata)
 
 
-def _require_space(root: Path, needed: int) -> None:
+def _require_space(final: Path, needed: int) -> None:
     """Refuse to begin what the disk has no room for."""
-    if needed > (free := shutil.disk_usage(root).free):
+    if needed > (free := shutil.disk_usage(final.parent).free):
         raise CheckpointError(
-            "The disk has no room for a checkpoint", where=str(root),
+            "The disk has no room for a checkpoint", where=str(final),
             why=f"it takes {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free",
             do="Earlier checkpoints are intact; free some space and resume",
         )  # fmt: skip

@@ -326,22 +326,32 @@ def _on_small_disks(points: int, folder: Path, case: Callable[[Path, int], str])
 
 
 def full(count: int, seed: int, folder: Path, points: int = 20) -> dict[str, Any]:
-    """Fill the disk so that a save of 800 kB finds 0, 1/20, ... 19/20 of its room; the one before must stand."""
+    """Fill the disk so that a save of 800 kB finds 0, 1/20, ... 19/20 of its room; the one before must stand.
+
+    Each point twice: a save that sees so and does not begin, and one that saw room which others took while it wrote.
+    """
     del count, seed
     tensors = {"model": {"w": torch.randn(300, 400)}, "optimizer": {"m": torch.randn(200, 400)}}
 
     def case(disk: Path, point: int) -> str:
+        taken, point = divmod(point, points)
         root = disk / "checkpoints"
         first = checkpoint.save(root, 1, tensors, {})
         needed = sum(-(-p.stat().st_size // 4096) * 4096 for p in first.iterdir())
         ballast = _fill(disk, needed * point // points)
+        seen = shutil.disk_usage
         try:
+            if taken:
+                shutil.disk_usage = lambda path: seen(path)._replace(free=1 << 30)
             checkpoint.save(root, 2, tensors, {})
         except CheckpointError as error:
             said = str(error)
         else:
             return "it was saved"
-        if "step_000002" not in said or "No space left" not in said or "Earlier checkpoints are intact" not in said:
+        finally:
+            shutil.disk_usage = seen
+        reason = "No space left" if taken else "has no room for a checkpoint"
+        if "step_000002" not in said or reason not in said or "Earlier checkpoints are intact" not in said:
             return f"said {said!r}"
         if [p.name for p in root.iterdir()] != ["step_000001"] or checkpoint.load_latest(root).step != 1:
             return "the checkpoint before does not stand alone"
@@ -349,7 +359,7 @@ def full(count: int, seed: int, folder: Path, points: int = 20) -> dict[str, Any
         checkpoint.save(root, 2, tensors, {})
         return "" if checkpoint.load_latest(root).step == 2 else "freed space was not used"
 
-    return _on_small_disks(points, folder, case)
+    return _on_small_disks(2 * points, folder, case)
 
 
 def store_full(count: int, seed: int, folder: Path, points: int = 20) -> dict[str, Any]:

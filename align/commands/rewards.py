@@ -41,7 +41,7 @@ def evaluate(options: argparse.Namespace) -> int:
         named = _named(options)
         data, part = _data(options, named)
         plan = {
-            "rewards": [reward.name for reward in named], "rows": part,
+            "rewards": [f"{reward.name} {reward.args.get('path', '')}".strip() for reward in named], "rows": part,
             **{f"{kind}s": n for kind, n in data.counts().items()},
         }  # fmt: skip
         if not options.dry_run:

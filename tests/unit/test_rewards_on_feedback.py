@@ -275,7 +275,7 @@ def test_the_verb_compares_fits_under_both_protocols(tmp_path, monkeypatch, caps
     Path("rewards.yaml").write_text("rewards: [{name: fitted, args: {path: runs/paired}}]\n")
     call = ["evaluate", "runs/rated", "--config", "rewards.yaml", "--data", "new.db"]
     assert main([*call, "--dry-run"]) == 0 and not Path("evaluation.html").exists()
-    assert "rated, paired" in capsys.readouterr().out
+    assert "fitted runs/rated, fitted runs/paired" in capsys.readouterr().out
     assert main([*call, "--out", "both.html", "--json", "-"]) == 0
     found = json.loads(capsys.readouterr().out)
     table = found["under_both_protocols"]["table"]
