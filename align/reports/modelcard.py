@@ -259,9 +259,8 @@ def _made(record: Mapping[str, Any], files: RunFiles, config: Any) -> list[str]:
         f"- Weights delivered: {run['weights']}; sha256 in the run {code(run['sha256'])}.",
         *made_by(files, CONFIG),
         f"- {code(f'align train {CONFIG}')} repeats the run where models, data and rewards lie at the same paths.",
-        "", "Rewards it was trained on:", "", *_rewards(getattr(config, "rewards", ()), files.record.get("rewards")),
-        "", "Rewards that only measured it:", "",
-        *_rewards(getattr(config, "heldout_rewards", ()), files.record.get("heldout_rewards")),
+        *_rewards_of(config, files, "rewards", "Rewards it was trained on"),
+        *_rewards_of(config, files, "heldout_rewards", "Rewards that only measured it"),
         "", "Data:", "", *_data(trained, files), "", "Files:", "",
         *(f"- {code(name)}, sha256 {code(digest)}" for name, digest in record["files"].items()),
     ]  # fmt: skip
@@ -273,6 +272,13 @@ def _licence(found: Mapping[str, str]) -> str:
     link = f" ({code(found['link'])})" if "link" in found else ""
     named = f", {code(found['name'])}" if "name" in found else ""
     return f"{code(found['licence'])}{named}{link}, says {plain(found['said_by'])}"
+
+
+def _rewards_of(config: Any, files: RunFiles, part: str, title: str) -> list[str]:
+    """Return a list of rewards under its title; nothing for a trainer that takes none."""
+    if not hasattr(config, part):
+        return []
+    return ["", f"{title}:", "", *_rewards(getattr(config, part), files.record.get(part))]
 
 
 def _rewards(rewards: Any, recorded: Any) -> list[str]:
@@ -344,8 +350,9 @@ def _limits(record: Mapping[str, Any], files: RunFiles) -> Iterable[str]:
             "a time shift of its own, so images of the same seed differ."
         )
     lines.append(f"{code(CONFIG)} holds paths and arguments as they were given: read it before you share it.")
-    lines.append("Hashes are of the data files themselves, not of images or other files that they name.")
-    lines.append("Hubs are told no data sets: the data are files, which they do not know.")
+    if files.record.get("data_files"):
+        lines.append("Hashes are of the data files themselves, not of images or other files that they name.")
+        lines.append("Hubs are told no data sets: the data are files, which they do not know.")
     lines += [plain(note) for note in files.notes]
     lines.append("The run's `report.html` has all measurements, curves and warnings; it is not copied here.")
     return [f"- {line}" for line in lines]
