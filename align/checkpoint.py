@@ -184,7 +184,7 @@ def save_pieces(
     world.led(begin)
     failure = None
     try:
-        with _or_refused(final, temporary):
+        with _or_refused(final, None):
             for group, named in pieces.items():
                 mine = {n: p for n, p in named.items() if p.values.numel() and (world.leads or not p.alike)}
                 placed = {name: [piece.first, *piece.shape] for name, piece in mine.items()}
@@ -204,14 +204,15 @@ def _places(root: Path, step: int) -> tuple[Path, Path]:
 
 
 @contextlib.contextmanager
-def _or_refused(final: Path, temporary: Path) -> Iterator[None]:
-    """Remove what was written so far when the disk refuses, and say so."""
+def _or_refused(final: Path, temporary: Path | None) -> Iterator[None]:
+    """Remove what was written so far when the disk refuses, and say so; None where others write there still."""
     from safetensors import SafetensorError
 
     try:
         yield
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             "A checkpoint could not be written", where=str(final), why=getattr(error, "strerror", None) or str(error),
             do="Earlier checkpoints are intact; free some space and resume",

@@ -106,7 +106,7 @@ class Meetings:
         with stops.whole():
             try:
                 yield
-            except RuntimeError as error:  # torch.distributed raises nothing more specific
+            except RuntimeError as error:  # gloo raises nothing more specific
                 raise self.failed(error) from error
 
     def _write(self) -> None:
