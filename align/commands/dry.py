@@ -5,7 +5,7 @@ No weights are loaded, and nothing is fetched.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -49,14 +49,23 @@ def require_rewards(rewards: Iterable[str | RewardConfig]) -> None:
         ConfigError: the first of them.
     """
     from align.config import RewardConfig
+
+    for reward in rewards:
+        checks = _checks(RewardConfig(name=reward) if isinstance(reward, str) else reward)
+        for check in (checks["args"], checks["transform"]):
+            check()
+
+
+def _checks(reward: RewardConfig) -> dict[str, Callable[[], object]]:
+    """What can be wrong with a reward that is named, by key: each raises a ConfigError. Nothing is built or fetched."""
     from rewards.base import require_arguments
     from rewards.compose import build_transforms
 
-    for reward in rewards:
-        named = RewardConfig(name=reward) if isinstance(reward, str) else reward
-        if named.args.get("placement") != "remote":
-            require_arguments(named.name, named.args)
-        build_transforms(named.transform, named.name)
+    remote = reward.args.get("placement") == "remote"
+    return {
+        "transform": lambda: build_transforms(reward.transform, reward.name),
+        "args": lambda: None if remote else require_arguments(reward.name, reward.args),
+    }
 
 
 def require_source(source: str) -> None:
@@ -85,16 +94,14 @@ def _names() -> list[str]:
 def _reward_findings(config: Any) -> list[Finding]:
     """What is wrong with the arguments and transforms of a config's rewards, without building one."""
     from align.checks import Finding, named_rewards
-    from rewards.base import require_arguments
-    from rewards.compose import build_transforms
 
     found, names = [], _names()
     for part in ("rewards", "heldout_rewards"):
         for i, reward in named_rewards(getattr(config, part, ())):
-            checks = [("transform", lambda r=reward: build_transforms(r.transform, r.name))]
-            if reward.name in names and reward.args.get("placement") != "remote":
-                checks.append(("args", lambda r=reward: require_arguments(r.name, r.args)))
-            for key, check in checks:
+            checks = _checks(reward)
+            if reward.name not in names:  # which `check_config` says
+                del checks["args"]
+            for key, check in checks.items():
                 try:
                     check()
                 except ConfigError as error:
