@@ -90,6 +90,7 @@ def test_a_disk_that_is_full_from_the_start_is_one_sentence(tmp_path, small_disk
     assert ended.value == 2 and "Traceback" not in ended.output and "No space left" in ended.output, ended.output
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_both_processes_with_the_same_words(tmp_path, small_disk):
     out = small_disk / "run"
 

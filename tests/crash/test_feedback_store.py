@@ -78,6 +78,7 @@ def verify(path: Path, folder: Path) -> dict[str, int]:
     return {"acknowledged": len(expected), "in_flight": len(extra), "lost": len(lost), "duplicates": duplicates}
 
 
+@pytest.mark.slow
 def test_64_writers_survive_50_kills(tmp_path: Path):
     found = survive(tmp_path, kills=50, seed=0)
     assert found["acknowledged"] > 500 and found["lost"] == 0 and found["duplicates"] == 0

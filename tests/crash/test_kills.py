@@ -74,6 +74,7 @@ def test_every_trainer_has_a_recipe_to_kill():
     assert fault_injection.RECIPES.keys() == _TRAINERS.keys()
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_its_last_evaluation_draws_the_same_conclusion(tmp_path):
     """Nothing is left to train: the process that measures has encoded and measured nothing before."""
     from align.config import load_config

@@ -175,7 +175,8 @@ def test_a_later_update_of_a_rollout_is_stopped_too(tmp_path, site, value):
 @pytest.mark.parametrize(
     ("site", "settings"),
     [
-        *((site, None) for site in SITES),
+        *((site, None) for site in ("reward", "loss", "gradient")),
+        *(pytest.param(site, None, marks=pytest.mark.soak) for site in ("latents", "log-probability")),
         *(pytest.param(site, zero, marks=pytest.mark.slow) for site in SITES for zero in ("zero1", "zero2")),
     ],
 )

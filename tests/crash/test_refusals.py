@@ -144,13 +144,19 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_works(capsys, run, damage):
+def test_a_damaged_checkpoint_is_refused_and_stays(capsys, run, damage):
     harm, words = DAMAGE[damage]
     step = run / "checkpoints" / "step_000002"
     harm(step)
+    damaged = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     said = refused(capsys, "resume", str(run))
     assert words in said and ("step_000002" in said or "step 2" in said or damage == "another model")
-    shutil.rmtree(step)  # as the message says
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == damaged
+
+
+def test_without_the_damaged_checkpoint_the_one_before_it_works(run):
+    """What every refusal above advises leaves the same folder."""
+    shutil.rmtree(run / "checkpoints" / "step_000002")
     assert main(["resume", str(run)]) == 0
     assert checkpoint.load_latest(run / "checkpoints").step == 2
 

@@ -128,8 +128,10 @@ def test_sigterm_to_bare_torchrun_stops_its_processes_at_a_checkpoint(tmp_path):
     require_stopped(out)
 
 
-@pytest.mark.parametrize("settings", [None, pytest.param("zero2", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(
+    ("victim", "settings"),
+    [(0, None), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(1, None), (0, "zero2"), (1, "zero2")])],
+)
 def test_a_dead_process_ends_the_other_in_words(tmp_path, victim, settings):
     out, deepspeed = tmp_path / "run", [] if settings is None else ["--deepspeed", settings]
 

@@ -229,11 +229,9 @@ def test_held_out_rewards_are_measured_on_samples(folders, data, tmp_path):
     assert evaluate(out, samples=4)["rewards"]["reward/jpeg"]["n"] == 4
     export_model(out, to="diffusers-lora", out=tmp_path / "lora")
     card = (tmp_path / "lora" / "README.md").read_text()
-    assert (
-        file_sha256(data / "thumbs.jsonl") in card
-        and "objective `kto`" in card
-        and "Rewards it was trained on:\n\n- none" in card
-    )
+    assert file_sha256(data / "thumbs.jsonl") in card and "objective `kto`" in card
+    assert "Rewards it was trained on" not in card  # it learned from thumbs alone
+    assert "Rewards that only measured it:\n\n- `jpeg`" in card
 
 
 def test_what_is_not_finite_never_reaches_the_optimizer(folders, data, tmp_path):
