@@ -13,7 +13,7 @@ from typing import Any
 
 from align.errors import DataError
 from align.feedback.events import FeedbackEvent, Item, content_id
-from align.feedback.schema import COLUMNS, decode, encode
+from align.feedback.schema import COLUMNS, decode, encode, insert
 
 _LISTED = ", ".join(COLUMNS)
 # What decides whether an answer is the same one given again: all but its id, latency and time.
@@ -61,17 +61,14 @@ def _add_item(db: sqlite3.Connection, item: Item) -> None:
     metadata = dict(item.metadata)
     if known is None:
         content = (_json(item.prompt), item.input, _json(item.response), item.media, _json(metadata))
-        db.execute(
-            "INSERT INTO items (id, prompt_id, prompt, input, response, media, metadata) VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (name, item.prompt_id, *content),
-        )
+        insert(db, "items", (name, item.prompt_id, *content))
     elif metadata:
         had = json.loads(known[1])
         for (note,) in db.execute("SELECT metadata FROM notes WHERE item = ? ORDER BY no", (known[0],)):
             had |= json.loads(note)
         new = {key: value for key, value in json.loads(_json(metadata)).items() if key not in had or had[key] != value}
         if new:
-            db.execute("INSERT INTO notes (item, metadata) VALUES (?, ?)", (known[0], _json(new)))
+            insert(db, "notes", (known[0], _json(new)))
 
 
 def _json(value: Any) -> str:
@@ -147,11 +144,7 @@ def _insert(
     db: sqlite3.Connection, seq: int, row: Sequence[Any], items: Iterable[str],
     supersedes: int | None, undoes: int | None, stands: int | None,
 ) -> None:  # fmt: skip
-    marks = ", ".join("?" * (len(COLUMNS) + 4))
-    db.execute(
-        f"INSERT OR FAIL INTO events (seq, {_LISTED}, supersedes, undoes, stands) VALUES ({marks})",
-        (seq, *row, supersedes, undoes, stands),
-    )
+    insert(db, "events", (seq, *row, supersedes, undoes, stands))
     for item in items:
         link = "INSERT OR FAIL INTO event_items SELECT no, ? FROM items WHERE id = ?"
         if db.execute(link, (seq, item)).rowcount != 1:

@@ -13,6 +13,8 @@ library and for any other program that opens the file.
 
 An event is current when the last row of its identifier says so in `stands`. That row is found without a sort: it is
 the one that no row supersedes.
+
+SQLite keeps no checksums, so every item, note and event has one of its own, `seal`, which `Store.check` compares.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,7 +36,7 @@ from typing import Any
 from align.errors import DataError
 from align.feedback.events import FeedbackEvent
 
-SCHEMA = 1
+SCHEMA = 2
 APPLICATION = 0x414C4644
 BUSY_SECONDS = 60.0
 
@@ -41,21 +44,30 @@ COLUMNS = (
     "id", "identifier", "kind", "items", "value", "key", "annotator", "source", "scale_low", "scale_high",
     "tombstone", "exposure", "tie_origin", "policy", "propensity", "position", "latency_ms", "session", "reply", "ts",
 )  # fmt: skip
+SEALED = {
+    "items": ("id", "prompt_id", "prompt", "input", "response", "media", "metadata"),
+    "notes": ("item", "metadata"),
+    "events": ("seq", *COLUMNS, "supersedes", "undoes", "stands"),
+}
+"""The columns of each table that its seal is of, in order."""
 
 _TABLES = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
 CREATE TABLE items (
     no INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, prompt_id TEXT NOT NULL,
-    prompt TEXT NOT NULL, input TEXT NOT NULL, response TEXT NOT NULL, media TEXT NOT NULL, metadata TEXT NOT NULL
+    prompt TEXT NOT NULL, input TEXT NOT NULL, response TEXT NOT NULL, media TEXT NOT NULL, metadata TEXT NOT NULL,
+    seal INTEGER NOT NULL
 ) STRICT;
-CREATE TABLE notes (no INTEGER PRIMARY KEY, item INTEGER NOT NULL, metadata TEXT NOT NULL) STRICT;
+CREATE TABLE notes (
+    no INTEGER PRIMARY KEY, item INTEGER NOT NULL, metadata TEXT NOT NULL, seal INTEGER NOT NULL
+) STRICT;
 CREATE TABLE events (
     seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, identifier TEXT NOT NULL, kind TEXT NOT NULL,
     items TEXT NOT NULL, value TEXT, key TEXT NOT NULL, annotator TEXT NOT NULL, source TEXT NOT NULL,
     scale_low INTEGER, scale_high INTEGER, tombstone INTEGER NOT NULL, exposure TEXT NOT NULL,
     tie_origin TEXT NOT NULL, policy TEXT NOT NULL, propensity REAL, position INTEGER, latency_ms INTEGER,
     session TEXT NOT NULL, reply TEXT NOT NULL, ts INTEGER NOT NULL,
-    supersedes INTEGER, undoes INTEGER, stands INTEGER
+    supersedes INTEGER, undoes INTEGER, stands INTEGER, seal INTEGER NOT NULL
 ) STRICT;
 CREATE TABLE event_items (item INTEGER NOT NULL, event INTEGER NOT NULL, PRIMARY KEY (item, event))
     STRICT, WITHOUT ROWID;
@@ -154,9 +166,12 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
         _sync_folder(path.parent)
     version = dict(db.execute("SELECT name, value FROM meta")).get("schema", "")
     if version != str(SCHEMA):
+        older = version.isdecimal() and int(version) < SCHEMA
         raise DataError(
             "A feedback store is of another version", where=str(path),
-            why=f"it is of version {version or 'unknown'}, and this library reads {SCHEMA}", do="Update align",
+            why=f"it is of version {version or 'unknown'}, and this library reads {SCHEMA}",
+            do="Write it out with the align that made it, `align feedback export`, and import that into a new store"
+            if older else "Update align",
         )  # fmt: skip
     _require_own(db, path)
     # SQLite does not wait for others here.
@@ -272,6 +287,29 @@ def speaking(path: Path) -> Iterator[None]:
 
 
 _json = json.JSONEncoder(ensure_ascii=False).encode
+_sealed = json.JSONEncoder(ensure_ascii=False, default=str).encode  # of what is no value of SQLite's, it says so itself
+
+
+def seal(values: Sequence[Any]) -> int:
+    """Return the checksum of a row: the CRC-32 of the JSON of its values as they are stored, in UTF-8."""
+    plain = [int(v) if v is True or v is False or (isinstance(v, float) and v.is_integer()) else v for v in values]
+    return zlib.crc32(_sealed(plain).encode())
+
+
+def insert(db: sqlite3.Connection, table: str, row: Sequence[Any]) -> None:
+    """Append a row of `SEALED[table]`, with its seal."""
+    columns = SEALED[table]
+    marks = ", ".join("?" * (len(columns) + 1))
+    db.execute(f"INSERT OR FAIL INTO {table} ({', '.join(columns)}, seal) VALUES ({marks})", (*row, seal(row)))
+
+
+def broken_seals(db: sqlite3.Connection) -> Iterator[str]:
+    """Yield the rows that are not what was written, by table and number."""
+    for table, columns in SEALED.items():
+        number = "seq" if table == "events" else "no"
+        for at, kept, *row in db.execute(f"SELECT {number}, seal, {', '.join(columns)} FROM {table}"):
+            if seal(row) != kept:
+                yield f"row {at} of {table} is not what was written"
 
 
 def encode(event: FeedbackEvent) -> tuple[Any, ...]:

@@ -25,13 +25,14 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.errors import DataError
 from align.feedback.appending import Added, add_all, undo_newest
 from align.feedback.events import FeedbackEvent, Item
-from align.feedback.schema import COLUMNS, connect, decode, speaking, writing
+from align.feedback.schema import COLUMNS, broken_seals, connect, decode, speaking, writing
 
 if TYPE_CHECKING:
     from align.feedback.eventtable import EventTable
@@ -248,32 +249,22 @@ class Store:
         }  # fmt: skip
 
     def check(self) -> None:
-        """Verify the file, every link in it, and every item against its id, which is a hash of its content.
-
-        SQLite keeps no checksums: a changed answer that still reads as one goes unnoticed.
+        """Verify the file: SQLite's own structure, every row against its seal, and every link between rows.
 
         Raises:
-            DataError: SQLite finds damage, a row refers to one that is not there, or an item is not what was added.
+            DataError: SQLite finds damage, a row is not what was written, or it refers to one that is not there.
         """
         with speaking(self.path):
-            found = [row[0] for row in self._db().execute("PRAGMA integrity_check(3)")]
-            broken = (
-                [] if found != ["ok"] else [w for w, sql in _LINKS.items() if self._db().execute(sql).fetchone()[0]]
-            )
-        if found == ["ok"] and not broken:
-            broken = self._changed_items()
-        if found != ["ok"] or broken:
+            db = self._db()
+            found = [row[0] for row in db.execute("PRAGMA integrity_check(3)")]
+            broken = found if found != ["ok"] else [
+                *islice(broken_seals(db), 3), *(what for what, sql in _LINKS.items() if db.execute(sql).fetchone()[0])
+            ]  # fmt: skip
+        if broken:
             raise DataError(
-                "A feedback store is damaged", where=str(self.path), why="; ".join(broken or found),
+                "A feedback store is damaged", where=str(self.path), why="; ".join(broken),
                 do="Restore a copy, or recover it with SQLite's `.recover`",
             )  # fmt: skip
-
-    def _changed_items(self) -> list[str]:
-        """Return a reason where an item is not what its id says; one that cannot be made is the first such."""
-        try:
-            return [f"item {name} has other content" for name, item in self.items().items() if item.id != name][:3]
-        except DataError as error:
-            return [str(error)]
 
 
 class Writer:
@@ -421,6 +412,11 @@ _LINKS = {
     "an event is undone twice": "SELECT count(*) - count(DISTINCT undoes) FROM events WHERE undoes IS NOT NULL",
     "an event names an item that is not there": "SELECT count(*) FROM event_items l"
     " LEFT JOIN items i ON i.no = l.item LEFT JOIN events e ON e.seq = l.event WHERE i.no IS NULL OR e.seq IS NULL",
+    "an event is filed under an item that it is not about": "SELECT count(*) FROM event_items l"
+    " JOIN items i ON i.no = l.item JOIN events e ON e.seq = l.event"
+    " WHERE i.id NOT IN (SELECT value FROM json_each(e.items))",
+    "an event is not filed under an item that it is about": "SELECT (SELECT ifnull(sum(json_array_length(items)), 0)"
+    " FROM events) - (SELECT count(*) FROM event_items)",
     "an event supersedes one of another identifier": "SELECT count(*) FROM events e"
     " LEFT JOIN events p ON p.seq = e.supersedes WHERE e.supersedes IS NOT NULL AND p.identifier IS NOT e.identifier",
     "two rows of an identifier are both its last": "SELECT count(*) FROM (SELECT 1 FROM events e WHERE NOT EXISTS"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -67,17 +68,41 @@ def test_an_empty_file_is_no_store_unless_one_is_to_be_made(tmp_path):
     Store.open(path, create=False).close()
 
 
-def test_a_changed_item_and_a_value_that_is_no_json_are_named(tmp_path):
-    path, item = tmp_path / "feedback.db", Item("p", "a marked answer")
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("UPDATE items SET response = '\"a market answer\"'", "row 1 of items is not what was written"),
+        ('UPDATE items SET metadata = \'{"model": "b"}\'', "row 1 of items is not"),
+        ("UPDATE notes SET metadata = '{\"seed\": 8}'", "row 1 of notes is not"),
+        ("UPDATE events SET value = '5'", "row 1 of events is not"),
+        ("UPDATE events SET propensity = 0.25", "row 1 of events is not"),
+        ("UPDATE events SET stands = NULL", "row 1 of events is not"),
+        ("UPDATE event_items SET item = 2", "filed under an item that it is not about"),
+        ("DELETE FROM event_items", "not filed under an item that it is about"),
+    ],
+)
+def test_an_answer_that_still_reads_as_one_is_not_taken_for_what_was_said(tmp_path, change, words):
+    path, item = tmp_path / "feedback.db", Item("p", "a marked answer", metadata={"model": "a"})
+    rating = FeedbackEvent("ordinal", (item.id,), 4, scale=(1, 7), annotator="a", propensity=1, latency_ms=1200)
+    with Store.open(path) as store:
+        store.add([item, Item("p", "another")], [rating])
+        store.add([dataclasses.replace(item, metadata={"seed": 7})])
+        store.check()
+        for table in ("items", "notes", "events", "event_items"):
+            store._db().execute(f"DROP TRIGGER {table}_update")
+        store._db().execute("DROP TRIGGER event_items_delete")
+        store.check()
+        assert store._db().execute(change).rowcount
+        with pytest.raises(DataError, match=f"damaged.*feedback.db.*{words}"):
+            store.check()
+
+
+def test_a_value_that_is_no_json_is_named(tmp_path):
+    path, item = tmp_path / "feedback.db", Item("p", "an answer")
     with Store.open(path) as store:
         store.add([item], [FeedbackEvent("ordinal", (item.id,), 4, scale=(1, 7), annotator="a")])
-        store.check()
         store._db().execute("PRAGMA wal_checkpoint(TRUNCATE)")
     data = path.read_bytes()
-    assert data.count(b"a marked answer") == 1
-    path.write_bytes(data.replace(b"a marked answer", b"a market answer"))
-    with Store.open(path) as store, pytest.raises(DataError, match=f"item {item.id} has other content"):
-        store.check()
     path.write_bytes(data.replace(f'["{item.id}"]'.encode(), f'"["{item.id}]'.encode()))
     with Store.open(path) as store, pytest.raises(DataError, match=r"damaged.*feedback\.db.*no JSON"):
         list(store.current())

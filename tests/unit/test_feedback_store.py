@@ -290,13 +290,14 @@ def test_files_that_are_no_store(tmp_path: Path):
     assert "it is a database of another program" in refused(tmp_path / "other.db")
 
 
-def test_a_store_of_a_newer_version(tmp_path: Path):
-    Store.open(tmp_path / "new.db").close()
-    db = sqlite3.connect(tmp_path / "new.db", isolation_level=None)
+@pytest.mark.parametrize(("version", "words"), [("3", "Update align"), ("1", "Write it out with the align that made")])
+def test_a_store_of_another_version(tmp_path: Path, version: str, words: str):
+    Store.open(tmp_path / "other.db").close()
+    db = sqlite3.connect(tmp_path / "other.db", isolation_level=None)
     db.execute("DROP TRIGGER meta_update")
-    db.execute("UPDATE meta SET value = '2' WHERE name = 'schema'")
+    db.execute("UPDATE meta SET value = ? WHERE name = 'schema'", (version,))
     db.close()
-    assert "it is of version 2, and this library reads 1. Update align" in refused(tmp_path / "new.db")
+    assert f"it is of version {version}, and this library reads 2. {words}" in refused(tmp_path / "other.db")
 
 
 def test_damage_is_found(tmp_path: Path):
