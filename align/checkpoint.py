@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.errors import CheckpointError
+from align.errors import AlignError, CheckpointError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,11 +68,11 @@ class _Joined(Mapping[str, "Tensor"]):
 
     def __init__(self, files: list[Path]) -> None:
         self._pieces: dict[str, list[tuple[Path, int]]] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
         for path in files:
             for name, (first, *shape) in pieces_in(path).items():
                 self._pieces.setdefault(name, []).append((path, first))
-                self._shapes[name] = tuple(shape)
+                self.shapes[name] = tuple(shape)
 
     def __getitem__(self, name: str) -> Tensor:
         import torch
@@ -85,15 +85,23 @@ class _Joined(Mapping[str, "Tensor"]):
             if first != at:
                 raise _not_whole(path, name)
             parts, at = [*parts, part], at + part.numel()
-        if at != math.prod(self._shapes[name]):
+        if at != math.prod(self.shapes[name]):
             raise _not_whole(path, name)
-        return torch.cat(parts).view(self._shapes[name])
+        return torch.cat(parts).view(self.shapes[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._pieces
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._pieces)
 
     def __len__(self) -> int:
         return len(self._pieces)
+
+
+def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    """Return the shape of one of a checkpoint's tensors, without putting it together."""
+    return tensors.shapes[name] if isinstance(tensors, _Joined) else tuple(tensors[name].shape)
 
 
 def _not_whole(path: Path, name: str) -> CheckpointError:
@@ -163,7 +171,7 @@ def save_pieces(
         tensors: what every process has whole.
 
     Raises:
-        CheckpointError: on all processes, what one met with.
+        CheckpointError: on all processes, what one met with; see `align.launch.World.each`.
     """
     root = Path(root)
     final, temporary = _places(root, step)
@@ -181,21 +189,27 @@ def save_pieces(
             _seal(temporary, final, step, state)
         _rotate(root, keep)
 
-    world.led(begin)
-    failure = None
-    try:
+    def write() -> None:
         with _or_refused(final, None):
             for group, named in pieces.items():
-                mine = {n: p for n, p in named.items() if p.values.numel() and (world.leads or not p.alike)}
+                mine = {n: p for n, p in named.items() if _is_kept(p, world)}
                 placed = {name: [piece.first, *piece.shape] for name, piece in mine.items()}
-                held = {name: named[name].values.reshape(-1) for name in placed}
+                held = {name: piece.values.reshape(-1) for name, piece in mine.items()}
                 _write(temporary / f"{group}.{world.rank:05d}.safetensors", held, {"pieces": json.dumps(placed)})
-    except CheckpointError as error:
-        failure = error
-    if heard := next((error for error in world.gather(failure) if error is not None), None):
+
+    world.led(begin)
+    try:
+        world.each(write)
+    except AlignError:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise heard
+        raise
     world.led(finish)
+
+
+def _is_kept(piece: Piece, world: World) -> bool:
+    """Whether this process saves a piece: the first one what all hold alike, and tensors without a value."""
+    whole = piece.alike or math.prod(piece.shape) == 0
+    return world.leads if whole else piece.values.numel() > 0
 
 
 def _places(root: Path, step: int) -> tuple[Path, Path]:
@@ -210,11 +224,12 @@ def _or_refused(final: Path, temporary: Path | None) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # of a device that fails torch raises the second
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
-            "A checkpoint could not be written", where=str(final), why=getattr(error, "strerror", None) or str(error),
+            "A checkpoint could not be written", where=str(final),
+            why=getattr(error, "strerror", None) or first_line(error),
             do="Earlier checkpoints are intact; free some space and resume",
         ) from error  # fmt: skip
 
@@ -256,16 +271,10 @@ def publish(root: str | Path, step: int, folder: str | Path, state: Mapping[str,
         CheckpointError: the disk refused; earlier checkpoints are untouched.
     """
     root, folder = Path(root), Path(folder)
-    final = root / f"step_{step:06d}"
-    try:
+    final, _ = _places(root, step)
+    with _or_refused(final, folder):
         _bring_back(root)
         _seal(folder, final, step, state)
-    except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise CheckpointError(
-            "A checkpoint could not be written", where=str(final), why=error.strerror or str(error),
-            do="Earlier checkpoints are intact; free some space and resume",
-        ) from error  # fmt: skip
     _rotate(root, keep)
     return final
 
@@ -295,7 +304,7 @@ def _rotate(root: Path, keep: int) -> None:
     for old in list(checkpoints(root).values())[: -max(keep, 1)]:
         doomed = old.rename(root / f".removed_{old.name}")
         shutil.rmtree(doomed)
-    for leftover in root.glob(".replaced_step_*"):
+    for leftover in (*root.glob(".replaced_step_*"), *root.glob(".removed_step_*")):  # a kill left the latter
         shutil.rmtree(leftover)
 
 

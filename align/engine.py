@@ -56,7 +56,7 @@ class Engine(Protocol):
     lockstep: bool
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
-        """Accumulate the gradient of `loss`; `last`: of this update."""
+        """Accumulate the gradient of `loss`; `last`: of this update, alike on every process."""
 
     def reduce(self) -> Tensor:
         """Add the gradients up over all processes; return the norm of the sum."""
@@ -77,15 +77,28 @@ class Engine(Protocol):
         """Have the weights whole within the block. Every process must call it."""
 
 
-class ReplicaEngine:
+class _WholeWeights:
+    """Every process holds all trained weights, at all times."""
+
+    lockstep = False
+    named: Mapping[str, nn.Parameter]
+
+    def pieces(self) -> dict[str, Piece]:
+        """Return the trained weights."""
+        return {name: Piece(p.detach(), 0, tuple(p.shape), alike=True) for name, p in self.named.items()}
+
+    def gathered(self) -> contextlib.AbstractContextManager[None]:
+        """Weights are whole at all times."""
+        return contextlib.nullcontext()
+
+
+class ReplicaEngine(_WholeWeights):
     """Every process holds all trained weights and their optimizer: one process, or plain data parallelism.
 
     Args:
         optimizer: what takes the steps, AdamW as configured when None. Where it has `mask_gradients`, that is called
             on the whole gradient, before its norm is taken.
     """
-
-    lockstep = False
 
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, world: World,
@@ -124,14 +137,6 @@ class ReplicaEngine:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def pieces(self) -> dict[str, Piece]:
-        """Return the trained weights."""
-        return _whole(self.named)
-
-    def gathered(self) -> contextlib.AbstractContextManager[None]:
-        """Weights are whole at all times."""
-        return contextlib.nullcontext()
-
     def optimizer_state(self) -> dict[str, Tensor]:
         """Return the optimizer's state."""
         state = self.optimizer.state_dict()["state"]
@@ -147,7 +152,7 @@ class ReplicaEngine:
         self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(_WholeWeights):
     """ZeRO stage 1 or 2 of DeepSpeed: optimizer state, and gradients, are split over the processes.
 
     Args:
@@ -162,7 +167,6 @@ class DeepSpeedEngine:
         ConfigError: DeepSpeed or its launcher is missing, or settings that this loop cannot run under.
     """
 
-    lockstep = False
     stages: tuple[int, ...] = (1, 2)
 
     def __init__(
@@ -226,14 +230,6 @@ class DeepSpeedEngine:
         with meeting():
             self.engine.step()
 
-    def pieces(self) -> dict[str, Piece]:
-        """Return the trained weights."""
-        return _whole(self.named)
-
-    def gathered(self) -> contextlib.AbstractContextManager[None]:
-        """Weights are whole at all times."""
-        return contextlib.nullcontext()
-
     def optimizer_state(self) -> Mapping[str, Tensor | Piece]:
         """Return the optimizer's state, gathered. Every process must call it."""
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -269,10 +265,6 @@ class DeepSpeedEngine:
             self._open = True
 
 
-def _whole(parameters: Mapping[str, nn.Parameter]) -> dict[str, Piece]:
-    return {name: Piece(p.detach(), 0, tuple(p.shape), alike=True) for name, p in parameters.items()}
-
-
 def _fill(parameters: list[nn.Parameter]) -> None:
     """Give a zero gradient to weights without one: a process that holds no sample of an update still takes part."""
     import torch
@@ -282,23 +274,27 @@ def _fill(parameters: list[nn.Parameter]) -> None:
             parameter.grad = torch.zeros_like(parameter)
 
 
-def require_engine(trainer: str, deepspeed: str | None, *, fsdp: bool = False) -> str | None:
+def require_engine(
+    trainer: str, deepspeed: str | None, *, fsdp: bool = False, launching: int | None = None
+) -> str | None:
     """Refuse an engine that a run cannot have; return the name of one that splits weights, None for another.
 
     Args:
         trainer: of the configuration.
         deepspeed: settings, by name or file.
+        launching: how many processes are about to be started; None where this one is of those that train.
 
     Raises:
         ConfigError: two engines, unusable settings, no launcher, one process for FSDP2, or an engine that splits
             weights where the trainer needs them whole.
     """
-    stage = 0 if deepspeed is None else require_deepspeed(deepspeed)["zero_optimization"]["stage"]
-    if fsdp:
-        require_fsdp(deepspeed, int(os.environ.get("WORLD_SIZE", "1")))
+    read = require_deepspeed if launching is None else deepspeed_settings
+    stage = 0 if deepspeed is None else read(deepspeed)["zero_optimization"]["stage"]
     if not fsdp and stage != 3:
         return None
     require_splitting(trainer, "--fsdp" if fsdp else f"--deepspeed {deepspeed}")
+    if fsdp:
+        require_fsdp(deepspeed, launching or int(os.environ.get("WORLD_SIZE", "1")))
     return "FSDP2" if fsdp else "ZeRO 3"
 
 

@@ -21,10 +21,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from align.errors import AlignError, ConfigError
+from align.errors import AlignError, ConfigError, first_line
 from align.meetings import Meetings, gone, open_meetings, unmet
 from align.registry import suggest
 from align.stops import SIGNALS, Stopped, heard
@@ -79,19 +79,36 @@ class World:
         return [value] if self.meetings is None else self.meetings.gather(value)
 
     def led(self, work: Callable[[], Any]) -> None:
-        """Have the leading process do `work` while all wait. Everyone must call it.
+        """Have the leading process do `work` while all wait; see `each`."""
+        self.each(work if self.leads else lambda: None)
+
+    def each(self, work: Callable[[], Any]) -> None:
+        """Have every process do `work`, and all fail when one does. Everyone must call it.
 
         Raises:
-            AlignError: on every process, what `work` raised on that one.
+            AlignError: on every process, what `work` raised on the first that failed. What is no AlignError is raised
+                where it arose, and the others say that it was.
         """
-        failure = None
-        if self.leads:
-            try:
-                work()
-            except AlignError as error:
-                failure = error
-        if (heard := self.gather(failure)[0]) is not None:
-            raise heard
+        heard: list[AlignError | None] = []
+
+        def tell(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+            if isinstance(error, KeyboardInterrupt):  # which `together` shares
+                return False
+            known = isinstance(error, AlignError)
+            heard.extend(self.gather(error if known or error is None else self._failed(error)))
+            return known
+
+        with contextlib.ExitStack() as stack:
+            stack.push(tell)
+            work()
+        if failure := next((error for error in heard if error is not None), None):
+            raise failure
+
+    def _failed(self, error: BaseException) -> AlignError:
+        return AlignError(
+            "Another process of the run failed", where=f"process {self.rank}",
+            why=f"{type(error).__name__}, {first_line(error)}", do="What it said stands elsewhere",
+        )  # fmt: skip
 
     def first(self, values: Sequence[str]) -> str:
         """Return the first text that is not empty, of those all processes bring: by rank, then in order."""
@@ -259,12 +276,10 @@ def run_launched(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """
     with tempfile.TemporaryDirectory() as folder:
         stop = Path(folder) / "stop"
-        process = subprocess.Popen(
-            command, env={**os.environ, **environment, _STOP_FILE: str(stop)}, start_new_session=True
-        )
+        started: list[subprocess.Popen[bytes]] = []
 
         def ask(number: int, frame: FrameType | None) -> None:
-            if stop.exists():
+            for process in started if stop.exists() else ():
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGTERM)
             stop.touch()
@@ -272,8 +287,10 @@ def run_launched(command: Sequence[str], environment: Mapping[str, str]) -> int:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(path.name.removeprefix(_PROCESS)), signal.SIGUSR1)
 
-        with heard(ask, (*SIGNALS, signal.SIGHUP)):
-            code = process.wait()
+        with heard(ask, (*SIGNALS, signal.SIGHUP)):  # before there is anything that a stop could leave behind
+            handed = {**os.environ, **environment, _STOP_FILE: str(stop)}
+            started.append(subprocess.Popen(command, env=handed, start_new_session=True))
+            code = started[0].wait()
             return 130 if code == 0 and stop.exists() else code
 
 

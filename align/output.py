@@ -15,6 +15,9 @@ from align.errors import ConfigError
 INTERRUPTED, HACKED = 130, 3
 """Exit codes of what was asked to stop, and of a run that the hack monitor stopped."""
 
+ENDS = {"stopped": INTERRUPTED, "hacked": HACKED}
+"""Exit codes of runs by their status, where that is not 0."""
+
 EXITS = (
     "exit codes:\n"
     "  0 done; 2 bad input, or a fault that was looked for and found;\n"
@@ -56,10 +59,20 @@ def word(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
+def sentence(text: str) -> str:
+    """Return a text with an end."""
+    return text if text.endswith(("?", ".", "!")) else text + "."
+
+
 def table(rows: Sequence[tuple[str, str]]) -> str:
     """Return rows of two columns, the first set to its widest."""
     width = max((len(left) for left, _ in rows), default=0)
     return "\n".join(f"{left:<{width}}  {right}".rstrip() for left, right in rows)
+
+
+def add_action(actions: Any, name: str, what: str, *shown: str) -> argparse.ArgumentParser:
+    """Add a verb, or an action of one, with its purpose and examples."""
+    return actions.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.", epilog=examples(*shown))
 
 
 def add_json(parser: argparse.ArgumentParser, default: str | None = None) -> None:
@@ -82,6 +95,11 @@ def add_dry_run(parser: argparse.ArgumentParser) -> None:
 def add_out(parser: argparse.ArgumentParser, what: str, *, required: bool = False) -> None:
     """Add `--out PATH`."""
     parser.add_argument("--out", type=Path, metavar="PATH", required=required, help=f"where to write {what}")
+
+
+def add_overrides(parser: argparse.ArgumentParser, example: str) -> None:
+    """Add `KEY=VALUE ...`."""
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help=f"change a value, e.g. {example}")
 
 
 def add_seed(parser: argparse.ArgumentParser, default: int | None = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
@@ -20,6 +20,16 @@ def suggest(word: str, choices: Iterable[str]) -> str:
     if close:
         return f"Did you mean {close[0]!r}?"
     return f"Choose one of: {', '.join(options)}" if options else "None is available"
+
+
+def require_known(word: str, choices: Collection[str], kind: str) -> None:
+    """Refuse a word that is none of `choices`.
+
+    Raises:
+        ConfigError: with the closest of them.
+    """
+    if word not in choices:
+        raise ConfigError(f"Unknown {kind} {word!r}", do=suggest(word, choices))
 
 
 class Registry(Generic[T]):

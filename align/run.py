@@ -29,7 +29,7 @@ from align import checkpoint, guards, stops
 from align.averaging import Average
 from align.config import RunConfig, VisualConfig, diff_configs, load_config, save_config
 from align.engine import Engine, ReplicaEngine
-from align.errors import CheckpointError, ConfigError
+from align.errors import CheckpointError, ConfigError, GuardError
 from align.launch import World
 from align.sitting import Sitting
 from align.tracking import Progress, RunLog
@@ -214,6 +214,7 @@ class Run:
         self.log = RunLog(self.directory, tensorboard=config.tracking.tensorboard, silent=not world.leads)
         self.sitting = Sitting(self.directory, config, world, self.log, self._keep_committed)
         self._loss_check: torch.Tensor | None = None
+        self._unmet = False
         self.counters: dict[str, float] = {}
         self.watch: Watch | None = None
         self.step = 0
@@ -268,7 +269,7 @@ class Run:
         self.step, self.counters = found.step, dict(found.state["counters"])
         model, pieces = found.tensors["model"], self.engine.pieces()
         alien = sorted(set(self.parameters) ^ set(model)) or [
-            name for name, piece in pieces.items() if piece.shape != tuple(model[name].shape)
+            name for name, piece in pieces.items() if piece.shape != checkpoint.shape_of(model, name)
         ]
         if alien:
             raise CheckpointError(
@@ -303,6 +304,7 @@ class Run:
             last: of this update, on every process.
         """
         check = loss.detach() * 0.0
+        self._unmet = self.engine.lockstep and not last
         self._loss_check = check if self._loss_check is None else self._loss_check + check
         self.engine.backward(loss * weight, last=last)
 
@@ -313,6 +315,11 @@ class Run:
         """
         import torch
 
+        if self._unmet:  # or the others wait for these gradients, or nobody adds them up
+            raise GuardError(
+                "The gradients of an update have not met", where=f"step {self.step + 1}, process {self.world.rank}",
+                why="no backward pass was its last one", do="Give last=True in the same pass on every process",
+            )  # fmt: skip
         began = time.perf_counter()
         device = next(iter(self.parameters.values())).device
         check = torch.zeros((), device=device) if self._loss_check is None else self._loss_check.to(device).float()

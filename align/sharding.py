@@ -88,7 +88,8 @@ class FSDP2Engine:
         """Add the gradients of what is whole up over all processes; return the norm of all."""
         import torch
 
-        squares, alike = torch.zeros(()), torch.zeros(())
+        device = next(iter(self._held.values())).device  # NCCL adds up nothing that is on the CPU
+        squares, alike = torch.zeros((), device=device), torch.zeros((), device=device)
         for name, parameter in self.parameters.items():
             held, split = self._held[name], _is_split(parameter)
             if not split:

@@ -187,7 +187,7 @@ def data_files(config: Any) -> list[dict[str, str]]:
     from align.weights import file_sha256
 
     found = []
-    for name in ("prompts", "data"):
+    for name in ("prompts", "data", "split"):
         section = getattr(config, name, None)
         paths = [getattr(section, key, None) for key in ("path", "heldout_path")]
         for path in (Path(p).expanduser() for p in (*paths, *getattr(section, "paths", ())) if p and not is_ours(p)):

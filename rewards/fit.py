@@ -520,7 +520,7 @@ def fit_reward(
     directory = Path(out) if out is not None else Path("runs") / config.name
     with claiming(directory, config, world, overwrite=overwrite):
         data = load_data(config.data.paths, config.data) if data is None else data
-        parts, dropped = _parts(config, data)
+        parts, dropped = parts_of(config, data)
         train_rows, share, left = thin(parts["train"], config)
         notes = warnings_on(train_rows, config)
         names = sorted({name for rows in parts.values() for row in rows for name in row.items})
@@ -663,7 +663,12 @@ def require_splittable(config: FitConfig, engine: str) -> None:
         )  # fmt: skip
 
 
-def _parts(config: FitConfig, data: FitData) -> tuple[dict[str, list[Observation]], int]:
+def parts_of(config: FitConfig, data: FitData) -> tuple[dict[str, list[Observation]], int]:
+    """Return the rows of each part, of a held-out file too, and how many lie between parts.
+
+    Raises:
+        DataError: a split that leaks.
+    """
     found, dropped = split_rows(data.rows, config.split, config.seed)
     parts = {name: [data.rows[i] for i in rows] for name, rows in found.items()}
     if config.split.heldout_path is not None:

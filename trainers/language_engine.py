@@ -43,28 +43,11 @@ def engine_settings(deepspeed: str | None, config: LanguageConfig, world: World)
         world: the processes of the run.
 
     Raises:
-        ConfigError: no such settings, settings that contradict `config`, or something that is not installed.
+        ConfigError: see `require_settings`.
     """
-    _require_accelerate(config)
-    found = _accelerate_settings()
-    if deepspeed is not None and found is not None:
-        raise ConfigError(
-            "Two DeepSpeed settings are given", where=f"--deepspeed {deepspeed}",
-            why="the configuration of `accelerate launch` turns DeepSpeed on too", do="Give one of them",
-        )  # fmt: skip
-    if deepspeed is not None:
-        found = read_settings(deepspeed)
-    if found is None:
+    options = require_settings(deepspeed, config, world.size)
+    if options is None:
         return None
-    options, where = found
-    if find_spec("deepspeed") is None:
-        raise ConfigError("DeepSpeed is not installed", where=where, do="pip install deepspeed")
-    if "RANK" not in os.environ:
-        raise ConfigError(
-            "ZeRO needs a launcher", where=where,
-            do="Add --launch deepspeed --nproc N, or leave --deepspeed out to train in one process",
-        )  # fmt: skip
-    _require_same(options, config, world, where)
     _start_deepspeed()
     zero = dict(options["zero_optimization"])
     if zero["stage"] == 3:
@@ -80,16 +63,53 @@ def engine_settings(deepspeed: str | None, config: LanguageConfig, world: World)
     }
 
 
+def require_settings(
+    deepspeed: str | None, config: LanguageConfig, processes: int, *, launching: bool = False
+) -> dict[str, Any] | None:
+    """Return the DeepSpeed settings that `engine_settings` takes, refusing what can be seen before anything starts.
+
+    Args:
+        deepspeed, config: see there.
+        processes: of the run.
+        launching: they are about to be started; this process is none of them.
+
+    Raises:
+        ConfigError: no such settings, settings that contradict `config`, no launcher, or something that is not
+            installed.
+    """
+    _require_accelerate(config)
+    found = _accelerate_settings()
+    if deepspeed is not None and found is not None:
+        raise ConfigError(
+            "Two DeepSpeed settings are given", where=f"--deepspeed {deepspeed}",
+            why="the configuration of `accelerate launch` turns DeepSpeed on too", do="Give one of them",
+        )  # fmt: skip
+    if deepspeed is not None:
+        found = read_settings(deepspeed)
+    if found is None:
+        return None
+    options, where = found
+    if find_spec("deepspeed") is None:
+        raise ConfigError("DeepSpeed is not installed", where=where, do="pip install deepspeed")
+    if "RANK" not in os.environ and not launching:
+        raise ConfigError(
+            "ZeRO needs a launcher", where=where,
+            do="Add --launch deepspeed --nproc N, or leave --deepspeed out to train in one process",
+        )  # fmt: skip
+    _require_same(options, config, processes, where)
+    return options
+
+
 def zero_stage(options: Mapping[str, Any] | None) -> int:
     """Return the ZeRO stage of settings that `engine_settings` made; 0 without DeepSpeed."""
     return 0 if options is None else int(options["zero_optimization"]["stage"])
 
 
-def _require_same(options: Mapping[str, Any], config: LanguageConfig, world: World, where: str) -> None:
+def _require_same(options: Mapping[str, Any], config: LanguageConfig, processes: int, where: str) -> None:
     """Refuse settings that say another thing than the configuration."""
     accumulation = config.batch_size // config.microbatch
     expected = {
-        "train_micro_batch_size_per_gpu": config.microbatch // world.size, "train_batch_size": config.batch_size,
+        "train_micro_batch_size_per_gpu": config.microbatch // processes, "train_batch_size": config.batch_size,
         "gradient_accumulation_steps": accumulation, "gradient_clipping": config.optimizer.max_grad_norm or 0.0,
         "fp16.enabled": False, "bf16.enabled": config.model.dtype == "bf16",
     }  # fmt: skip

@@ -277,9 +277,9 @@ class AlignTrainer(transformers.Trainer):
         self.run.world.led(lambda: shutil.rmtree(staging, ignore_errors=True))
         if zero_stage(self.run.deepspeed) == 3:
             self.model_wrapped.empty_partition_cache()  # weights that an evaluation was still fetching
+        save = super()._save_checkpoint
         with quiet():
-            super()._save_checkpoint(model, trial)
-        self.run.world.wait()
+            self.run.world.each(lambda: save(model, trial))
         self.run.world.led(lambda: self._publish(staging))
 
     def _publish(self, staging: Path) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.errors import ConfigError
-from align.output import HACKED, add_dry_run, add_json, add_out, add_seed, dry, give, positive
+from align.output import HACKED, add_dry_run, add_json, add_out, add_overrides, add_seed, dry, give, positive
 
 if TYPE_CHECKING:
     import numpy as np
@@ -343,11 +343,14 @@ def _write(path: Path, document: Mapping[str, Any]) -> None:
     replace_text(path, json.dumps(document, indent=1, default=str) + "\n")
 
 
-def _claim(folder: Path, asked: Mapping[str, Any], *, overwrite: bool) -> None:
-    """Take a folder that is empty, or holds this very demo; another one, or a run, only to overwrite it."""
+def _require_folder(folder: Path, asked: Mapping[str, Any], *, overwrite: bool) -> bool:
+    """Refuse a folder that is not empty and does not hold this very demo; return whether it is to be replaced.
+
+    Another demo, or a run, is replaced where that is asked for.
+    """
     marker = folder / "demo.json"
     if overwrite and (marker.is_file() or (folder / "run.json").is_file()):
-        shutil.rmtree(folder)
+        return True
     if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) != asked:
         raise ConfigError(
             "This folder holds another demo", where=str(folder), do="Add --overwrite, or choose another --out"
@@ -356,8 +359,7 @@ def _claim(folder: Path, asked: Mapping[str, Any], *, overwrite: bool) -> None:
         raise ConfigError(
             "The folder is not empty and holds no demo", where=str(folder), do="Remove it, or choose another --out"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(marker, asked)
+    return False
 
 
 def demo(options: argparse.Namespace) -> int:
@@ -368,9 +370,13 @@ def demo(options: argparse.Namespace) -> int:
         folder, seed=call["seed"], users=options.users, images=options.images, overrides=options.overrides,
         say=lambda text: sys.stderr.write(f"{text}\n"),
     )  # fmt: skip
+    replaced = _require_folder(folder, call, overwrite=options.overwrite)
     if options.dry_run:
         return dry(options, "align the embedded digits with people's thumbs", {**call, "out": str(folder)})
-    _claim(folder, call, overwrite=options.overwrite)
+    if replaced:
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "demo.json", call)
     summary = told.tell()
     gain, wins = summary["taste_gain"], summary["win_rate"]
     lines = (
@@ -398,6 +404,6 @@ def demo_arguments(parser: argparse.ArgumentParser) -> None:
         help="images of each prompt for them (default: 40)",
     )
     parser.add_argument("--overwrite", action="store_true", help="begin anew what stands in the folder")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="changes to digits/demo")
+    add_overrides(parser, "steps=40; the recipe is digits/demo")
     add_dry_run(parser)
     add_json(parser)

@@ -5,11 +5,14 @@ No weights are loaded, and nothing is fetched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import argparse
+from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.errors import ConfigError
+from align.output import give, table
 
 if TYPE_CHECKING:
     from align.checks import Finding
@@ -42,6 +45,41 @@ def require_ready(config: Any) -> list[Finding]:
     return require_valid(config, config_findings(config))
 
 
+def would(options: argparse.Namespace, config: Any, again: Sequence[str], out: Path, what: str, **how: bool) -> int:
+    """Check all that a run needs: configuration, data, rewards, folder, engine, launch. Say what it would do.
+
+    Gives what `align check` says of the configuration, with what of its data is learnt from, and: `out`, the run
+    folder; `command`, what trains, in several processes with a launcher.
+
+    Args:
+        again: the verb and its arguments, for that command.
+        what: it would do.
+        how: `overwrite` and `fork`, see `align.run.require_directory`.
+    """
+    from align.checks import describe_config
+    from align.commands.check import config_text
+    from align.commands.engines import launched, require_engine
+    from align.launch import shown
+    from align.run import require_directory
+
+    found, rows = describe_config(config, require_ready(config)), []
+    require_directory(out, config, **how)
+    settings = require_engine(options, config)
+    if config.trainer == "fit":
+        from align.commands.fit import plan_fit as plan
+    elif config.trainer == "peering":
+        from align.commands.peering import plan_peering as plan
+    else:
+        plan = None
+    if plan is not None:
+        data, rows = plan(config)
+        found |= data
+    command = shown(*launched(options, again, settings))
+    text = [config_text(found), *([table(rows)] if rows else []), f"would {what}"]
+    text += [f"by {command}"] if options.launch else []
+    return give(options, {**found, "out": str(out), "command": command}, "\n".join(text))
+
+
 def require_rewards(rewards: Iterable[str | RewardConfig]) -> None:
     """Refuse rewards that nobody knows, or whose arguments are not theirs; build none.
 
@@ -69,10 +107,13 @@ def _checks(reward: RewardConfig) -> dict[str, Callable[[], object]]:
 
 
 def require_source(source: str) -> None:
-    """Refuse a model that is not here and is no name on the hub either.
+    """Refuse a model of images that is neither a pipeline folder, a built-in one, nor a name on the hub.
+
+    Runs, checkpoints and language models were looked at when they were found.
 
     Raises:
-        ConfigError: it is neither a run, a checkpoint, a recipe nor a model.
+        CheckpointError: a run without a checkpoint.
+        ConfigError: no such model of images.
     """
     from align.checks import model_folder
     from trainers import find_source

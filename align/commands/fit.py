@@ -5,55 +5,51 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from align.output import INTERRUPTED, add_dry_run, add_json, add_out, add_seed, give, table
+from align.commands.dry import would
+from align.commands.engines import add_engine, launch, require_engine
+from align.output import INTERRUPTED, add_dry_run, add_json, add_out, add_overrides, add_seed, give, table
 
 
-def fit(options: argparse.Namespace, launch: Callable[..., int]) -> int:
-    """Fit a reward as a config says; `launch` runs `align` in several processes."""
+def fit(options: argparse.Namespace) -> int:
+    """Fit a reward as a config says, or go on with an unfinished fit of the same config."""
     from align.checks import require_valid
-    from align.commands.dry import require_ready
     from align.config import load_config
     from align.fit_config import FitConfig
 
     seed = [] if options.seed is None else [f"seed={options.seed}"]
     config = load_config(options.config, [*options.overrides, *seed], kind=FitConfig)
-    require_valid(config)
     out = options.out or Path("runs") / config.name
-    if options.dry_run:
-        require_ready(config)
-        if options.launch:
-            from rewards.fit import require_launchable
-
-            require_launchable(config, options.nproc)
-        return give(options, _plan(config, out), _plan_text(config, out))
     again = ["fit", options.config, *options.overrides, *seed, "--out", str(out)]
     again += ["--overwrite"] if options.overwrite else []
-    return fit_into(options, config, out, again, launch, overwrite=options.overwrite)
+    if options.dry_run:
+        return would(
+            options, config, again, out, f"fit {config.model.backbone} into {out}", overwrite=options.overwrite
+        )
+    require_valid(config)
+    return fit_into(options, config, out, again, overwrite=options.overwrite)
 
 
 def fit_into(
-    options: argparse.Namespace, config: Any, out: Path, again: Sequence[str], launch: Callable[..., int], *,
-    overwrite: bool = False,
-) -> int:  # fmt: skip
+    options: argparse.Namespace, config: Any, out: Path, again: Sequence[str], *, overwrite: bool = False
+) -> int:
     """Fit a reward into a folder, or go on with the one that is there, and write its page.
 
     Args:
-        again: the arguments that do so, for the processes that `launch` starts.
+        again: the arguments that do so, for the processes of a launch.
     """
-    from align.launch import leave_world, require_launcher, supervised
+    from align.launch import leave_world, supervised
     from align.reports.training import write_report
     from align.run import require_directory
-    from rewards.fit import fit_reward, require_launchable
+    from rewards.fit import fit_reward
 
+    settings = require_engine(options, config)
     if options.launch:
-        require_launcher(options.launch)
-        require_launchable(config, options.nproc)
         require_directory(out, config, overwrite=overwrite)
-        return launch(options, list(again), out, config)
+        return launch(options, again, settings, out)
     result = fit_reward(config, out, overwrite=overwrite, deepspeed=options.deepspeed, fsdp=options.fsdp)
     found: dict[str, Any] = {"directory": str(result.directory), "status": result.status}
     if os.environ.get("RANK", "0") != "0":
@@ -75,10 +71,9 @@ def fit_into(
 
 def fit_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `align fit`."""
+    add_engine(parser)
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, or a recipe that `align configs list` shows")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="change a value, e.g. model.head=mlp steps=500"
-    )
+    add_overrides(parser, "model.head=mlp steps=500")
     parser.add_argument("--overwrite", action="store_true", help="start again, replacing the fit in the folder")
     add_out(parser, "the run folder (default: runs/NAME); an unfinished fit there is resumed")
     add_seed(parser)
@@ -86,22 +81,17 @@ def fit_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def _plan(config: Any, out: Path) -> dict[str, Any]:
-    from rewards.fit_data import load_data, split_rows
+def plan_fit(config: Any) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Return what a fit would learn from, and the same as people read it."""
+    from rewards.fit import parts_of
+    from rewards.fit_data import load_data
 
     data = load_data(config.data.paths, config.data)
-    parts, dropped = split_rows(data.rows, config.split, config.seed)
-    return {
-        "out": str(out), "observations": data.counts(), "parts": {name: len(rows) for name, rows in parts.items()},
-        "between_parts": dropped,
-    }  # fmt: skip
-
-
-def _plan_text(config: Any, out: Path) -> str:
-    found = _plan(config, out)
+    parts, dropped = parts_of(config, data)
+    found = {"observations": data.counts(), "parts": {name: len(rows) for name, rows in parts.items()}}
     rows = [(kind, str(n)) for kind, n in found["observations"].items()]
     rows += [(name, f"{n} rows") for name, n in found["parts"].items()]
-    return f"{table(rows)}\nwould fit {config.model.backbone} into {out}"
+    return {**found, "between_parts": dropped}, rows
 
 
 def _card_text(card: Mapping[str, Any], directory: Path, report: Path) -> str:

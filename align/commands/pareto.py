@@ -10,12 +10,12 @@ from align.output import add_dry_run, add_json, add_out, dry, give
 
 def pareto(options: argparse.Namespace) -> int:
     """Write the table and the plot of several runs."""
-    from align.reports.pareto import as_text, write_pareto
+    from align.reports.pareto import as_text, require_axes, write_pareto
     from align.reports.pareto import pareto as read_arms
 
     out = options.out or Path("pareto.html")
     if options.dry_run:
-        read_arms(options.runs)
+        require_axes(read_arms(options.runs), options.x, options.y)
         return dry(options, "compare", {"runs": options.runs, "out": str(out)})
     found = write_pareto(options.runs, out, x=options.x, y=options.y)
     return give(options, found, f"{as_text(found)}\npage: {found['page']}, plot: {found['plot']}")

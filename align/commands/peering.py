@@ -6,30 +6,24 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from align.output import INTERRUPTED, add_dry_run, add_json, add_out, add_seed, give, table
+from align.commands.dry import would
+from align.output import INTERRUPTED, add_dry_run, add_json, add_out, add_overrides, add_seed, give
 
 
 def peering(options: argparse.Namespace) -> int:
     """Fit a reward to ratings and one to rankings, select with both, and judge both under both protocols."""
     from align.checks import require_valid
     from align.config import load_config
-    from align.peering_config import SIMULATED, PeeringConfig
+    from align.peering_config import PeeringConfig
 
     seed = [] if options.seed is None else [f"seed={options.seed}"]
     config = load_config(options.config, [*options.overrides, *seed], kind=PeeringConfig)
-    require_valid(config)
     out = options.out or Path("runs") / config.name
+    again = ["peering", options.config, *options.overrides, *seed, "--out", str(out)]
+    again += ["--overwrite"] if options.overwrite else []
     if options.dry_run:
-        rows = {"answers": ", ".join(config.data.paths)}
-        rows["candidates"] = config.selection.candidates or "held-out outputs"
-        if config.data.paths == (SIMULATED,):
-            rows["candidates"] = f"{config.world.candidates} each for {config.world.selected_prompts} new prompts"
-        else:
-            from trainers.peering import split_prompts
-
-            train, heldout = split_prompts(config, config.data.paths)
-            rows["prompts"] = f"{len(train)} fitted to, {len(heldout)} held out"
-        return give(options, {**rows, "out": str(out)}, f"{table(list(rows.items()))}\nwould write into {out}")
+        return would(options, config, again, out, f"write into {out}", overwrite=options.overwrite)
+    require_valid(config)
     return peer_into(options, config, out, overwrite=options.overwrite)
 
 
@@ -47,12 +41,27 @@ def peer_into(options: argparse.Namespace, config: Any, out: Path, *, overwrite:
     return give(options, found, "\n".join([*reading(result.found), "", f"report: {found['report']}"]))
 
 
+def plan_peering(config: Any) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Return what is compared, and the same as people read it."""
+    from align.peering_config import SIMULATED
+
+    found = {"answers": ", ".join(config.data.paths)}
+    found["candidates"] = config.selection.candidates or "held-out outputs"
+    if config.data.paths == (SIMULATED,):
+        found["candidates"] = f"{config.world.candidates} each for {config.world.selected_prompts} new prompts"
+    else:
+        from trainers.peering import split_prompts
+
+        train, heldout = split_prompts(config, config.data.paths)
+        found["prompts"] = f"{len(train)} fitted to, {len(heldout)} held out"
+    return found, list(found.items())
+
+
 def peering_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `align peering`."""
+    """Add the arguments of `align peering`, which has no engine to choose."""
+    parser.set_defaults(launch=None, deepspeed=None, fsdp=False)
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, or a recipe that `align configs list` shows")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="change a value, e.g. data.paths.0=feedback.db"
-    )
+    add_overrides(parser, "data.paths.0=feedback.db")
     parser.add_argument("--overwrite", action="store_true", help="start again, replacing what is in the folder")
     add_out(parser, "the run folder (default: runs/NAME); an unfinished one goes on")
     add_seed(parser)

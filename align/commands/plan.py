@@ -14,7 +14,7 @@ from typing import Any
 
 from align.errors import ConfigError
 from align.footprint import Footprint
-from align.output import add_dry_run, add_json, dry, give, number, positive, table
+from align.output import add_dry_run, add_json, add_overrides, dry, give, number, positive, table
 from align.plan import COUNTS, ENGINES, Job, Row, choose, launch
 from align.plan import table as rows_of
 
@@ -39,6 +39,7 @@ def plan(options: argparse.Namespace) -> int:
 
         config = load_config(options.config, options.overrides)
         require_valid(config)
+        describe_job(config)
         what = {"run": config.name, "model": config.model.path, "gpus": options.gpus, "memory": options.memory}
         return dry(options, "plan", {**what, "timed here": options.measure})
     found = make_plan(
@@ -51,9 +52,7 @@ def plan(options: argparse.Namespace) -> int:
 def plan_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `align plan`."""
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, or a recipe that `align configs list` shows")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="change a value, e.g. model.train=lora"
-    )
+    add_overrides(parser, "model.train=lora")
     parser.add_argument("--gpus", type=positive, default=8, metavar="N", help="accelerators you have (default: 8)")
     parser.add_argument("--memory", type=number, default=80.0, metavar="GB", help="of each, in GB (default: 80)")
     parser.add_argument("--per-node", type=positive, default=8, metavar="N", help="of each machine (default: 8)")
@@ -91,7 +90,8 @@ def make_plan(
     require_valid(config)
     job, about = describe_job(config)
     timed = "given" if forward_seconds is not None else "unknown"
-    if forward_seconds is None and (measure or (about["local"] and about["parameters"] <= SMALL)):
+    small = about["local"] and about["parameters"] <= SMALL and job.kind != "fit"  # whose forward is not timed here
+    if forward_seconds is None and (measure or small):
         forward_seconds, timed = measure_forward(config), "measured here"
     rows = rows_of(job, memory, forward_seconds)
     best = choose(rows, gpus, per_node)

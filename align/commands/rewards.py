@@ -20,7 +20,7 @@ def is_asked(options: argparse.Namespace) -> bool:
     """Whether rewards are to be evaluated, rather than a model; refuse flags that are of no use to what is."""
     asked = options.source is None or options.benchmark is not None or options.scores is not None
     asked = asked or _is_fit(options.source)
-    given = [name for name, value in vars(options).items() if value not in (None, False)]
+    given = [name for name, value in vars(options).items() if value is not None and value is not False]
     wrong = next((n for n in given if (n not in _TAKEN if asked else n in OWN)), None)
     if wrong:
         what = "Rewards are evaluated, and not a model" if asked else f"{options.source} is a model, and no reward"
@@ -109,12 +109,19 @@ def _data(options: argparse.Namespace, named: Sequence[Any]) -> tuple[Any, str]:
 
     told = {"folder": options.images, "key": options.key, "reaction": options.reaction}
     told = {name: value for name, value in told.items() if value is not None}
-    fits = [read_artefact(reward.args["path"]) for reward in named if reward.name == "fitted"]
+    fits, away = [], ""
+    for reward in named:
+        if reward.name == "fitted" and reward.args.get("placement") == "remote":
+            away = "what the fit held out is known where its artefact lies, on the machine that serves it"
+        elif reward.name == "fitted":
+            fits.append(read_artefact(reward.args["path"]))
     config = fits[0][0].parent / "config.yaml" if fits else None
     if config is not None and config.is_file():
         return feedback_for_fit(load_config(config), fits[0][1]["card"], options.data, told)
     if options.data is None:
-        raise ConfigError("Rewards are measured on feedback", do="Give --data FILE, or --benchmark NAME --scores FILE")
+        raise ConfigError(
+            "Rewards are measured on feedback", why=away, do="Give --data FILE, or --benchmark NAME --scores FILE"
+        )
     kinds = [str(artefact["media"]) for _, artefact in fits] + [media_of(reward) for reward in named]
     media = next((kind for kind in kinds if kind != "any"), "image" if options.images else "text")
     if media == "video":

@@ -27,6 +27,8 @@ def _compare(options: argparse.Namespace) -> int:
     if options.level != "full" and (options.mask is not None or options.structure):
         flag = "--structure" if options.mask is None else "--mask"
         raise ConfigError(f"{flag} needs the whole comparison", where=flag, do="Leave out --level bits")
+    if options.threads is not None and options.mask is not None:
+        raise ConfigError("A mask is written tensor by tensor", where="--threads", do="Leave it out")
     if options.dry_run:
         return _plan(options, "compare", call)
     if options.mask is not None:

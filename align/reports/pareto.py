@@ -7,7 +7,7 @@ are shown and decide nothing. Reads the files of run folders and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,20 @@ def as_text(found: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"warning: {text}" for text in found["warnings"])])
 
 
+def require_axes(found: Mapping[str, Any], x: str | None, y: str | None) -> list[str]:
+    """Return the rewards of the plot's y and x axis: those asked for, or the first two.
+
+    Raises:
+        ConfigError: one that is no reward of the runs.
+    """
+    names = found["rewards"]
+    axes = [y or names[0], x or names[min(1, len(names) - 1)]]
+    for name in axes:
+        if name not in names:
+            raise ConfigError(f"The runs have no reward {name!r}", where="axis", do=suggest(name, names))
+    return axes
+
+
 def write_pareto(
     runs: Sequence[str | Path], out: str | Path = "pareto.html", *, x: str | None = None, y: str | None = None
 ) -> dict[str, Any]:
@@ -142,11 +156,7 @@ def write_pareto(
         ConfigError: see `pareto`; or an axis that is no reward of the runs.
     """
     found = pareto(runs)
-    names = found["rewards"]
-    axes = [y or names[0], x or names[min(1, len(names) - 1)]]
-    for name in axes:
-        if name not in names:
-            raise ConfigError(f"The runs have no reward {name!r}", where="axis", do=suggest(name, names))
+    axes = require_axes(found, x, y)
     plot = scatter(_places(found, *axes), x_label=axes[1], y_label=axes[0])
     wanted, page, drawing = columns(found), Path(out), Path(out).with_suffix(".svg")
     page.parent.mkdir(parents=True, exist_ok=True)

@@ -53,6 +53,14 @@ def test_leftovers_of_a_kill_are_never_read_and_are_removed(tmp_path):
     assert not torn.exists()
 
 
+def test_what_a_kill_left_of_rotating_goes_with_the_next_publication(tmp_path):
+    write(tmp_path / "root", 2)
+    shutil.copytree(tmp_path / "root" / "step_000002", tmp_path / "root" / ".removed_step_000001")
+    (tmp_path / "made").mkdir()
+    checkpoint.publish(tmp_path / "root", 3, tmp_path / "made", {})
+    assert sorted(p.name for p in (tmp_path / "root").iterdir()) == ["step_000002", "step_000003"]
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [

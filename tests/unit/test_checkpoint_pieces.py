@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 
 import processes
@@ -12,7 +13,7 @@ import torch
 
 from align import checkpoint
 from align.checkpoint import Piece
-from align.errors import CheckpointError
+from align.errors import AlignError, CheckpointError
 from align.launch import World, join_world, leave_world
 from align.sparsity.sources import open_source
 
@@ -20,34 +21,63 @@ ROWS = torch.arange(15.0).view(5, 3)
 """Three processes hold 2, 2 and 1 of its rows."""
 
 
+def failing(error):
+    def fail(path):
+        raise error
+
+    return fail
+
+
+FAILURES = {
+    "disk": lambda path: path.mkdir(),  # a folder lies where its file would go
+    "device": failing(RuntimeError("the device is gone\nand more")), "defect": failing(ValueError("neither")),
+}  # fmt: skip
+
+
 def pieces_of(rank):
     rows = ROWS[2 * rank : 2 * rank + 2]
     first = (Piece(torch.tensor([7.0]), 0, (1,)), Piece(torch.zeros(0), 1, (1,)))[min(rank, 1)]
     return {
-        "model": {"layer.weight": Piece(rows, 6 * rank, (5, 3)), "one": first, "alike": Piece(ROWS[0].clone(), 0, (3,), alike=True)},
-        "average": {"layer.weight": Piece(rows + 100, 6 * rank, (5, 3))},
+        "model": {
+            "layer.weight": Piece(rows, 6 * rank, (5, 3)), "one": first, "nothing": Piece(torch.zeros(0, 4), 0, (0, 4)),
+            "alike": Piece(ROWS[0].clone(), 0, (3,), alike=True),
+        },
+        "average": {
+            "layer.weight": Piece(rows + 100, 6 * rank, (5, 3)), "nothing": Piece(torch.zeros(0, 4), 0, (0, 4)),
+        },
     }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """The root of a checkpoint of step 1, and what each process met with at step 2, when one had no room."""
+    """The root of a checkpoint of step 1, and what each process met with when one failed, in four ways."""
     root = tmp_path_factory.mktemp("run") / "checkpoints"
 
     def work():
         world, tensors = join_world(), {"rng": {"torch": torch.get_rng_state()}}
-        checkpoint.save_pieces(root, 1, pieces_of(world.rank), tensors, {"seen": 1}, world=world)
-        if world.rank == 2:  # a folder lies where its file would go
-            kept = checkpoint._write
-            checkpoint._write = lambda path, *rest: (path.mkdir(), kept(path, *rest))
-        try:
-            checkpoint.save_pieces(root, 2, pieces_of(world.rank), tensors, {}, world=world)
-        except CheckpointError as error:
-            leave_world()
-            return str(error)
-        return "written"
+        pieces, kept = pieces_of(world.rank), checkpoint._write
+        checkpoint.save_pieces(root, 1, pieces, tensors, {"seen": 1}, world=world)
+        said = {}
+
+        def attempt(name, call):
+            try:
+                call()
+            except (AlignError, ValueError, ZeroDivisionError) as error:
+                said[name] = f"{type(error).__name__}: {error}"
+
+        def save():
+            checkpoint.save_pieces(root, 2, pieces, tensors, {}, world=world)
+
+        for name, failing in FAILURES.items():
+            if world.rank == 2:
+                checkpoint._write = lambda path, *rest, failing=failing: (failing(path), kept(path, *rest))
+            attempt(name, save)
+        attempt("leader", lambda: world.led(lambda: 1 // 0))
+        leave_world()
+        return said
 
     ended = processes.world(3, work, root.parent / "world")
+    assert not [e.output for e in ended if e.code]
     return root, [e.value for e in ended]
 
 
@@ -55,7 +85,7 @@ def test_pieces_make_up_whole_tensors(written):
     root, _ = written
     found = checkpoint.load_latest(root)
     assert (found.step, found.state, set(found.tensors)) == (1, {"seen": 1}, {"model", "average", "rng"})
-    assert set(found.tensors["model"]) == {"layer.weight", "one", "alike"}
+    assert set(found.tensors["model"]) == {"layer.weight", "one", "nothing", "alike"}
     assert torch.equal(found.tensors["model"]["layer.weight"], ROWS)
     assert torch.equal(found.tensors["average"]["layer.weight"], ROWS + 100)
     assert found.tensors["model"]["one"].tolist() == [7.0]
@@ -63,10 +93,39 @@ def test_pieces_make_up_whole_tensors(written):
     assert set(checkpoint.load(root / "step_000001", only="model").tensors) == {"model"}
 
 
-def test_every_process_hears_that_one_could_not_write_and_nothing_is_left(written):
+@pytest.mark.parametrize(
+    ("failure", "words"), [("disk", "Is a directory|I/O error"), ("device", r"the device is gone\.")]
+)
+def test_every_process_hears_that_one_could_not_write_and_nothing_is_left(written, failure, words):
     root, said = written
-    assert len(said) == 3 and all("could not be written" in text for text in said), said
+    for told in said:
+        assert re.match(f"CheckpointError: A checkpoint could not be written .*({words})", told[failure]), told
     assert [path.name for path in root.iterdir()] == ["step_000001"]
+
+
+def test_a_defect_of_one_process_is_no_wait_for_the_others(written):
+    """Where it arose it is itself; the others name the process, in each of them and in the leading one alone."""
+    for failure, failed, itself in (("defect", 2, "ValueError: neither"), ("leader", 0, "ZeroDivisionError: ")):
+        for rank, told in enumerate(written[1]):
+            other = f"AlignError: Another process of the run failed (process {failed}): {itself.partition(':')[0]}"
+            assert told[failure].startswith(itself if rank == failed else other), told
+
+
+def test_tensors_without_values_are_kept(written):
+    found = checkpoint.load_latest(written[0]).tensors["model"]
+    assert found["nothing"].shape == (0, 4) == checkpoint.shape_of(found, "nothing")
+    assert open_source(written[0] / "step_000001").entries["nothing"].shape == (0, 4)
+
+
+def test_shapes_and_names_are_known_without_reading_a_value(written, tmp_path):
+    step = copied(written, tmp_path)
+    found = checkpoint.load(step).tensors["model"]
+    for file in step.glob("model.*"):
+        file.unlink()
+    assert checkpoint.shape_of(found, "layer.weight") == (5, 3)
+    assert "layer.weight" in found and "layer.bias" not in found
+    with pytest.raises(OSError):
+        found["layer.weight"]
 
 
 @pytest.mark.parametrize("rank", range(3))

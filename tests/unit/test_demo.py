@@ -33,7 +33,7 @@ def test_what_pleases_more_is_rated_higher_and_chosen():
 
 def test_a_folder_that_holds_something_else_stays_as_it_is(tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("keep")
-    for more in ([], ["--overwrite"]):
+    for more in ([], ["--overwrite"], ["--dry-run"]):
         assert main(["demo", "--out", str(tmp_path), *more]) == 2
     assert "holds no demo" in capsys.readouterr().err and (tmp_path / "mine.txt").read_text() == "keep"
     assert main(["demo", "--out", str(tmp_path / "new"), "--dry-run"]) == 0 and not (tmp_path / "new").exists()

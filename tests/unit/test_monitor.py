@@ -7,10 +7,11 @@ import json
 import numpy as np
 import pytest
 
-from align.cli import HACKED, main
+from align.cli import main
 from align.config import MonitorConfig, TextMonitorConfig
 from align.errors import DataError
 from align.groupstats import standard_error
+from align.output import HACKED
 from align.registry import Registry
 from align.reports.training import write_report
 from rewards import base as rewards_base

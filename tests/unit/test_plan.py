@@ -116,4 +116,16 @@ def test_the_verb_tells_what_fits_and_refuses_what_it_cannot_know(tmp_path, caps
     assert plan["recommendation"]["command"].endswith("--launch deepspeed --nproc 4 --deepspeed zero1")
     assert main(["plan", "kto/smoke", "model.path=nobody/nothing"]) == 2
     assert "Nothing tells how large" in capsys.readouterr().err
-    assert main(["plan", "fit/digits"]) == 2
+    assert main(["plan", "fit/digits"]) == 2 == main(["plan", "fit/digits", "--dry-run"])
+
+
+def test_a_small_classifier_is_planned_without_a_time_that_nobody_asked_for(tmp_path, capsys):
+    from transformers import Qwen2Config
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    Qwen2Config(vocab_size=64, num_key_value_heads=2, num_labels=1, **sizes).save_pretrained(tmp_path)
+    file = tmp_path / "fit.yaml"
+    file.write_text(f"trainer: fit\ndata: {{paths: [none]}}\nmodel: {{backbone: classifier, path: {tmp_path}}}\n")
+    assert main(["plan", str(file), "--json", str(tmp_path / "p.json")]) == 0
+    assert json.loads((tmp_path / "p.json").read_text())["forward_seconds_are"] == "unknown"
+    assert main(["plan", str(file), "--measure"]) == 2 and "not timed here" in capsys.readouterr().err

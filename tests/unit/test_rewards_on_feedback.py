@@ -282,10 +282,15 @@ def test_the_verb_compares_fits_under_both_protocols(tmp_path, monkeypatch, caps
     assert set(table) == {"rated", "paired"} and all(m["ci"][0] > 0.5 for row in table.values() for m in row.values())
     page = Path("both.html").read_text()
     assert "interaction" in page and not re.search(r"nan|None|Undefined", page)
+    away = "rewards: [{name: fitted, args: {placement: remote, url: 'http://127.0.0.1:9'}}]\n"
+    Path("away.yaml").write_text(away)
+    assert main(["evaluate", "--config", "away.yaml", "--data", "new.db", "--dry-run"]) == 0
     for wrong, said in (
         (["evaluate"], "Nothing is named"),
+        (["evaluate", "--config", "away.yaml"], "on the machine that serves it. Give --data FILE"),
         (["evaluate", "--reward", "jpeg"], "--data FILE"),
         ([*call, "--steps", "3"], "--steps"),
+        ([*call, "--seed", "0"], "--seed"),
         ([*call, "--prompts", "p.txt"], "--prompts"),
         (["evaluate", "digits", "--key", "love"], "digits is a model, and no reward (--key)"),
         (["evaluate", "runs/rated", "--data", "none.db"], "no such feedback"),

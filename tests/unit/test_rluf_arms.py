@@ -167,7 +167,7 @@ def test_the_page_and_the_plot(tmp_path, capsys):
     assert {"one", "<two>", "love", "helpfulness", "before training"} <= set(labels)
     assert len(list(drawing.iter("{http://www.w3.org/2000/svg}circle"))) == 3
     assert len(json.loads((tmp_path / "found.json").read_text())["arms"]) == 3
-    assert main(["pareto", *arms, "--x", "lov"]) == 2
+    assert main(["pareto", *arms, "--x", "lov"]) == 2 == main(["pareto", *arms, "--x", "lov", "--dry-run"])
     assert "Did you mean 'love'?" in capsys.readouterr().err
     assert main(["pareto", *arms, "--dry-run", "--out", str(tmp_path / "no.html")]) == 0
     assert not (tmp_path / "no.html").exists()

@@ -327,6 +327,7 @@ def test_the_verbs_of_the_page_and_the_page(tmp_path, capsys):
     assert len(rows) == 4 and rows[0]["parameters"] == sum(row["parameters"] for row in rows[1:])
     assert f"{100 * result['bit_identical']:.2f} % of weights are bit-identical" in page.with_suffix(".md").read_text()
     assert main(["sparsity", "report", a, b, "--out", str(tmp_path / "page.txt")]) == 2
+    assert main(["sparsity", "compare", a, b, "--mask", str(tmp_path / "m"), "--threads", "2"]) == 2
     assert main(["sparsity", "compare", a, b, "--mask", str(tmp_path / "m")]) == 0
     assert main(["sparsity", "overlap", str(tmp_path / "m"), c, "--base", a]) == 0
     assert "by chance, by magnitude" in capsys.readouterr().out

@@ -6,13 +6,15 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 import torch
 
-from align import guards, stops
+from align import guards, launch, stops
 from align.config import load_config
 from align.errors import GuardError
 from align.launch import World
@@ -149,3 +151,17 @@ def test_a_bad_step_is_written_and_the_error_names_the_file(tmp_path):
     assert found["samples"] == [{"prompt": "a cat", "seed": [0, 3, 0, 1], "scores": {"ink": "nan"}}]
     assert found["tiles"] == {"of_the_update": 3, "shown": [{"rows": [1], "loss": "inf"}]}
     assert stops.Stop.current is None
+
+
+def test_a_stop_while_a_launch_begins_is_heard(monkeypatch):
+    """The launcher's processes are asked, rather than left behind."""
+    begin = subprocess.Popen
+
+    def asked(*command, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return begin(*command, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", asked)
+    look = f"import os, sys; sys.exit(not os.path.exists(os.environ[{launch._STOP_FILE!r}]))"
+    with stops.interrupting():
+        assert launch.run_launched([sys.executable, "-c", look], {}) == 130

@@ -1,6 +1,6 @@
 """`align feedback agreement, consistency, winrate, audit`, and the arguments of `report`: what the feedback is worth.
 
-`report` is run by `align/cli.py`, since a page is made by align/reports, which stands above this room.
+`report` is run by `align/commands/feedback.py`, since a page is made by align/reports, above this room.
 """
 
 from __future__ import annotations
