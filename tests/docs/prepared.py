@@ -23,6 +23,7 @@ import tiny_images
 from align import checkpoint
 from align.config import load_config, save_config
 from align.feedback.events import FeedbackEvent, Item
+from align.feedback.simulate import SimulationConfig, simulate
 from align.feedback.store import Store
 from rewards.fit import fit_reward
 from tests.docs.running import call
@@ -133,6 +134,9 @@ def _stores(folder: Path) -> None:
     for name in ("feedback.db", "later.db"):
         with Store.open(folder / name) as store:
             store.add(named, events)
+    world = simulate(SimulationConfig(vocabulary=40, reaction_rate=0.3))
+    with Store.open(folder / "taste.db") as store:
+        store.add(list(world.items.values()), world.events)
     task = folder / "task_folder"
     task.mkdir()
     shutil.copytree(folder / "made", task / "made")
@@ -188,6 +192,8 @@ def _models(folder: Path) -> None:
             key: torch.where(torch.rand(t.shape) < share, (t.float() * 1.05).bfloat16(), t) for key, t in base.items()
         }
         save_file(moved, folder / name / "model.safetensors")
+    for name, like in {"before": "base", "after": "tuned"}.items():
+        shutil.copy(folder / like / "model.safetensors", folder / f"{name}.safetensors")
     for name, like in {"SFT": "base", "DPO": "tuned"}.items():
         shutil.copytree(folder / like, models / f"Llama-3.1-Tulu-3-8B-{name}")
 
@@ -202,6 +208,7 @@ def _configs(folder: Path) -> None:
         "my_fit.yaml": "extends: fit/thumbs\nname: my_fit\nsteps: 20\ndata: {paths: [feedback.db]}\n",
         "my_kto.yaml": "extends: kto/smoke\nname: mine\nmodel: {path: my-model}\ndata: {path: thumbs.jsonl}\n",
         "rewards.yaml": "rewards: [{name: fitted, args: {path: runs/fit_thumbs}}]\n",
+        "taste.yaml": "rewards: [{name: fitted, args: {path: runs/taste}}]\n",
         "digits.yaml": "rewards: [{name: digits/legibility}]\n",
         "task.yaml": "name: q\nkind: rating\ndata: answers.jsonl\nquestion: How good is it?\nannotators_per_item: 1\n",
         "hunyuan.yaml": "extends: presets/repo_hunyuan_video\nname: hunyuan\nprompts: {path: prompts.txt}\n",
@@ -246,7 +253,7 @@ def _runs(folder: Path) -> None:
         load_config({"extends": "fit/thumbs", "steps": 20, "data": {"paths": [str(folder / "thumbs.jsonl")]}}),
         runs / "fit_thumbs",
     )
-    for name in ("love", "my_fit"):
+    for name in ("love", "my_fit", "taste"):
         shutil.copytree(runs / "fit_thumbs", runs / name)
 
 

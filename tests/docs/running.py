@@ -364,10 +364,12 @@ def require_script(block: Block, words: list[str]) -> None:
 
         return stop
 
-    said, parsers = io.StringIO(), {name: getattr(own, name) for name in ("parse_args", "parse_intermixed_args")}
+    said, places = io.StringIO(), list(sys.path)
+    parsers = {name: getattr(own, name) for name in ("parse_args", "parse_intermixed_args")}
     for name, parse in parsers.items():
         setattr(own, name, stopping(parse))
     sys.argv = words
+    sys.path.insert(0, str(path.parent))
     try:
         with contextlib.redirect_stderr(said):
             runpy.run_path(str(path), run_name="__main__")
@@ -377,7 +379,7 @@ def require_script(block: Block, words: list[str]) -> None:
     except SystemExit as error:
         raise Wrong(f"{block.where}: {shlex.join(words)}: {said.getvalue()}") from error
     finally:
-        sys.argv = given
+        sys.argv, sys.path[:] = given, places
         for name, parse in parsers.items():
             setattr(own, name, parse)
 

@@ -97,9 +97,13 @@ def test_no_command_stands_outside_of_a_block(page):
 
 
 def anchors(page):
-    """Return what links may end on: headings in small letters, without punctuation, spaces as hyphens."""
+    """Return what links may end on: headings in small letters, without punctuation, spaces as hyphens, repeats numbered."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
-    return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, re.M)}
+    found: dict[str, int] = {}
+    for heading in re.findall(r"^#+ (.*)$", text, re.M):
+        name = re.sub(r"[^\w\- ]", "", re.sub(r"\]\([^)]*\)", "", heading).lower()).strip().replace(" ", "-")
+        found[name] = found.get(name, -1) + 1
+    return set(found) | {f"{name}-{i}" for name, most in found.items() for i in range(1, most + 1)}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
