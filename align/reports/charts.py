@@ -1,12 +1,14 @@
 """Line and stacked charts as inline SVG, coloured by the page's CSS variables --c0 to --c6.
 
-A chart is readable without scripts; the page's tooltip script reads the points from `data-chart`.
+A chart is readable without scripts; the page's tooltip script reads the points from `data-chart`. `sheet` makes one
+SVG of charts that stands alone, with colours of its own.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -16,6 +18,15 @@ from markupsafe import Markup, escape
 WIDTH, HEIGHT = 520, 250
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 38
 COLOURS = 7
+INKS = ("#2f6fde", "#e07b00", "#0f9d76", "#b9479d", "#7a5af0", "#b4531f", "#3a93b5")
+"""The colours of a sheet, which has no page around it."""
+SHEET_STYLE = """
+text{font:11.5px sans-serif;fill:#5b6472}.key{font-size:12px}
+.head{font-size:13px;font-weight:600;fill:#16191f}
+.grid{stroke:#e1e5eb;fill:none}.axis{stroke:#8b94a3;fill:none}.line{fill:none;stroke-width:2;stroke-linejoin:round}
+.ref{stroke:#b3261e;stroke-dasharray:5 4;fill:none}.reftext{fill:#b3261e;font-size:11px}.dot{stroke:#fff}
+.band{opacity:.17}.whisker{fill:none;stroke-width:1.3;opacity:.75}
+"""
 
 T = TypeVar("T")
 
@@ -173,6 +184,50 @@ def histogram(values: Sequence[float], *, marks: Sequence[tuple[str, float]] = (
     about = escape(f"{len(values)} values from {low:.4g} to {high:.4g}")
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{about}">{"".join(body)}</svg>'
     return Markup(f'<div class="hist">{svg}</div>')
+
+
+def sheet(panels: Sequence[tuple[str, Markup]], columns: int = 2) -> str:
+    """Return line charts as one SVG that stands alone, row by row, each below its title and its curves' names.
+
+    Args:
+        panels: title and drawing; an empty drawing leaves its place empty.
+    """
+    inks = "".join(
+        f".line.c{i},.whisker.c{i}{{stroke:{ink}}}.dot.c{i},.key.c{i},.band.c{i}{{fill:{ink}}}"
+        for i, ink in enumerate(INKS)
+    )
+    body, y = [], 0
+    for start in range(0, len(panels), columns):
+        row = panels[start : start + columns]
+        keys = [_keys(drawn) for _, drawn in row]
+        head = 26 + 16 * max(1 + at for found in keys for *_, at in found or [(0, "", 0, -1)])
+        for place, (title, drawn) in enumerate(row):
+            svg = re.search(r"<svg[^>]*>(.*)</svg>", drawn, re.DOTALL)
+            names = "".join(
+                f'<text class="key c{c}" x="{x}" y="{38 + 16 * at}">{name}</text>' for c, name, x, at in keys[place]
+            )
+            body.append(
+                f'<g transform="translate({(WIDTH + 20) * place} {y})"><text class="head" x="{LEFT}" y="18">'
+                f'{escape(title)}</text>{names}<g transform="translate(0 {head})">{svg[1] if svg else ""}</g></g>'
+            )
+        y += head + HEIGHT + 10
+    width = (WIDTH + 20) * min(columns, len(panels)) - 20
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y}"><style>{SHEET_STYLE}{inks}</style>'
+        f'<rect width="{width}" height="{y}" fill="#fff"/>{"".join(body)}</svg>\n'
+    )
+
+
+def _keys(drawn: Markup) -> list[tuple[int, str, int, int]]:
+    """Return colour, name, x and line of every name in a chart's legend."""
+    found, x, line = [], LEFT, 0
+    for colour, name in re.findall(r'class="key"><i class="c(\d)"></i>(.*?)</span>', drawn):
+        wide = 7 * len(name) + 18
+        if x > LEFT and x + wide > WIDTH:
+            x, line = LEFT, line + 1
+        found.append((int(colour), name, x, line))
+        x += wide
+    return found
 
 
 def _figure(body: list[str], shown: Sequence[Series], unit: str, x: Axis) -> Markup:
