@@ -44,7 +44,7 @@ def trained_step_count(solver_steps: int, fraction: float, rule: str) -> int:
     Never more than T - 1, since the last transition is never trained. Rounding of `f T` in binary is
     forgiven: 0.6 of 5 steps is 3, not 4.
 
-    Source: DanceGRPO (arXiv 2505.07818), section 5 of the facts; e.g. f = 0.6, T = 16: 10 against 9.
+    Source: DanceGRPO (arXiv 2505.07818), and its released code; e.g. f = 0.6, T = 16: 10 against 9.
 
     Raises:
         ConfigError: an unknown rule.

@@ -20,7 +20,6 @@ import functools
 import hashlib
 import json
 import math
-import re
 import shutil
 import sys
 import tempfile
@@ -33,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from align.config import RunConfig, load_config
-from align.reports.charts import Series, line_chart
+from align.reports.charts import Series, line_chart, sheet
 from align.run import describe_machine
 from align.tracking import read_jsonl
 from trainers import trainer_for
@@ -257,26 +256,14 @@ def table(arms: Mapping[str, Any]) -> str:
     return "\n".join(rows) + "\n"
 
 
-STYLE = """
-text{font:11.5px sans-serif;fill:#5b6472}.key{font-size:12px}
-.head{font-size:13px;font-weight:600;fill:#16191f}
-.grid{stroke:#e1e5eb;fill:none}.axis{stroke:#8b94a3;fill:none}.line{fill:none;stroke-width:2;stroke-linejoin:round}
-.ref{stroke:#b3261e;stroke-dasharray:5 4;fill:none}.reftext{fill:#b3261e;font-size:11px}.dot{stroke:#fff}
-"""
-INKS = ("#2f6fde", "#e07b00", "#0f9d76", "#b9479d", "#7a5af0", "#b4531f", "#3a93b5")
-
-
 def plot(arms: Mapping[str, Any]) -> str:
     """Return an SVG of the median gain over F_eq: trajectory arms above, clean-sample arms below."""
     shown = {arm: found for arm, found in arms.items() if found["seeds"]}
-    style = STYLE + "".join(
-        f".line.c{i}{{stroke:{ink}}}.dot.c{i},.key.c{i}{{fill:{ink}}}" for i, ink in enumerate(INKS)
-    )
-    parts = []
-    for place, (title, names) in enumerate((
+    panels = []
+    for title, names in (
         ("along the trajectory", [arm for arm in shown if arm not in FORWARD]),
         ("from clean samples", [arm for arm in shown if arm in (BASELINE, *FORWARD)]),
-    )):  # fmt: skip
+    ):
         series = [Series(arm, shown[arm]["curve"]["feq"], shown[arm]["curve"]["gain"], sparse=True) for arm in names]
         drawn = line_chart(
             series,
@@ -284,16 +271,8 @@ def plot(arms: Mapping[str, Any]) -> str:
             reference=(shown[BASELINE]["target"], "95 % of DanceGRPO"),
             x_label="F_eq a sample of each step, added up",
         )
-        body = re.search(r"<svg[^>]*>(.*)</svg>", str(drawn), re.DOTALL)
-        keys = "".join(f'<text class="key c{i}" x="{58 + 70 * i}" y="38">{arm}</text>' for i, arm in enumerate(names))
-        parts.append(
-            f'<g transform="translate(0 {300 * place})"><text class="head" x="58" y="18">Held-out gain, {title}</text>'
-            f'{keys}<g transform="translate(0 44)">{body.group(1) if body else ""}</g></g>'
-        )
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 520 600"><style>{style}</style>'
-        f'<rect width="520" height="600" fill="#fff"/>{"".join(parts)}</svg>\n'
-    )
+        panels.append((f"Held-out gain, {title}", drawn))
+    return sheet(panels, columns=1)
 
 
 def _say(text: str) -> None:

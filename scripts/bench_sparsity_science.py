@@ -29,7 +29,6 @@ import contextlib
 import hashlib
 import json
 import math
-import re
 import shutil
 import sys
 import time
@@ -44,7 +43,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from align.config import RunConfig, load_config
 from align.diffusion.policy import resolve_model
-from align.reports.charts import Series, line_chart
+from align.reports.charts import Series, line_chart, sheet
 from align.run import describe_machine
 from trainers import trainer_for
 from trainers.language_model import resolve_language_model
@@ -275,23 +274,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-STYLE = """
-text{font:11.5px sans-serif;fill:#5b6472}.key{font-size:12px}
-.head{font-size:13px;font-weight:600;fill:#16191f}
-.grid{stroke:#e1e5eb;fill:none}.axis{stroke:#8b94a3;fill:none}.line{fill:none;stroke-width:2;stroke-linejoin:round}
-.dot{stroke:#fff}
-"""
-INKS = ("#2f6fde", "#e07b00", "#0f9d76", "#b9479d", "#7a5af0", "#b4531f")
-
-
 def plot(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return an SVG of the excess in the core over the norm, a panel a domain and precision."""
-    style = STYLE + "".join(
-        f".line.c{i}{{stroke:{ink}}}.dot.c{i},.key.c{i}{{fill:{ink}}}" for i, ink in enumerate(INKS)
-    )
-    parts = []
-    panels = list(dict.fromkeys((r["domain"], r["precision"]) for r in rows))
-    for place, (domain, precision) in enumerate(panels):
+    panels = []
+    for domain, precision in dict.fromkeys((r["domain"], r["precision"]) for r in rows):
         found = [r for r in rows if (r["domain"], r["precision"], r["format"], r["matched"]) ==
                  (domain, precision, "BF16", "rate") and r["norm"] > 0]  # fmt: skip
         names = list(dict.fromkeys(r["arm"] for r in found))
@@ -302,21 +288,8 @@ def plot(rows: Sequence[Mapping[str, Any]]) -> str:
             series.append(Series(name, [x for x, _ in own], [y for _, y in own], sparse=True))
         where = "log10 of norm of the change / norm of the base"
         drawn = line_chart(series, percent=True, reference=(0, ""), x_label=where)
-        body = re.search(r"<svg[^>]*>(.*)</svg>", str(drawn), re.DOTALL)
-        keys = "".join(
-            f'<text class="key c{i}" x="{58 + 110 * (i % 4)}" y="{38 + 15 * (i // 4)}">{name}</text>'
-            for i, name in enumerate(names)
-        )
-        parts.append(
-            f'<g transform="translate({540 * (place % 2)} {330 * (place // 2)})"><text class="head" x="58" y="18">'
-            f"{domain}, {precision} weights: identical in bf16 beyond rounding</text>{keys}"
-            f'<g transform="translate(0 60)">{body.group(1) if body else ""}</g></g>'
-        )
-    height = 330 * math.ceil(len(panels) / 2)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1080 {height}"><style>{style}</style>'
-        f'<rect width="1080" height="{height}" fill="#fff"/>{"".join(parts)}</svg>\n'
-    )
+        panels.append((f"{domain}, {precision} weights: identical in bf16 beyond rounding", drawn))
+    return sheet(panels)
 
 
 def _say(text: str) -> None:

@@ -34,7 +34,7 @@ from align.reports.runfiles import (
 )
 from align.reports.verdict import DIVERSITY_KEPT, Verdict, judge, outcome
 
-__all__ = ["read_run", "verdict_of", "write_report"]
+__all__ = ["charts_of", "read_run", "verdict_of", "write_report"]
 
 PHASES = ("rollout", "decode", "reward", "train", "optimizer", "log")
 
@@ -58,6 +58,13 @@ def write_report(run_dir: str | Path) -> Path:
     temporary.write_text(page, encoding="utf-8", errors="replace")
     os.replace(temporary, path)
     return path
+
+
+def charts_of(files: RunFiles) -> list[Row]:
+    """Return the charts of a run's page that have something to draw: title, text, and the drawing as svg."""
+    context = language_context if trainer_of(files) in LANGUAGE_TRAINERS else _context
+    found: list[Row] = context(files)["charts"]
+    return found
 
 
 def verdict_of(files: RunFiles) -> Verdict:

@@ -13,7 +13,10 @@ SKELETON = [
     "What it is", "Quick start", "Data", "The mathematics", "Every metric", "A healthy run", "Recipes",
     "Troubleshooting", "Deviations from the papers",
 ]  # fmt: skip
-PILLARS = {"rewards.md": "rewards", "rluf.md": "RLUF", "feedback.md": "feedback", "sparsity.md": "update sparsity"}
+PILLARS = {
+    "training.md": "images and videos", "llm.md": "language models", "rewards.md": "rewards", "rluf.md": "RLUF",
+    "feedback.md": "feedback", "sparsity.md": "update sparsity",
+}  # fmt: skip
 QUOTES = "Words in quotes are those of the message"
 
 

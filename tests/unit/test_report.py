@@ -7,16 +7,19 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from markupsafe import Markup
 
 from align.errors import ConfigError
-from align.reports.charts import Series, line_chart, stacked_chart
+from align.reports.charts import HEIGHT, WIDTH, Series, line_chart, sheet, stacked_chart
 from align.reports.page import brief, duration, estimate, moment, number, percent, signed
-from align.reports.training import read_run, write_report
+from align.reports.training import charts_of, read_run, write_report
 from align.reports.verdict import judge, outcome
 from align.tracking import RunLog, save_grid
+from scripts.plot_runs import picture
 
 EVIL = '<script>alert("x")</script> & <img src=x onerror=1>'
 PROMPTS = ["a handwritten seven", "a bold handwritten three", "a thin handwritten zero", EVIL]
@@ -434,6 +437,39 @@ def test_charts_of_nothing_are_empty_and_of_one_point_or_constants_are_drawn():
     for y in ([3.0], [0.0], [-1e-30], [1e12]):
         assert "<circle" in line_chart([Series("a", [5], y)]) and "nan" not in line_chart([Series("a", [5], y)])
     assert "<circle" in line_chart([Series("a", [5], [0.0])], log=True)
+
+
+def test_a_sheet_stands_alone_row_by_row_with_the_curves_and_colours_of_its_charts():
+    names = ["first & best", "second", *(f"a long name of curve {i}" for i in range(3))]
+    many = line_chart([Series(name, [0, 1], [0.0, 1.0], [0.0, 0.9], [0.1, 1.1]) for name in names])
+    one = line_chart([Series("only", [0, 1], [2.0, 1.0], colour=6)])
+    root = ElementTree.fromstring(sheet([("many", many), ("one", one), ("<none>", Markup())]))
+    space = "{http://www.w3.org/2000/svg}"
+    panels = root.findall(f"{space}g")
+    heads = [panel.find(f"{space}text").text for panel in panels]
+    assert heads == ["many", "one", "<none>"]
+    at = [tuple(map(float, re.findall(r"[\d.]+", panel.get("transform")))) for panel in panels]
+    assert at[0] == (0, 0) and at[1] == (WIDTH + 20, 0) and at[2][0] == 0 and at[2][1] > HEIGHT
+    keys = [text for text in root.iter(f"{space}text") if text.get("class").startswith("key ")]
+    assert [(key.text, key.get("class")) for key in keys] == [(name, f"key c{i}") for i, name in enumerate(names)]
+    ends = [float(key.get("x")) + 5 * len(key.text) for key in keys]
+    assert max(ends) < WIDTH and len({key.get("y") for key in keys}) == 2  # the long ones go on in a second line
+    lines = [path.get("class") for path in root.iter(f"{space}path") if path.get("class").startswith("line")]
+    style = root.find(f"{space}style").text
+    assert lines == [f"line c{i}" for i in (*range(5), 6)] and all(
+        f".{name.replace(' ', '.')}" in style for name in lines
+    )
+
+
+def test_the_charts_of_a_run_are_those_of_its_page(complete: tuple[Path, str]):
+    run, page = complete
+    found = charts_of(read_run(run))
+    assert {"Reward in training", "Diversity"} <= {chart["title"] for chart in found}
+    assert all(chart["svg"] in page for chart in found)
+    beside = picture([run, run], ["Diversity", "Held-out reward"])
+    assert beside.count(f"{run.name}: Diversity</text>") == beside.count(f"{run.name}: Held-out reward</text>") == 2
+    with pytest.raises(SystemExit, match="No run has a chart 'Beauty'; there are: Reward in training"):
+        picture([run], ["Beauty"])
 
 
 def test_stacked_chart_adds_up():
