@@ -108,12 +108,13 @@ def require_directory(
         found for found in diff_configs(load_config(directory / "config.yaml"), config) if not found[0].endswith(_WAITS)
     ]
     if changed and not fork:
+        alone = config.trainer in ("fit", "peering")
+        forks = "" if alone else "--fork to go on with this one from its last checkpoint, "
         raise ConfigError(
             "This folder holds a run of another configuration",
             where=str(directory),
             why="; ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in changed[:6]),
-            do="Use the same configuration to resume it, --fork to go on with this one from its last checkpoint, "
-            "another --out, or --overwrite to start again",
+            do=f"Use the same configuration to resume it, {forks}another --out, or --overwrite to start again",
         )
     return changed
 

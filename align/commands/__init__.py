@@ -1,1 +1,1 @@
-"""Verbs of `align` that fill a file of their own; like align/cli.py they know every room and own no logic."""
+"""The verbs of `align`. They know every room and own no logic; align/cli.py has the parser."""

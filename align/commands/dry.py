@@ -46,7 +46,7 @@ def require_ready(config: Any) -> list[Finding]:
 
 
 def would(options: argparse.Namespace, config: Any, again: Sequence[str], out: Path, what: str, **how: bool) -> int:
-    """Check all that a run needs: configuration, data, rewards, folder, engine, launch. Say what it would do.
+    """Check all that a run needs: configuration, data, rewards, engine, launch, folder. Say what it would do.
 
     Gives what `align check` says of the configuration, with what of its data is learnt from, and: `out`, the run
     folder; `command`, what trains, in several processes with a launcher.
@@ -62,22 +62,27 @@ def would(options: argparse.Namespace, config: Any, again: Sequence[str], out: P
     from align.launch import shown
     from align.run import require_directory
 
-    found, rows = describe_config(config, require_ready(config)), []
-    require_directory(out, config, **how)
+    found = describe_config(config, require_ready(config))
     settings = require_engine(options, config)
-    if config.trainer == "fit":
-        from align.commands.fit import plan_fit as plan
-    elif config.trainer == "peering":
-        from align.commands.peering import plan_peering as plan
-    else:
-        plan = None
-    if plan is not None:
-        data, rows = plan(config)
-        found |= data
+    require_directory(out, config, **how)
+    data, rows = _learnt_from(config)
     command = shown(*launched(options, again, settings))
     text = [config_text(found), *([table(rows)] if rows else []), f"would {what}"]
     text += [f"by {command}"] if options.launch else []
-    return give(options, {**found, "out": str(out), "command": command}, "\n".join(text))
+    return give(options, {**found, **data, "out": str(out), "command": command}, "\n".join(text))
+
+
+def _learnt_from(config: Any) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Return what of its data a fit or a comparison of protocols takes, and the same as people read it."""
+    if config.trainer == "fit":
+        from align.commands.fit import plan_fit
+
+        return plan_fit(config)
+    if config.trainer == "peering":
+        from align.commands.peering import plan_peering
+
+        return plan_peering(config)
+    return {}, []
 
 
 def require_rewards(rewards: Iterable[str | RewardConfig]) -> None:

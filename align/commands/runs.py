@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from align.commands.dry import would
 from align.commands.engines import add_engine, launch, require_engine
@@ -15,9 +15,6 @@ from align.commands.fit import fit_into
 from align.commands.peering import peer_into
 from align.errors import ConfigError
 from align.output import ENDS, add_dry_run, add_json, add_out, add_overrides, add_seed, dry, give, sentence
-
-if TYPE_CHECKING:
-    from align.config import RunConfig
 
 
 def train(options: argparse.Namespace) -> int:
@@ -65,7 +62,7 @@ def resume(options: argparse.Namespace) -> int:
     return _train_into(options, config, folder)
 
 
-def _train_into(options: argparse.Namespace, config: RunConfig, out: Path, **how: bool) -> int:
+def _train_into(options: argparse.Namespace, config: Any, out: Path, **how: bool) -> int:
     from trainers import trainer_for
 
     engine = {"deepspeed": options.deepspeed, **({"fsdp": True} if options.fsdp else {})}
@@ -125,7 +122,7 @@ def report(options: argparse.Namespace) -> int:
     return give(options, {"report": str(path)}, str(path))
 
 
-def run_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def run_config(folder: Path, overrides: Sequence[str] = ()) -> Any:
     """Return the configuration of a run folder, with changes.
 
     Raises:

@@ -26,6 +26,7 @@ import threading
 import time
 import tomllib
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,8 @@ class Session:
         if block.text.startswith("#!"):
             _shell(block, f"bash -n <<'BLOCK'\n{block.text}BLOCK\n")
             for _, rest in re.findall(r"(-m align\.cli) ([^\"&]*)", block.text.replace("\\\n", " ")):
-                self._align(block, shlex.split(rest))
+                with as_launched():
+                    self._align(block, shlex.split(rest))
             return
         for statement in statements(block.text):
             if "<<" in statement:
@@ -101,7 +103,8 @@ class Session:
         elif name in PLAIN:
             _shell(block, " ".join(word if word == ">" else shlex.quote(word) for word in words))
         elif name in LAUNCHERS:
-            self._align(block, launched(block, words))
+            with as_launched():
+                self._align(block, launched(block, words))
         elif name == "pip":
             _require_extra(block, words)
         elif name == "make":
@@ -117,6 +120,8 @@ class Session:
             words = [*words, "--dry-run"]
         elif verb in MAKES:
             self._make_room(words)
+        if self.dry and words[-1] == "--dry-run" and verb in ("train", "fit", "peering"):
+            words = [*words, "--overwrite"]  # a run that is prepared stands in for the reader's own
         if verb == "feedback serve" and "--dry-run" not in words:
             _serve(block, words)
             return
@@ -319,6 +324,18 @@ def launched(block: Block, words: list[str]) -> list[str]:
         if word == "align.cli":
             return words[i + 1 :]
     raise Wrong(f"{block.where}: {words[0]} starts nothing of ours: {shlex.join(words)}")
+
+
+@contextlib.contextmanager
+def as_launched() -> Iterator[None]:
+    """Have what a dry run reads of a launcher's environment, as the first of two processes."""
+    before = dict(os.environ)
+    os.environ.update(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def require_launch(block: Block, words: list[str]) -> None:

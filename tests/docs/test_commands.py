@@ -235,11 +235,11 @@ def test_every_verb_that_trains_or_loads_weights_has_a_dry_run():
 
 DRY = """\
 train mine.yaml --out runs/new
-train my_kto.yaml --launch torchrun --nproc 2
+train my_kto.yaml --launch torchrun --nproc 2 --out runs/new
 train my_images.yaml data.path=thumbs.parquet data.root=task_folder
 resume runs/flux
 resume runs/kto
-fit my_fit.yaml
+fit my_fit.yaml --out runs/new
 peering peering/simulated
 sample runs/flux --prompts prompts.txt
 sample my-model --prompt a --chat
@@ -275,6 +275,8 @@ def test_dry_runs_stop_before_weights_are_loaded(here):
     ("train my_kto.yaml data.path=nothing.jsonl", "no such data file"),
     ("train my_kto.yaml --launch torchrun --nproc 7", "does not divide"),
     ("train mine.yaml model.path=nothing/at/all", "no diffusers pipeline folder"),
+    ("train mine.yaml --deepspeed zero2", "needs a launcher"),
+    ("train my_kto.yaml --out runs/flux", "another configuration"),
     ("resume nothing", "not a run folder"),
     ("fit my_fit.yaml data.paths.0=nothing.db", "no such feedback"),
     ("fit my_fit.yaml --launch torchrun", "one process"),

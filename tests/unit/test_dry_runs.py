@@ -86,7 +86,7 @@ def test_protocols_are_compared_in_one_process(capsys, tmp_path):
 def test_a_folder_of_another_run_is_refused(capsys, tmp_path):
     run = folder(tmp_path, "digits/smoke")
     changed = ["train", "digits/smoke", "optimizer.lr=0.5", "--out", run]
-    assert "0.5 now" in refused(capsys, *changed)
+    assert "0.5 now" in (said_of_it := refused(capsys, *changed)) and "--fork" in said_of_it
     assert said(capsys, *changed, "--fork")["command"].endswith("--fork --json -")
 
 
@@ -107,6 +107,12 @@ def test_all_that_trains_says_the_same_things(capsys, fits):
     fitted = said(capsys, *runs[-1])
     assert fitted["observations"] == {"thumb": 80} and sum(fitted["parts"].values()) == 80
     assert not (fits / "run").exists()
+
+
+def test_a_fit_is_not_told_of_a_flag_that_it_lacks(capsys, fits):
+    begun = folder(fits, fits / "words.yaml")
+    said_of_it = refused(capsys, "fit", str(fits / "words.yaml"), "steps=9", "--out", begun)
+    assert "steps: 3 there, 9 now" in said_of_it and "--fork" not in said_of_it
 
 
 def test_the_record_names_the_file_that_a_fit_is_measured_on(fits):
