@@ -362,9 +362,13 @@ def _save_png(path: Path, image: Image, info: Any = None) -> None:
 
 # The progress line
 
+PLAIN_SECONDS = 10.0
+"""Between lines on what is no terminal, such as a log file."""
+
 
 class Progress:
-    """Say where a run stands: one line that renews itself on a terminal, one line a step elsewhere.
+    """Say where a run stands: one line that renews itself on a terminal; elsewhere, lines of the first and the last
+    step, and of others `PLAIN_SECONDS` apart.
 
         step 12/60  reward -0.412 ±0.050  valid 100%  ratio-1 0.0e+00  clip 3.1%  F_eq 3.9k  2.1 s/step  ETA 1m42s
 
@@ -381,6 +385,7 @@ class Progress:
         self._live = self.stream.isatty()
         self._open = False
         self._began = time.perf_counter()
+        self._written = -math.inf
 
     def __enter__(self) -> Self:
         self._began = time.perf_counter()
@@ -402,10 +407,11 @@ class Progress:
 
     def update(self, row: Mapping[str, Any]) -> None:
         """Show the metrics of a finished step; what a row does not hold is left out."""
-        if self.silent:
+        step, now = int(row["step"]), time.perf_counter()
+        if self.silent or not (self._live or step == self.total or now - self._written >= PLAIN_SECONDS):
             return
-        step = int(row["step"])
-        seconds = (time.perf_counter() - self._began) / max(1, step - self.initial)
+        self._written = now
+        seconds = (now - self._began) / max(1, step - self.initial)
         line = progress_line(row, self.total, seconds)
         if self._live:
             line = line[: max(20, shutil.get_terminal_size().columns - 1)]

@@ -520,8 +520,9 @@ def fit_reward(
     directory = Path(out) if out is not None else Path("runs") / config.name
     with claiming(directory, config, world, overwrite=overwrite):
         data = load_data(config.data.paths, config.data) if data is None else data
-        parts, dropped = parts_of(config, data)
-        train_rows, share, left = thin(parts["train"], config)
+        data, parts, dropped = parts_of(config, data)
+        left = {**data.left_out, "between parts of the split": dropped}
+        train_rows, share, thinned = thin(parts["train"], config)
         notes = warnings_on(train_rows, config)
         names = sorted({name for rows in parts.values() for row in rows for name in row.items})
         places = {name: i for i, name in enumerate(names)}
@@ -547,7 +548,7 @@ def fit_reward(
             kept = [row for row in parts[name] if row.user not in gone]
             left[f"of trimmed people, in {name}"] = len(parts[name]) - len(kept)
             parts[name] = kept
-        train_rows = [row for row in train_rows if row.user not in gone]
+        train_rows, share, thinned = thin(parts["train"], config)
         notes = [*warnings_on(train_rows, config), *_trim_notes(trimmed, config)]
     notes += _calibration_notes(parts["calibration"], config)
     users = {name: i for i, name in enumerate(sorted({row.user for row in train_rows if row.user}))}
@@ -591,7 +592,7 @@ def fit_reward(
                 value = _values(latent, len(places), world)
             card = _card(config, data, value, answers.cpu(), parts, places, train)
             card |= {
-                "left_out": {**left, "between parts of the split": dropped},
+                "left_out": {what: n for what, n in {**left, **thinned}.items() if n},
                 "trimmed_users": trimmed,
                 "warnings": notes,
             }
@@ -663,8 +664,8 @@ def require_splittable(config: FitConfig, engine: str) -> None:
         )  # fmt: skip
 
 
-def parts_of(config: FitConfig, data: FitData) -> tuple[dict[str, list[Observation]], int]:
-    """Return the rows of each part, of a held-out file too, and how many lie between parts.
+def parts_of(config: FitConfig, data: FitData) -> tuple[FitData, dict[str, list[Observation]], int]:
+    """Return all that was read, a held-out file too, the rows of each part, and how many lie between parts.
 
     Raises:
         DataError: a split that leaks.
@@ -677,17 +678,17 @@ def parts_of(config: FitConfig, data: FitData) -> tuple[dict[str, list[Observati
         for name in ("train", "calibration"):
             require_apart(parts[name], other.rows, config.split.by) if parts[name] else None
         parts["heldout"] = other.rows
-        data.items |= other.items
-        data.folders |= other.folders
-        data.hashes |= {
-            name if name not in data.hashes else f"{name}, held out": digest for name, digest in other.hashes.items()
-        }
-    return parts, dropped
+        hashes = {n if n not in data.hashes else f"{n}, held out": digest for n, digest in other.hashes.items()}
+        data = FitData(
+            data.items | other.items, data.rows + other.rows, data.folders | other.folders, data.hashes | hashes,
+            data.notes + other.notes, data.left_out + other.left_out,
+        )  # fmt: skip
+    return data, parts, dropped
 
 
 def _rows_at(step: int, count: int, config: FitConfig) -> list[int]:
     """Return the rows of a step, from 1: every epoch is an order of its own, and a batch may reach into the next."""
-    start, size = (step - 1) * config.batch_size, min(config.batch_size, count)
+    size = min(config.batch_size, count)
     start = (step - 1) * size
     found: list[int] = []
     while len(found) < size:
@@ -799,6 +800,7 @@ def _card(
             "hashes": data.hashes, "observations": data.counts(), "notes": {k: n for k, n in data.notes.items() if n},
         },
         "split": {name: _part_counts(rows) for name, rows in parts.items()},
+        "read": data.read,
         "trained_on": len(train),
         "calibration": calibration,
         "observation_models": _observation_models(answers),

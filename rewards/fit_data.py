@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -56,13 +56,24 @@ class Observation:
 
 @dataclass
 class FitData:
-    """Observations, the outputs they are about, where images are, and what was met on the way."""
+    """Observations, the outputs they are about, where images are, and what was met on the way.
+
+    Args:
+        notes: counts of what is unusual about rows that are there.
+        left_out: counts of answers that are not among the rows, by reason.
+    """
 
     items: dict[str, Item] = field(default_factory=dict)
     rows: list[Observation] = field(default_factory=list)
     folders: dict[str, Path] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
     notes: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def read(self) -> int:
+        """How many answers, and silences that count as rows, were read."""
+        return len(self.rows) + self.left_out.total()
 
     def counts(self) -> dict[str, int]:
         """Return how many observations of each kind there are."""
@@ -87,20 +98,32 @@ def load_data(paths: Sequence[str], config: FitDataConfig) -> FitData:
                 file, "sha256"
             ).hexdigest()
         folder = Path(config.folder) if config.folder else path.parent
-        if path.suffix.lower() in _STORES:
-            with Store.open(path, create=False) as store:
-                found, said = store.items(), list(store.current())
-        elif rows := _own_pairs(path):
+        if rows := _own_pairs(path):
             found, observed = _pairs(rows)
             data.rows += observed
-            said = []
         else:
-            read = read_feedback(path, Reading(media=config.media, duplicates="last"))
-            found, said = read.items, [event for event, _ in read.events]
+            found, said, left_out = read_said(path, config.media)
+            events += said
+            data.left_out += left_out
         data.items |= found
         data.folders |= dict.fromkeys(found, folder)
-        events += said
     return observe(events, data, config)
+
+
+def read_said(path: Path, media: str) -> tuple[dict[str, Item], list[FeedbackEvent], Counter[str]]:
+    """Return the outputs of a store or a file, the events that stand, and how many answers of the file do not, and why.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if path.suffix.lower() in _STORES:
+        with Store.open(path, create=False) as store:
+            return store.items(), list(store.current()), Counter()
+    read = read_feedback(path, Reading(media=media, duplicates="last"))
+    said, left_out = read.standing(), Counter(read.skipped)
+    answers = sum(event.kind != "exposure" for event, _ in read.events)
+    left_out["superseded or taken back"] += answers - sum(event.kind != "exposure" for event in said)
+    return read.items, said, left_out
 
 
 def observe(events: Sequence[FeedbackEvent], data: FitData, config: FitDataConfig) -> FitData:
@@ -112,7 +135,9 @@ def observe(events: Sequence[FeedbackEvent], data: FitData, config: FitDataConfi
     data.rows += _observed(events, data, config)
     if config.protocols is not None:
         silent = ("silence",) if "thumb" in config.protocols else ()
-        data.rows = [row for row in data.rows if row.kind in (*config.protocols, *silent)]
+        kept = [row for row in data.rows if row.kind in (*config.protocols, *silent)]
+        data.left_out["of other protocols"] += len(data.rows) - len(kept)
+        data.rows = kept
     if not data.rows:
         kinds = Counter(event.kind for event in events)
         raise DataError(
@@ -125,32 +150,46 @@ def observe(events: Sequence[FeedbackEvent], data: FitData, config: FitDataConfi
 
 
 def _observed(events: Sequence[FeedbackEvent], data: FitData, config: FitDataConfig) -> list[Observation]:
-    chosen = [e for e in events if not e.tombstone and (config.key is None or e.key == config.key)]
-    about = [e for e in chosen if all(item in data.items for item in e.items)]
-    data.notes["about outputs that are not there"] += len(chosen) - len(about)
     rows = []
-    for event in about:
-        rest = {"prompt": data.items[event.items[0]].prompt_id, "user": event.annotator, "ts": event.ts}
-        if event.kind in ("pairwise", "ranking") and len({data.items[i].prompt_id for i in event.items}) > 1:
-            data.notes["comparisons across prompts"] += 1
-        elif event.kind == "binary":
-            rows.append(Observation("thumb", event.items, float(event.value), **rest))
-        elif event.kind == "reaction" and config.reaction and event.value == config.reaction:
-            rows.append(Observation("thumb", event.items, 1.0, **rest))
-        elif event.kind == "ordinal" and event.scale:
-            low, high = event.scale
-            rows.append(Observation("rating", event.items, (event.value - low, high - low + 1), **rest))
-        elif event.kind == "pairwise":
-            share = {"a": 1.0, "b": 0.0}.get(event.value, 0.5)
+    for event in events:
+        if event.kind == "exposure":
+            continue
+        made = _observation(event, data.items, config)
+        if isinstance(made, Observation):
+            rows.append(made)
             data.notes["both bad, read as ties"] += event.value == "both_bad"
-            rows.append(Observation("comparison", event.items, share, **rest))
-        elif event.kind == "ranking":
-            rows.append(Observation("ranking", event.items, tuple(event.value), **rest))
-        elif event.kind != "exposure":
-            data.notes[f"{event.kind} that are not fitted to"] += 1
+        else:
+            data.left_out[made] += 1
     if config.silence != "ignore":
         rows += _silent(events, data, config, rows)
     return rows
+
+
+def _observation(event: FeedbackEvent, items: Mapping[str, Item], config: FitDataConfig) -> Observation | str:
+    """Return what an answer says of the latent, or why it is left out."""
+    if event.tombstone:
+        return "superseded or taken back"
+    if config.key is not None and event.key != config.key:
+        return "of other signals"
+    if any(item not in items for item in event.items):
+        return "about outputs that are not there"
+    if len({items[item].prompt_id for item in event.items}) > 1:
+        return "across prompts"
+    value: Any = event.value
+    if event.kind == "binary":
+        kind, value = "thumb", float(value)
+    elif event.kind == "reaction" and config.reaction and value == config.reaction:
+        kind, value = "thumb", 1.0
+    elif event.kind == "ordinal" and event.scale:
+        low, high = event.scale
+        kind, value = "rating", (value - low, high - low + 1)
+    elif event.kind == "pairwise":
+        kind, value = "comparison", {"a": 1.0, "b": 0.0}.get(value, 0.5)
+    elif event.kind == "ranking":
+        kind, value = "ranking", tuple(value)
+    else:
+        return f"of kind {event.kind}"
+    return Observation(kind, event.items, value, items[event.items[0]].prompt_id, event.annotator, event.ts)
 
 
 def _silent(
@@ -167,17 +206,21 @@ def _silent(
     kind = "reaction" if config.reaction else "binary"
     keys = sorted({e.key for e in events if e.kind == kind and (config.key is None or e.key == config.key)})
     answered = {(row.user, row.items[0]) for row in rows if row.kind == "thumb"}
-    found: dict[tuple[str, str, int], Observation] = {}
+    found: dict[tuple[str, str, int], Observation] = {}  # by person, output, and how many times it was shown before
     for key in keys or [config.key or ""]:
         shown = shown_of(events, data.items, key, kind, positive=config.reaction)
         data.notes["answers without an exposure"] += shown.unknown
-        for user, item, ts, silent in zip(shown.user_N, shown.item_N, shown.ts_N, ~shown.reacted_N, strict=True):
-            if silent and item in data.items and (user, item) not in answered:
+        silent = ~shown.reacted_N
+        who = list(zip(shown.user_N[silent].tolist(), shown.item_N[silent].tolist(), strict=True))
+        for (user, item), before, ts in zip(who, occurrences(who), shown.ts_N[silent].tolist(), strict=True):
+            if item in data.items:
                 prompt = data.items[item].prompt_id
-                found[user, item, int(ts)] = Observation("silence", (item,), None, prompt, user, int(ts))
+                found[user, item, before] = Observation("silence", (item,), None, prompt, user, ts)
+    silences = [row for (user, item, _), row in found.items() if (user, item) not in answered]
+    data.left_out["silences on what was answered at another showing"] += len(found) - len(silences)
     if config.silence == "unlabelled":
-        return list(found.values())
-    return [replace(row, kind="thumb", value=0.0) for row in found.values()]
+        return silences
+    return [replace(row, kind="thumb", value=0.0) for row in silences]
 
 
 def _own_pairs(path: Path) -> list[Row]:
@@ -278,15 +321,24 @@ def _part(at: float, cuts: tuple[float, float]) -> int:
 
 
 def _by_time(rows: Sequence[Observation], cuts: tuple[float, float]) -> list[int]:
-    ts = np.array([row.ts for row in rows], dtype=np.int64)
-    if (unknown := int((ts == 0).sum())) or ts.min() == ts.max():
+    ts = _times(rows, "split.by")
+    if ts.min() == ts.max():
         raise DataError(
-            "These rows cannot be split by time", where="split.by",
-            why=f"{unknown} of {len(ts)} have no time" if unknown else "all have the same time",
+            "These rows cannot be split by time", where="split.by", why="all have the same time",
             do="Split by prompt or user",
         )  # fmt: skip
     edges = np.quantile(ts, cuts, method="inverted_cdf")
     return ((ts > edges[0]).astype(int) + (ts > edges[1]).astype(int)).tolist()
+
+
+def _times(rows: Sequence[Observation], where: str) -> np.ndarray:
+    ts = np.array([row.ts for row in rows], dtype=np.int64)
+    if unknown := int((ts == 0).sum()):
+        raise DataError(
+            "These rows cannot be split by time", where=where, why=f"{unknown} of {len(ts)} have no time",
+            do="Split by prompt or user, or give the log's own times as ts",
+        )  # fmt: skip
+    return ts
 
 
 def _require_names(names: Sequence[str], axis: str) -> None:
@@ -309,12 +361,11 @@ def require_apart(train: Sequence[Observation], heldout: Sequence[Observation], 
     """Refuse a held-out file that shares with training what it was to be split by.
 
     Raises:
-        DataError: with counts.
+        DataError: with counts; or there are rows without a time, and time was to split them.
     """
     for axis in by:
         if axis == "time":
-            last, first = max(row.ts for row in train), min(row.ts for row in heldout)
-            shared = sum(row.ts <= last for row in heldout) if first <= last else 0
+            shared = int((_times(heldout, "split.heldout_path") <= _times(train, "data.paths").max()).sum())
             what = "rows that are older than the newest of training"
         else:
             known = {row.prompt if axis == "prompt" else row.user for row in train}
@@ -327,12 +378,24 @@ def require_apart(train: Sequence[Observation], heldout: Sequence[Observation], 
             )  # fmt: skip
 
 
+def occurrences(values: Iterable[Hashable]) -> list[int]:
+    """Return of each value how many equal ones stand before it."""
+    seen: Counter[Hashable] = Counter()
+    found = []
+    for value in values:
+        found.append(seen[value])
+        seen[value] += 1
+    return found
+
+
 def thin(rows: Sequence[Observation], config: FitConfig) -> tuple[list[Observation], float, dict[str, int]]:
     """Return what is trained on, the share of the negatives among it, and counts of what was left out.
 
-    Negatives are subsampled, and people cut to their most, by hashes of the rows.
+    Negatives are subsampled, and people cut to their most, by hashes of what the rows say: who said what of which
+    outputs, and which time it is that they say so. When that was, or was read, does not enter.
     """
-    keys = [f"{row.user}|{'|'.join(row.items)}|{row.ts}" for row in rows]
+    said = [(row.user, row.items, row.kind, row.value) for row in rows]
+    keys = [repr((*what, before)) for what, before in zip(said, occurrences(said), strict=True)]
     down = [row.kind == "thumb" and row.value == 0 for row in rows]
     kept = keep_negatives(keys, config.data.negative_share, config.seed) | ~np.array(down, dtype=bool)
     chosen = [i for i in range(len(rows)) if kept[i]]

@@ -222,11 +222,6 @@ def ordinal(score: Tensor, level: Tensor, thresholds: Tensor) -> Tensor:
     return -logp.gather(-1, level[:, None])[:, 0]
 
 
-def expected_level(score: Tensor, thresholds: Tensor) -> Tensor:
-    """Return the mean rating `sum_k P(y > k)`, counted from 0."""
-    return torch.sigmoid(score[:, None] - thresholds).sum(-1)
-
-
 def squared(score: Tensor, target: Tensor) -> Tensor:
     """Squared error of a rating: `(f - y)^2`."""
     return (score - target).square()

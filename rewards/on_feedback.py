@@ -329,7 +329,7 @@ def evaluate_rewards(
         "data": {
             "hashes": data.hashes, "observations": data.counts(), "outputs": len(items),
             "prompts": len({row.prompt for row in data.rows}), "people": len({r.user for r in data.rows} - {""}),
-            "notes": {k: n for k, n in data.notes.items() if n},
+            "notes": {k: n for k, n in (data.notes + data.left_out).items() if n},
         },
         "rewards": found,
         "under_both_protocols": compared,

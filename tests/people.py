@@ -105,6 +105,12 @@ def rankings(items, quality, *, each: int = 4, seed: int = 4) -> list[FeedbackEv
     return events
 
 
+def accounted(card: dict) -> int:
+    """Return of how many rows a card of a fit says what became of them."""
+    held = sum(card["split"][part]["rows"] for part in ("calibration", "heldout"))
+    return sum(card["left_out"].values()) + card["trained_on"] + held
+
+
 def write_rows(path: Path, rows) -> Path:
     """Write JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

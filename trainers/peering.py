@@ -30,7 +30,6 @@ from align.errors import DataError
 from align.feedback.bias import spearman
 from align.feedback.consistency import consistency
 from align.feedback.events import FeedbackEvent, Item
-from align.feedback.exchange import Reading, read_feedback
 from align.feedback.overview import plain
 from align.feedback.protocol_world import ProtocolWorld
 from align.feedback.protocols import PairRow, to_pairs
@@ -46,7 +45,7 @@ from align.tracking import replace_text
 from rewards.base import get_reward
 from rewards.evaluate import pair_accuracy
 from rewards.fit import fit_reward
-from rewards.fit_data import load_data, split_rows
+from rewards.fit_data import load_data, read_said, split_rows
 from rewards.outputs import sample_of
 from rewards.scoring import score_sources
 from rewards.sources import Source
@@ -176,16 +175,10 @@ def read_outputs(paths: Iterable[str], config: PeeringConfig) -> Outputs:
     """Read the outputs and the events of stores and files."""
     found = Outputs()
     for name in paths:
-        path = Path(name)
-        if path.suffix.lower() in (".db", ".sqlite", ".sqlite3"):
-            with Store.open(path, create=False) as store:
-                items, events = store.items(), list(store.current())
-        else:
-            read = read_feedback(path, Reading(media=config.data.media, duplicates="last"))
-            items, events = read.items, [event for event, _ in read.events]
+        items, events, _ = read_said(Path(name), config.data.media)
         found.items |= items
-        found.folders |= dict.fromkeys(items, Path(config.data.folder) if config.data.folder else path.parent)
-        found.events += [e for e in events if not e.tombstone]
+        found.folders |= dict.fromkeys(items, Path(config.data.folder) if config.data.folder else Path(name).parent)
+        found.events += events
     return found
 
 

@@ -26,7 +26,7 @@ class Added:
     """What became of one event that was handed to `add`.
 
     Args:
-        event: as it stands in the store, with its id and time.
+        event: as it stands in the store, with its id.
         seq: its place in the log.
         status: "added": it is new and current; "superseded": it is new, current, and replaced another; "withdrawn": it
             took another back, or undid it; "late": it is new, and older than what is current; "unchanged": it was
@@ -92,23 +92,28 @@ def _append(db: sqlite3.Connection, event: FeedbackEvent, seq: int) -> Added:
             decode(known[1:]), known[0], "unchanged" if _standing(db, event.identifier) == known[0] else "past"
         )
     head = db.execute(
-        "SELECT seq, stands FROM events WHERE identifier = ? ORDER BY seq DESC LIMIT 1", (event.identifier,)
+        "SELECT seq, stands, id FROM events WHERE identifier = ? ORDER BY seq DESC LIMIT 1", (event.identifier,)
     ).fetchone()
-    before = _deciding(db, event.identifier) if head else None
+    before, newest = _deciding(db, event.identifier) if head else (None, 0)
     if before and not event.id and _same(before, row) and event.ts in (0, before[1 + _TS]):
         return Added(decode(before[1:]), before[0], "unchanged")
-    row[_ID] = name or secrets.token_hex(12)
-    row[_TS] = event.ts or max(time.time_ns() // 1_000_000, before[1 + _TS] if before else 0)
+    row[_ID] = name or _untimed_id(db, row, head[2] if head else "")
     stood = head[1] if head else None
-    decides = before is None or row[_TS] >= before[1 + _TS]
+    decides = not event.ts or event.ts >= newest
     stands = (None if event.tombstone else seq) if decides else stood
     _insert(db, seq, row, event.items, head[0] if head else None, None, stands)
     seated = _row(db, "seq = ?", stood) if stood != stands else None
     replaced = seated[1 + _ID] if seated else ""
     status = "late" if not decides else "withdrawn" if event.tombstone else "superseded" if replaced else "added"
     stored = object.__new__(FeedbackEvent)  # it was checked when it was made
-    stored.__dict__.update(event.__dict__, id=row[_ID], ts=row[_TS])
+    stored.__dict__.update(event.__dict__, id=row[_ID])
     return Added(stored, seq, status, superseded=replaced)
+
+
+def _untimed_id(db: sqlite3.Connection, row: Sequence[Any], before: str) -> str:
+    """Return an id of an event that its content and the one before it give: a file has the same in every store."""
+    made = content_id(*row[1:], before)
+    return made if _row(db, "id = ?", made) is None else secrets.token_hex(12)
 
 
 def undo_newest(db: sqlite3.Connection, annotator: str, session: str | None) -> Added | None:
@@ -127,7 +132,7 @@ def undo_newest(db: sqlite3.Connection, annotator: str, session: str | None) -> 
     head, stood = db.execute(
         "SELECT seq, stands FROM events WHERE identifier = ? ORDER BY seq DESC LIMIT 1", (undone.identifier,)
     ).fetchone()
-    left = _deciding(db, undone.identifier, but=target)
+    left, _ = _deciding(db, undone.identifier, but=target)
     stands = left[0] if left and not left[1 + _TOMBSTONE] else None
     event = dataclasses.replace(
         undone, value=None, tombstone=True, reply="", latency_ms=None, tie_origin="", id=secrets.token_hex(12),
@@ -164,14 +169,20 @@ def _standing(db: sqlite3.Connection, identifier: str) -> int | None:
     return found[0] if found else None
 
 
-def _deciding(db: sqlite3.Connection, identifier: str, but: int = 0) -> tuple[Any, ...] | None:
-    """Return the newest row of an identifier by (ts, seq) that is not undone and is no undo; `but` left out."""
-    return _row(
-        db,
-        "identifier = ? AND seq <> ? AND undoes IS NULL"
-        " AND NOT EXISTS (SELECT 1 FROM events u WHERE u.undoes = events.seq) ORDER BY ts DESC, seq DESC LIMIT 1",
-        identifier, but,
-    )  # fmt: skip
+def _deciding(db: sqlite3.Connection, identifier: str, but: int = 0) -> tuple[tuple[Any, ...] | None, int]:
+    """Return the newest row of an identifier that is not undone and is no undo, `but` left out, and its time.
+
+    A row without a time follows those before it, and has the newest of their times; 0 is none.
+    """
+    found, newest = 0, 0
+    for seq, ts in db.execute(
+        "SELECT seq, ts FROM events WHERE identifier = ? AND seq <> ? AND undoes IS NULL"
+        " AND NOT EXISTS (SELECT 1 FROM events u WHERE u.undoes = events.seq) ORDER BY seq",
+        (identifier, but),
+    ):
+        if not ts or ts >= newest:
+            found, newest = seq, ts or newest
+    return _row(db, "seq = ?", found), newest
 
 
 def _same(stored: Sequence[Any], row: Sequence[Any]) -> bool:

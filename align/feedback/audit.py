@@ -77,14 +77,15 @@ def concentration(users_N: Sequence[Any] | np.ndarray, top: float = 0.01) -> flo
 def rates_by(shown: Shown, by: str, *, buckets: int = 8, most: int = 50) -> list[dict[str, Any]]:
     """Return coverage and positive share by "user", "position", "policy" or "time" (equal shares of the period).
 
-    Users and policies are the `most` with the most exposures.
+    Users and policies are the `most` with the most exposures; what was shown at an unknown time is in no period.
     """
     if by == "time":
-        if not len(shown.ts_N) or shown.ts_N.max() == shown.ts_N.min():
+        timed = shown.ts_N[shown.ts_N > 0]
+        if not len(timed) or timed.max() == timed.min():
             return []
-        low, high = int(shown.ts_N.min()), int(shown.ts_N.max())
+        low, high = int(timed.min()), int(timed.max())
         slot = np.minimum((shown.ts_N - low) * buckets // (high - low), buckets - 1)
-        labels = np.array([low + int(s) * (high - low) // buckets for s in slot], dtype=object)
+        labels = np.array([low + int(s) * (high - low) // buckets if s >= 0 else -1 for s in slot], dtype=object)
     else:
         labels = {"user": shown.user_N, "position": shown.position_N, "policy": shown.policy_N}[by].astype(object)
     groups = Counter(labels.tolist())
@@ -323,7 +324,8 @@ def answered_together(
 def bursts(events: Iterable[FeedbackEvent], config: AuditConfig | None = None) -> list[dict[str, Any]]:
     """Return runs of answers that came faster than a person answers, by the time between one and the next.
 
-    Several answers of one moment (a rating of several dimensions is sent at once) count as one.
+    Several answers of one moment (a rating of several dimensions is sent at once) count as one; answers without a time
+    are none.
     """
     config = config or AuditConfig()
     times: dict[str, set[int]] = defaultdict(set)

@@ -28,8 +28,6 @@ from align.registry import suggest
 EQUAL, A, B = 0, 1, 2
 NAMES = ("equal", "a", "b")
 DUPLICATES = ("first", "last", "mean")
-RATING_COLUMNS = ("prompt", "input", "response", "rating")
-RANKING_COLUMNS = ("prompt", "input", "response_a", "response_b", "preference")
 LARGEST_PROMPT = 60
 """Responses of one prompt above which its triads are not searched."""
 

@@ -107,7 +107,7 @@ class FeedbackEvent:
         latency_ms: time between showing and answering.
         session: conversation or sitting.
         reply: an AI annotator's raw reply, or a person's comment.
-        ts: when, in milliseconds since 1970; 0 lets the store fill it in.
+        ts: when it was said, in milliseconds since 1970; 0 where that is not known, and nobody makes it up.
         id: names this very event, so that a retry is known as one; "" lets the store give it. Events that come out of
             a store have one.
     """
@@ -158,6 +158,8 @@ class FeedbackEvent:
             return f"{self.kind} is about one item, got {count}"
         if self.propensity is not None and not 0 < self.propensity <= 1:
             return f"propensity is a probability above 0, got {self.propensity!r}"
+        if self.ts < 0:
+            return f"ts is milliseconds since 1970, got {self.ts!r}"
         if self.tombstone:
             return "" if value is None else "a tombstone has no value"
         if self.kind == "exposure":

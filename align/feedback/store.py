@@ -5,9 +5,10 @@
     for event in store.current(kind="ordinal"): ...
 
 What `add` returns was committed and is on disk. Of the events of one identifier the newest by (`ts`, order of arrival)
-that was not undone is the current one, or none is when that is a tombstone. So an old event that arrives late enters
-the history without replacing a newer one, a repeated event changes nothing, and what was taken back stays so when its
-file is imported again.
+that was not undone is the current one, or none is when that is a tombstone; one without a time follows what was there
+when it came. So an old event that arrives late enters the history without replacing a newer one, a repeated event
+changes nothing, and what was taken back stays so when its file is imported again. The store makes up no times: what it
+holds is a function of what was added in which order, not of when.
 
 Many processes may write to one file: each call takes SQLite's write lock and waits for it. The file must be on a local
 disk, since SQLite's write-ahead log is shared memory. A server uses `Writer`, which commits in groups.
@@ -133,7 +134,7 @@ class Store:
         """Iterate over the current events in the order of the log; each filter takes one word or several.
 
         Args:
-            since: only events of this time (milliseconds since 1970) or later.
+            since: only events of this time (milliseconds since 1970) or later; those without a time are not.
             items: only events about at least one of these items.
             upto: the current events as they were after row `upto` of the log (`seq`); the newest row by default, so
                 that what is written meanwhile does not show.
@@ -223,7 +224,7 @@ class Store:
 
     def counts(self) -> dict[str, Any]:
         """Return how much there is: items, prompts, rows of the log, current events, those by kind, key and source,
-        annotators, the first and last time (ms), and bytes on disk."""
+        annotators, the first and last time (ms), current events without a time, and bytes on disk."""
         with speaking(self.path):
             db, last = self._db(), self.last
             bound = [last] * 4
@@ -234,9 +235,10 @@ class Store:
 
             items, prompts = db.execute("SELECT count(*), count(DISTINCT prompt_id) FROM items").fetchone()
             kinds = by("kind")
-            first, newest, people = db.execute(
-                f"SELECT min(ts), max(ts), count(DISTINCT nullif(annotator, '')) FROM events e WHERE {_CURRENT}", bound
-            ).fetchone()
+            first, newest, timed, people = db.execute(
+                "SELECT min(nullif(ts, 0)), max(nullif(ts, 0)), count(nullif(ts, 0)),"
+                f" count(DISTINCT nullif(annotator, '')) FROM events e WHERE {_CURRENT}", bound,
+            ).fetchone()  # fmt: skip
             withdrawn = db.execute("SELECT count(*) FROM events WHERE tombstone = 1 AND seq <= ?", (last,)).fetchone()[
                 0
             ]
@@ -245,7 +247,8 @@ class Store:
         return {
             "items": items, "prompts": prompts, "events": total, "log": rows, "tombstones": withdrawn,
             "superseded": rows - total - withdrawn, "kinds": kinds, "keys": by("key"), "sources": by("source"),
-            "annotators": people, "first_ms": first, "last_ms": newest, "bytes": _bytes(self.path),
+            "annotators": people, "first_ms": first, "last_ms": newest, "untimed": total - timed,
+            "bytes": _bytes(self.path),
         }  # fmt: skip
 
     def check(self) -> None:

@@ -244,8 +244,8 @@ def shown_of(
     shown = [e for e in shown if (e.annotator, e.session, frozenset(e.items)) not in compared]
     rows: dict[tuple[str, str, str], list[Any]] = {}
     for event in own or shown:
-        for place, item in enumerate(event.items):
-            position = event.position if event.position is not None else (place if len(event.items) > 1 else -1)
+        for nth, item in enumerate(event.items):
+            position = event.position if event.position is not None else (nth if len(event.items) > 1 else -1)
             rows[event.annotator, item, event.session] = [event.policy, position, event.ts, np.nan]
     unknown = 0
     by_user_item: dict[tuple[str, str], tuple[str, str, str]] = {place[:2]: place for place in rows}
@@ -254,7 +254,9 @@ def shown_of(
         if value is None:
             continue
         place = (event.annotator, event.items[0], event.session)
-        place = place if place in rows else by_user_item.get(place[:2], place)
+        other = by_user_item.get(place[:2], place)
+        apart = event.exposure == "shown" and place[2] and other[2]  # two sessions, two showings
+        place = place if place in rows or apart else other
         if place not in rows and event.exposure == "shown":
             position = -1 if event.position is None else event.position
             rows[place] = [event.policy, position, event.ts, np.nan]

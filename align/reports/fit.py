@@ -39,7 +39,8 @@ def fit_page(files: RunFiles) -> str:
     if card:
         replace_text(path.with_name("README.md"), reward_card(artefact, files))
     loss = line_chart([curve(files.metrics, "loss", "loss")]) if files.metrics else Markup()
-    context = {**page_context(files), "artefact": artefact, "card": card, "plot": plot, "loss": loss}
+    rows = rows_of(card) if card else ""
+    context = {**page_context(files), "artefact": artefact, "card": card, "rows": rows, "plot": plot, "loss": loss}
     return render("fit.html", context)
 
 
@@ -67,6 +68,19 @@ def worth(card: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def rows_of(card: Mapping[str, Any]) -> str:
+    """Return what became of every row that was read.
+
+    read = trained on + held out for the calibration + held out + left out, for one reason each
+    """
+    calibration, heldout = (card["split"][part]["rows"] for part in ("calibration", "heldout"))
+    left = "; ".join(f"{n:,} {what}" for what, n in card["left_out"].items())
+    return (
+        f"Rows read: {card['read']:,}. Trained on: {card['trained_on']:,}. Held out for the calibration: "
+        f"{calibration:,}. Held out: {heldout:,}. Left out: {left or 'none'}."
+    )
+
+
 def _show(value: float | None) -> str:
     return "none" if value is None else f"{value:.3f}"
 
@@ -81,19 +95,19 @@ def reward_card(artefact: Mapping[str, Any], files: RunFiles) -> str:
     snippet = [*(["import torch"] if artefact["media"] != "text" else []), "from align.types import Samples"]
     snippet += ["from rewards.fitted import Fitted", "", 'reward = Fitted(".")  # the folder of this card']
     backbone = f"{code(model['backbone'])}" + (f" of {code(model['path'])}" if model.get("path") else "")
-    split = ", ".join(f"{part} {counts['rows']} rows" for part, counts in card["split"].items())
-    seen = ", ".join(f"{n} {kind}" for kind, n in card["data"]["observations"].items())
+    seen = ", ".join(f"{n:,} {kind}" for kind, n in card["data"]["observations"].items())
     calibration = (artefact["calibration"] or {}).get("kind", "none")
     lines = [
         front_matter({"license": "unknown", "tags": tags}) + f"# {plain(name)}", "",
         f"A reward that `align fit` fitted to what people said. It reads {plain(artefact['media'])} through {backbone} "
         f"with a {plain(model['head'])} head; calibration {plain(calibration)}.", "",
-        "## Use", "", "```python", *snippet, f"print(reward.score({samples}).values)", "```", "",
+        "## Use", "", f"This needs the Python package align: {code('pip install .')} in its source folder.", "",
+        "```python", *snippet, f"print(reward.score({samples}).values)", "```", "",
         "## What it is worth on held-out answers", "",
         *([f"- {plain(kind)}: {plain(text)}" for kind, text in worth(card)] or ["- nothing was measured"]), "",
         "## What it was made of", "",
         *(f"- {code(file)}, sha256 {code(digest)}" for file, digest in card["data"]["hashes"].items()),
-        f"- Observations: {plain(seen)}. Split: {plain(split)}.",
+        f"- Observations: {plain(seen)}.", f"- {plain(rows_of(card))}",
         *made_by(files), "- Licence: that of its data and backbone, which align does not know.", "",
         "## Where it fails", "", *(f"- {plain(mode)}" for mode in card["known_failure_modes"]),
     ]  # fmt: skip

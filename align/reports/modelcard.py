@@ -256,6 +256,7 @@ def _made(record: Mapping[str, Any], files: RunFiles, config: Any) -> list[str]:
         f"{files.record.get('steps_planned', 'an unknown number')}, seed {trained['seed']}, "
         f"engine {code(files.record.get('engine', 'not recorded'))}, "
         f"processes {files.record.get('processes', 'not recorded')}.",
+        *(_language(files, config) if base["makes"] == "text" else ()),
         f"- Weights delivered: {run['weights']}; sha256 in the run {code(run['sha256'])}.",
         *made_by(files, CONFIG),
         f"- {code(f'align train {CONFIG}')} repeats the run where models, data and rewards lie at the same paths.",
@@ -264,6 +265,24 @@ def _made(record: Mapping[str, Any], files: RunFiles, config: Any) -> list[str]:
         "", "Data:", "", *_data(trained, files), "", "Files:", "",
         *(f"- {code(name)}, sha256 {code(digest)}" for name, digest in record["files"].items()),
     ]  # fmt: skip
+
+
+def _language(files: RunFiles, config: Any) -> list[str]:
+    """Return what a run on texts recorded of its size, its rows and its learning rate."""
+    model, rows = (found if isinstance(found := files.record.get(key), dict) else {} for key in ("model", "tokens"))
+    trained = f"{model['trained_parameters']:,} of {model['parameters']:,}" if model.get("parameters") else ""
+    rate, counts = config.optimizer, ""
+    if {"rows", "up", "down", "heldout_rows"} <= rows.keys():
+        sides = {"kto": ("up", "down"), "bco": ("up", "down"), "dpo": ("chosen", "rejected")}.get(config.trainer)
+        labels = f" ({rows['up']:,} {sides[0]}, {rows['down']:,} {sides[1]})" if sides else ""
+        left = ", ".join(f"{n:,} {plain(why)}" for why, n in (rows.get("dropped") or {}).items())
+        counts = f"{rows['rows']:,} trained on{labels}, {rows['heldout_rows']:,} held out; left out: {left or 'none'}"
+    return [
+        f"- Trained parameters: {trained or 'not recorded'}.",
+        f"- Rows: {counts or 'not recorded'}.",
+        f"- Learning rate: {rate.lr:g} at its highest, schedule {rate.schedule}, over the first {rate.warmup:.0%} of "
+        "steps rising from 0.",
+    ]
 
 
 def _licence(found: Mapping[str, str]) -> str:

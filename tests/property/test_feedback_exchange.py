@@ -64,7 +64,7 @@ def stored(draw, chats: bool = True, media: bool = True) -> tuple[list[Item], Fe
         exposure="shown" if kind == "exposure" else draw(st.sampled_from(["shown", "unknown"])),
         tie_origin=draw(st.sampled_from(["judged", ""])) if value == "tie" and kind == "pairwise" else "", policy=draw(WORDS),
         propensity=draw(st.none() | st.floats(0.001, 1)), position=draw(SMALL), latency_ms=draw(SMALL),
-        session=draw(WORDS), reply=draw(WORDS), ts=draw(st.integers(10**11, 7 * 10**12)),
+        session=draw(WORDS), reply=draw(WORDS), ts=draw(st.just(0) | st.integers(10**11, 7 * 10**12)),
     )  # fmt: skip
     return items, event
 

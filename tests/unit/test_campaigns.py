@@ -16,6 +16,7 @@ from align.feedback.simulate import SimulationConfig, simulate
 from rewards import campaigns, embeddings
 from rewards.fit import fit_reward
 from rewards.fit_data import FitData, observe
+from tests.people import accounted
 
 ITEMS = 200
 
@@ -176,6 +177,7 @@ def test_auto_leaves_out_the_campaign_and_says_so(tmp_path, monkeypatch, silence
     assert "5 accounts" in note and "always-up-0003" in note
     left = [result.card["left_out"][f"of trimmed people, in {part}"] for part in ("train", "calibration", "heldout")]
     assert min(left) > 0 and sum(left) > 60
+    assert result.card["read"] == accounted(result.card) == len(data.rows) + data.left_out.total()
     assert all(part["users"] <= 90 for part in result.card["split"].values()), "nobody listed is in any part"
     from align.reports.training import write_report
 

@@ -409,6 +409,7 @@ def test_the_verb_writes_into_the_store_and_resumes_after_a_kill(serve: Callable
     with Store.open(path) as store:
         events = list(store.current())
     assert sum(e.kind == "pairwise" for e in events) == 9
+    assert all(abs(e.ts - time.time() * 1000) < 600_000 for e in events if e.source == "ai"), "asked just now"
 
 
 @pytest.mark.parametrize(("reply", "why"), [("no idea", "cannot be read as a rating"), (drop, "RemoteProtocolError")])

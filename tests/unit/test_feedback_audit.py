@@ -25,6 +25,7 @@ from align.feedback.audit import (
 )
 from align.feedback.bias import bias_report, choice_bias, has_emoji, has_list, says_its_name
 from align.feedback.events import FeedbackEvent, Item
+from align.feedback.exchange import import_file
 from align.feedback.signals import SignalGates, require_trainable, select_signal
 from align.feedback.simulate import Simulation, SimulationConfig, simulate, simulate_reactions
 from align.feedback.store import Store
@@ -91,6 +92,14 @@ def test_rates_are_of_what_was_shown_and_silence_is_not_a_dislike():
     found = coverage(shown_of(events, items, "thumb", "binary"))
     assert (found["n_shown"], found["n_reacted"], found["unknown"]) == (5, 3, 1)
     assert (found["coverage"], found["base_rate"], found["positive_share"]) == (0.6, 0.4, pytest.approx(2 / 3))
+    again = FeedbackEvent(
+        "binary", (events[0].items[0],), True, key="thumb", annotator="u", exposure="shown", session="2"
+    )
+    found = coverage(shown_of([*events, again], items, "thumb", "binary"))
+    assert (found["n_shown"], found["n_reacted"]) == (5, 3), "the showing without a session may be this one"
+    first = replace(events[0], session="1", identifier="")
+    found = coverage(shown_of([first, again], items, "thumb", "binary"))
+    assert (found["n_shown"], found["n_reacted"]) == (2, 1), "two sessions are two showings"
 
 
 def test_a_reaction_of_another_name_is_another_signal():
@@ -213,6 +222,23 @@ def test_bursts(dirty: Simulation, clean: Simulation):
     events += [FeedbackEvent("ordinal", (item,), 3, key="other", scale=(1, 7), annotator="ann", ts=t) for t in at]
     (found,) = bursts(events)
     assert (found["n"], found["median_gap_ms"], found["start_ms"]) == (12, 500, 10_000)
+
+
+def test_an_import_of_rows_without_times_is_no_burst_and_no_period(tmp_path: Path):
+    rows = [{"prompt": f"p{i}", "response": "x", "label": i % 2 == 0, "annotator": "ann", "exposure": "shown"}
+            for i in range(600)]  # fmt: skip
+    rows += [{**rows[0], "prompt": "old", "ts": "2025-01-01"}, {**rows[0], "prompt": "new", "ts": "2025-01-09"}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with Store.open(tmp_path / "f.db") as store:
+        import_file(store, tmp_path / "log.jsonl")
+        events, items = list(store.current()), store.items()
+        untimed = store.counts()["untimed"]
+    assert bursts(events) == [] and untimed == 600
+    periods = rates_by(shown_of(events, items, "quality", "binary"), "time", buckets=4)
+    assert [row["n_shown"] for row in periods] == [1, 1] and periods[0]["group"] == 1735689600000
+    assert rates_by(shown_of(events[:-2], items, "quality", "binary"), "time") == [], (
+        "no event with a time is no period"
+    )
 
 
 def test_copied_comments_and_concentration():

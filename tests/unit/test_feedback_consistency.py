@@ -17,8 +17,6 @@ from align.errors import DataError
 from align.feedback.columns import label_cell, number_cell, read_rows, text_cell
 from align.feedback.consistency import (
     EQUAL,
-    RANKING_COLUMNS,
-    RATING_COLUMNS,
     A,
     B,
     consistency,
@@ -29,6 +27,8 @@ from align.feedback.events import FeedbackEvent, Item
 from align.feedback.store import Store
 from align.feedback.views import joined_of
 
+RATING_COLUMNS = ("prompt", "input", "response", "rating")
+RANKING_COLUMNS = ("prompt", "input", "response_a", "response_b", "preference")
 RATED = {"equal": (4, "4.0"), "a": (6, 3), "b": (2, "5")}
 MATRIX = {"equal": (4, 2, 1), "a": (1, 5, 1), "b": (0, 2, 4)}
 

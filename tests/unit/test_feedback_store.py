@@ -89,11 +89,28 @@ def test_an_old_event_that_arrives_late_does_not_replace_a_newer_one(store: Stor
     assert statuses(store, rating(7, ts=4000)) == ["added"] and standing(store) == [7]
 
 
-def test_a_time_filled_in_is_never_before_what_it_replaces(store: Store):
-    future = 4_000_000_000_000
-    store.add(events=[rating(5, ts=future)])
-    added = store.add(events=[rating(6)])[0]
-    assert added.event.ts == future and standing(store) == [6]
+def test_an_event_without_a_time_follows_what_is_there_and_gets_none(store: Store):
+    assert statuses(store, rating(5, ts=2000), rating(6), rating(4, ts=1000)) == ["added", "superseded", "late"]
+    assert standing(store) == [6] and next(store.current()).ts == 0
+    assert statuses(store, rating(6, ts=2000), rating(None)) == ["superseded", "withdrawn"] and standing(store) == []
+    assert statuses(store, rating(3), rating(2, ITEMS[1]), rating(2, ITEMS[1], ts=1)) == [
+        "added",
+        "added",
+        "superseded",
+    ]
+    with pytest.raises(DataError, match="milliseconds since 1970"):
+        rating(5, ts=-1)
+
+
+def test_ids_of_events_without_a_time_are_those_of_any_store_with_the_same_log(store: Store, tmp_path: Path):
+    said = [rating(5), rating(6), rating(5), rating(5, ITEMS[1])]
+    with Store.open(tmp_path / "other.db") as other:
+        other.add(items=ITEMS)
+        ids = [added.event.id for added in other.add(events=said)]
+    assert ids == [added.event.id for added in store.add(events=said)] and len(set(ids)) == 4
+    taken = rating(6, ITEMS[2], id=store.add(events=[rating(6, ITEMS[2])])[0].event.id)  # as another store's export
+    store.add(events=[rating(7, ITEMS[2])])
+    assert statuses(store, taken) == ["past"]
 
 
 def test_undo_restores_what_was_superseded_one_answer_at_a_time(store: Store):
@@ -189,15 +206,12 @@ def test_columns(store: Store):
 
 def test_counts(store: Store):
     store.add(events=[rating(5, ts=10), rating(6, ts=20), rating(7, ITEMS[1], ts=15), rating(None, ITEMS[1], ts=30)])
+    store.add(events=[rating(5, ITEMS[2])])
     found = store.counts()
-    assert (found["items"], found["prompts"], found["events"], found["log"]) == (4, 2, 1, 4)
+    assert (found["items"], found["prompts"], found["events"], found["log"]) == (4, 2, 2, 5)
     assert (found["tombstones"], found["superseded"], found["annotators"]) == (1, 2, 1)
-    assert (found["kinds"], found["sources"], found["first_ms"], found["last_ms"]) == (
-        {"ordinal": 1},
-        {"human": 1},
-        20,
-        20,
-    )
+    assert (found["kinds"], found["sources"]) == ({"ordinal": 2}, {"human": 2})
+    assert (found["first_ms"], found["last_ms"], found["untimed"]) == (20, 20, 1)
 
 
 def test_reading_does_not_see_what_is_written_meanwhile(store: Store, monkeypatch):
@@ -410,8 +424,8 @@ def test_a_defect_in_the_writer_leaves_no_future_waiting(store: Store, monkeypat
 
 STEPS = st.lists(
     st.one_of(
-        st.tuples(st.just("say"), st.integers(0, 2), st.integers(1, 3), st.integers(0, 4)),
-        st.tuples(st.just("take"), st.integers(0, 2), st.none(), st.integers(0, 4)),
+        st.tuples(st.just("say"), st.integers(0, 2), st.integers(1, 3), st.none() | st.integers(0, 4)),
+        st.tuples(st.just("take"), st.integers(0, 2), st.none(), st.none() | st.integers(0, 4)),
         st.tuples(st.just("undo"), st.none(), st.none(), st.none()),
     ),
     max_size=25,
@@ -424,6 +438,12 @@ def test_what_stands_is_the_newest_that_was_not_undone(tmp_path_factory, steps):
     """A list of (item, value, time, undone), searched anew each time, agrees with the store after every step."""
     log: list[dict] = []
     now = 10**12
+
+    def deciding(item: int) -> list[dict]:
+        live = [entry for entry in log if entry["item"] == item and not entry["undone"]]
+        at = [entry["ts"] or max([0, *(other["ts"] for other in live[:n])]) for n, entry in enumerate(live)]
+        return [live[n] for _, n in sorted(zip(at, range(len(live)), strict=True))[-1:]]
+
     with Store.open(tmp_path_factory.mktemp("s") / "f.db") as store:
         store.add(items=ITEMS)
         for step, item, value, when in steps:
@@ -433,17 +453,15 @@ def test_what_stands_is_the_newest_that_was_not_undone(tmp_path_factory, steps):
                 if live:
                     live[-1]["undone"] = True
             else:
-                ts = now + when
-                known = any((e["item"], e["value"], e["ts"]) == (item, value, ts) for e in log)
+                ts = 0 if when is None else now + when
+                alike = log if ts else deciding(item)
+                known = any((e["item"], e["value"], e["ts"] if ts else 0) == (item, value, ts) for e in alike)
                 store.add(events=[rating(value, ITEMS[item], ts=ts)])
                 if not known:
                     log.append({"item": item, "value": value, "ts": ts, "undone": False})
             expected = {}
             for item_number in range(3):
-                live = [
-                    (e["ts"], n, e["value"]) for n, e in enumerate(log) if e["item"] == item_number and not e["undone"]
-                ]
-                if live and max(live)[2] is not None:
-                    expected[ITEMS[item_number].id] = max(live)[2]
+                for entry in deciding(item_number):
+                    expected |= {} if entry["value"] is None else {ITEMS[item_number].id: entry["value"]}
             assert {event.items[0]: event.value for event in store.current()} == expected
         store.check()

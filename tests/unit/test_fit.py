@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +17,14 @@ from align.config import load_config
 from align.errors import ConfigError, DataError, ModelError
 from align.feedback.bias import spearman
 from align.feedback.events import FeedbackEvent, Item
+from align.feedback.exchange import import_file
 from align.feedback.store import Store
 from align.run import Run
 from align.types import Samples
 from rewards import embeddings, fit, get_reward
 from rewards.base import score_safely
-from rewards.fit_data import load_data, require_apart, split_rows, thin
-from tests.people import START, pairs, rankings, ratings, sigmoid, thumbs, world, write_rows
+from rewards.fit_data import Observation, load_data, occurrences, require_apart, split_rows, thin
+from tests.people import START, accounted, pairs, rankings, ratings, sigmoid, thumbs, world, write_rows
 
 ITEMS, QUALITY = world()
 TEXTS = Samples([i.prompt for i in ITEMS], texts=[i.response for i in ITEMS])
@@ -148,6 +151,7 @@ def test_love_is_calibrated_from_exposures_of_which_few_negatives_were_kept(tmp_
     assert result.card["data"]["hashes"]["feedback.db"] and len(result.card["known_failure_modes"]) > 2
     assert any("not looked for" in text for text in result.card["known_failure_modes"])
     assert result.card["left_out"]["negatives not drawn"] > 2000
+    assert result.card["read"] == accounted(result.card) == 8000, "every exposure is a row: loved, or a negative"
     assert thumbs_["mean_probability"] == pytest.approx(thumbs_["base_rate"], abs=0.03), "subsampling is undone"
     assert thumbs_["debiased_ece"] < 0.05 and thumbs_["auroc"] > 0.75
     assert thumbs_["brier"] < thumbs_["brier_of_base_rate"]
@@ -206,6 +210,7 @@ def test_liars_are_trimmed_by_name(tmp_path):
     assert [row["account"] for row in result.card["trimmed_users"]] == ["liaruser000", "liaruser001", "liaruser002"]
     assert "cost" in result.card["trimmed_users"][0]["reason"] and "liaruser001" in result.card["warnings"][0]
     assert result.card["left_out"]["of trimmed people, in train"] > 60
+    assert result.card["read"] == accounted(result.card) == sum(event.kind == "binary" for event in honest + liars)
 
 
 # --- runs -------------------------------------------------------------------------------------------
@@ -446,6 +451,7 @@ def test_leaks_are_refused_with_counts(tmp_path):
     fresh_items = [Item(f"new {i.prompt}", i.response) for i in items]
     other = store(tmp_path / "other", thumbs(fresh_items, quality, users=5), fresh_items, "other.db")
     result = fit.fit_reward(config(path, split={"heldout_path": other}), tmp_path / "run")
+    assert result.card["read"] == accounted(result.card) == 1800 + 300
     assert result.card["split"]["heldout"]["rows"] == 300 and set(result.card["data"]["hashes"]) == {
         "feedback.db",
         "other.db",
@@ -455,6 +461,62 @@ def test_leaks_are_refused_with_counts(tmp_path):
     rows = load_data([path], config("x").data).rows
     with pytest.raises(DataError, match="older"):
         require_apart(rows[:900], rows[900:] + rows[:1], ("time",))
+    for parts in (([replace(rows[0], ts=0)], rows[900:]), (rows[:900], [replace(rows[-1], ts=0)])):
+        with pytest.raises(DataError, match="1 of 1 have no time|1 have no time"):
+            require_apart(*parts, ("time",))
+
+
+def test_rows_without_times_say_the_same_whenever_their_file_was_imported(tmp_path):
+    """Of one file, imported twice: the stores, what is drawn of it and the data sets made of it are equal."""
+    rows = [
+        {"prompt": f"p{i % 40}", "response": f"w{i % 7}", "annotator": f"u{i % 13}", "session": f"s{i}",
+         "source": "user", "exposure": "shown", **({"reaction": "love"} if i % 9 == 0 else {})}
+        for i in range(900)
+    ]  # fmt: skip
+    log = str(write_rows(tmp_path / "log.jsonl", rows))
+    own = config("x", data={"paths": ["x"], "key": None, "reaction": "love", "silence": "negative",
+                            "negative_share": 0.3, "most_of_user": 40})  # fmt: skip
+    drawn, files = [], []
+    for n in range(2):
+        path = tmp_path / f"{n}.db"
+        with Store.open(path) as opened:
+            import_file(opened, log)
+            assert not any(event.ts for event in opened.current())
+        drawn.append(thin(load_data([str(path)], own.data).rows, own))
+        for verb in (["export", "--as", "plain"], ["convert", "--to", "unpaired", "--up", "love", "--one-class"]):
+            out = tmp_path / f"{n}_{verb[0]}.jsonl"
+            assert main(["feedback", verb[0], str(path), str(out), *verb[1:]]) == 0
+            files.append(out.read_bytes())
+        time.sleep(0.002)
+    assert drawn[0] == drawn[1] and files[:2] == files[2:]
+    assert drawn[0] == thin(load_data([log], own.data).rows, own), "a file is read as a store that imported it"
+    with pytest.raises(DataError, match="900 of 900 have no time"):
+        split_rows(load_data([log], own.data).rows, config("x", split={"by": ["time"]}).split, 0)
+
+
+def test_every_answer_of_a_file_is_a_row_or_left_out_for_one_reason(tmp_path):
+    about = {"annotator": "u", "key": "k"}
+    rows = [{"prompt": f"p{i}", "response": "a", "label": i % 2 == 0, **about} for i in range(60)]
+    rows += [rows[0], {**rows[1], "label": True}]  # repeated, and contradicting
+    rows += [{**rows[2], "label": False, "ts": "2025-01-01"}]  # said anew
+    rows += [{**rows[3], "key": "other"}, {"prompt": "p4", "response": "a", "text": "nice", **about}]
+    rows += [{"prompt": "p5", "response_a": "a", "response_b": "b", "preference": "tie", **about}]
+    rows += [{"prompt": "p6", "response": "a", "exposure": "shown", **about}]  # no answer, and no row
+    path = str(write_rows(tmp_path / "log.jsonl", rows))
+    data = load_data([path], config("x", data={"paths": ["x"], "key": "k", "protocols": ["thumb"]}).data)
+    assert +data.left_out == {
+        "repeated": 1, "contradicting": 1, "superseded or taken back": 1, "of other signals": 1, "of kind text": 1,
+        "of other protocols": 1,
+    }  # fmt: skip
+    assert data.counts() == {"thumb": 60} and data.read == 66 == len(rows) - 1
+
+
+def test_rows_that_say_the_same_are_drawn_one_by_one():
+    same = [Observation("thumb", ("a",), 0.0, "p", "u", ts) for ts in range(2000)]
+    own = config("x", data={"paths": ["x"], "negative_share": 0.5})
+    kept = thin(same, own)[0]
+    assert 900 < len(kept) < 1100 and len(thin([replace(row, ts=7) for row in same], own)[0]) == len(kept)
+    assert occurrences("abacaba") == [0, 0, 1, 0, 2, 1, 3]
 
 
 # --- what cannot be fitted --------------------------------------------------------------------------

@@ -220,6 +220,15 @@ def test_the_card_of_a_run_of_text(texts, tmp_path, monkeypatch, capsys, to):
     }  # fmt: skip
     assert f"sha256 `{file_sha256(texts / 'thumbs.jsonl')}`" in text and "objective `kto`" in text
     assert "Held-out" in text and "if a dense update of that norm were rounded" in text
+    adapters = load_file(next((texts / "run").rglob("adapter_model.safetensors")))
+    adapted = sum(tensor.numel() for tensor in adapters.values())
+    about = json.loads((texts / "run" / "run.json").read_text())
+    assert f"Trained parameters: {adapted:,} of {about['model']['parameters']:,}." in text
+    rows = [json.loads(line) for line in (texts / "thumbs.jsonl").read_text().splitlines()]
+    (found,) = re.findall(r"Rows: (\d+) trained on \((\d+) up, (\d+) down\), (\d+) held out; left out: none\.", text)
+    trained, up, down, heldout = map(int, found)
+    assert up + down == trained and trained + heldout == len(rows) and up <= sum(row["label"] for row in rows)
+    assert "Learning rate: 0.1 at its highest, schedule constant" in text
     capsys.readouterr()
     names = runs_as_it_says(out, monkeypatch)
     assert "Once upon a time" in capsys.readouterr().out
@@ -304,6 +313,9 @@ def test_the_card_of_a_fitted_reward(tmp_path, monkeypatch, capsys):
     thumbs = result.card["heldout"]["thumbs"]
     assert f"{thumbs['n']} held out" in text and f"AUROC {thumbs['auroc']:.3f}" in text
     assert all(plain(mode) in text for mode in result.card["known_failure_modes"])
+    assert (
+        "needs the Python package align" in text and f"Rows read: 120. Trained on: {result.card['trained_on']}." in text
+    )
     runs_as_it_says(result.directory / "reward", monkeypatch)
     assert re.search(r"\[\[0\.\d+\]\]", capsys.readouterr().out), "a probability"
 

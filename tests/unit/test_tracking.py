@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from align import tracking
 from align.errors import ConfigError, DataError
 from align.tracking import Progress, RunLog, progress_line, read_jsonl, save_grid, save_image, short_number, short_time
 
@@ -209,10 +210,17 @@ def test_progress_is_one_renewed_line_on_a_terminal_and_plain_lines_elsewhere(mo
         with Progress(60, initial=11, stream=stream) as progress:
             progress.update(ROW)
             progress.update({**ROW, "step": 13})
-    assert live.getvalue().count("\n") == 1 and live.getvalue().endswith("\n") and live.getvalue().count("\r") == 2
+            progress.update({**ROW, "step": 60})
+    assert live.getvalue().count("\n") == 1 and live.getvalue().endswith("\n") and live.getvalue().count("\r") == 3
     assert all(len(part.split("\x1b")[0]) <= 39 for part in live.getvalue().split("\r"))
     assert plain.getvalue().count("\n") == 2 and "\r" not in plain.getvalue() and "\x1b" not in plain.getvalue()
-    assert plain.getvalue().splitlines()[1].startswith("step 13/60  reward -0.412")
+    first, last = plain.getvalue().splitlines()
+    assert first.startswith("step 12/60  reward -0.412") and last.startswith("step 60/60"), "none 10 s after the first"
+    monkeypatch.setattr(tracking, "PLAIN_SECONDS", 0.0)
+    with Progress(60, initial=11, stream=(often := io.StringIO())) as progress:
+        progress.update(ROW)
+        progress.update({**ROW, "step": 13})
+    assert often.getvalue().splitlines()[1].startswith("step 13/60  reward -0.412")
 
 
 def test_progress_of_no_steps_says_nothing():

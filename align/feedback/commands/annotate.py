@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ from align.output import add_dry_run, add_json, add_seed, give, number, positive
 
 if TYPE_CHECKING:
     from align.feedback.asking import Judge
+    from align.feedback.events import FeedbackEvent
 
 EXAMPLES = """examples:
   align feedback annotate feedback.db --task ranking --endpoint http://127.0.0.1:8000/v1 --model judge
@@ -100,7 +103,12 @@ def run(options: argparse.Namespace, local: Callable[[argparse.Namespace], tuple
             return give(options, planned, f"would ask {planned['questions']} questions about {len(items)} items")
         patience = Patience(options.concurrency, options.tries, deadline=options.deadline)
         known = list(store.current(annotator=annotation.annotator))
-        found = annotate(items, known, judge, lambda events: store.add(events=events), annotation, patience=patience)
+
+        def keep(events: Sequence[FeedbackEvent]) -> None:
+            now = time.time_ns() // 1_000_000
+            store.add(events=[dataclasses.replace(event, ts=now) for event in events])
+
+        found = annotate(items, known, judge, keep, annotation, patience=patience)
     who = {"annotator": annotation.annotator, **({"identity": identity} if identity else {})}
     found = plain({**who, "task": options.task, "key": options.key, **found})
     give(options, found, table([(key.replace("_", " "), _shown(value)) for key, value in found.items()]))

@@ -39,6 +39,11 @@ class Found:
     skipped: Counter[str] = field(default_factory=Counter)
     ignored: set[str] = field(default_factory=set)
 
+    def standing(self) -> list[FeedbackEvent]:
+        """Return the events that would be current in a store that held this file alone, in its order."""
+        last = {event.identifier: event for event, _ in self.events}
+        return [event for event, _ in self.events if event is last[event.identifier] and not event.tombstone]
+
 
 @dataclass(frozen=True)
 class Imported:
@@ -236,7 +241,13 @@ def _settle(found: Found, how: Reading, keep_going: bool) -> list[tuple[Feedback
                 do="Give each its own, or leave the ids out",
             )  # fmt: skip
         kept[event.id or f"{event.identifier} {event.ts}"] = (event, place)
-    return sorted(kept.values(), key=lambda pair: pair[0].ts)
+    newest: dict[str, int] = {}
+    times = []
+    for event, _ in kept.values():  # a row without a time follows those before it of the same answer
+        newest[event.identifier] = max(newest.get(event.identifier, 0), event.ts)
+        times.append(event.ts or newest[event.identifier])
+    ordered = sorted(zip(times, kept.values(), strict=True), key=lambda entry: entry[0])
+    return [pair for _, pair in ordered]
 
 
 def _answer(event: FeedbackEvent) -> tuple[Any, ...]:

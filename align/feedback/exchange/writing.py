@@ -260,6 +260,6 @@ def _plain(event: FeedbackEvent, items: Sequence[Item]) -> dict[str, Any]:
     exposure = row.get("exposure", event.exposure)
     scale = event.scale and "{}..{}".format(*event.scale)
     names = ("annotator", "key", "source", "session", "ts", "policy", "position", "latency_ms", "propensity", "reply")
-    row |= {name: getattr(event, name) for name in names}
+    row |= {name: getattr(event, name) for name in names} | {"ts": event.ts or None}
     extra = {"scale": scale, "exposure": exposure, "tie_origin": event.tie_origin, "identifier": event.identifier}
     return {**row, **extra, "event_id": event.id}
