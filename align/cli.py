@@ -29,7 +29,7 @@ from align.output import whole as _whole
 from align.output import word as _word
 
 if TYPE_CHECKING:
-    from align.config import DanceGRPOConfig, RunConfig
+    from align.config import DanceGRPOConfig
 
 _ENDS = {"stopped": INTERRUPTED, "hacked": HACKED}
 _EXTRAS = {
@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    options = argparse.Namespace()
     try:
         if arguments and not arguments[0].startswith("-"):
             _known(arguments[0], _VERBS, "verb")
@@ -81,11 +82,41 @@ def _run(arguments: list[str]) -> int:
         sys.stderr.write(f"align: This needs {package}. Run `pip install 'align[{_EXTRAS[package]}]'`.\n")
         return 2
     except OSError as error:
+        if wrong := _cache_refuses(error) or _out_refuses(error, options):
+            sys.stderr.write(f"align: {wrong}\n")
+            return 2
         if error.errno not in _DISK_REFUSES:
             raise
         where = f" ({error.filename})" if error.filename else ""
         sys.stderr.write(f"align: The disk refused{where}: {error.strerror}. Free some space and start it again.\n")
         return 2
+
+
+def _cache_refuses(error: OSError) -> ConfigError | None:
+    """Return what to say of a cache that is no folder or not ours to write; None where the error is another's."""
+    from align.doctor import cache_folder
+
+    folder, variable = cache_folder()
+    if not isinstance(error, (FileExistsError, NotADirectoryError, PermissionError)) or not (
+        Path(str(error.filename)).is_relative_to(folder)
+    ):
+        return None
+    said = f"{variable}={folder}" if variable else str(folder)
+    return ConfigError(
+        "Built models cannot be kept in the cache", where=said, why=f"{error.strerror} ({error.filename})",
+        do="Set ALIGN_CACHE to a folder that you may write; `align doctor` looks at it",
+    )  # fmt: skip
+
+
+def _out_refuses(error: OSError, options: argparse.Namespace) -> ConfigError | None:
+    """Return what to say of an --out that cannot be written; None where the error is another's."""
+    out, named = getattr(options, "out", None), error.filename
+    wrong = isinstance(error, (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError))
+    if not wrong or out is None or not isinstance(named, str) or not Path(named).is_relative_to(out):
+        return None
+    return ConfigError(
+        "This cannot be written", where=f"--out {out}", why=f"{error.strerror} ({named})", do="Choose another --out"
+    )
 
 
 class _Exit(Exception):
@@ -111,7 +142,7 @@ class _Parser(argparse.ArgumentParser):
             from align.registry import suggest
 
             options = [option.strip(" '") for option in found[2].split(",")]
-            sentence, advice = f"{self.prog} does not know {found[1]!r}", suggest(found[1], options)
+            sentence, advice = f"{self.prog} does not know {found[1]!r}", _sentence(suggest(found[1], options))
         sys.stderr.write(f"align: {sentence}. {advice}\n")
         raise _Exit(2)
 
@@ -130,7 +161,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
             flags = options.flags
             from align.registry import suggest
 
-            raise ConfigError(f"`align {options.verb}` has no flag {item.partition('=')[0]!r}", do=suggest(item, flags))
+            flag, do = item.partition("=")[0], suggest(item, flags)
+            if hasattr(options, "overrides"):
+                do = f"{_sentence(do)} A value of the config has no dashes: {flag.strip('-').replace('-', '_')}=VALUE"
+            raise ConfigError(f"`align {options.verb}` has no flag {flag!r}", do=do)
         if not hasattr(options, "overrides"):
             raise ConfigError(
                 f"`align {options.verb}` has no use for {item!r}", do=f"See `align {options.verb} --help`"
@@ -155,6 +189,8 @@ def _train(options: argparse.Namespace) -> int:
     from align.launch import require_launcher
     from align.run import require_directory
 
+    if (Path(options.config) / "config.yaml").is_file():
+        raise ConfigError("This is a run", where=options.config, do=f"`align resume {options.config}` goes on with it")
     seed = [] if options.seed is None else [f"seed={options.seed}"]
     config = load_config(options.config, [*options.overrides, *seed])
     if config.trainer in ("fit", "peering"):
@@ -183,7 +219,7 @@ def _engine(options: argparse.Namespace, config: Any) -> dict[str, Any]:
     """Return what a trainer is told of the engine."""
     if not options.fsdp:
         return {"deepspeed": options.deepspeed}
-    if not _is_language(config):
+    if not config.language:
         _require_split(config, "--fsdp", "FSDP2")
     return {"deepspeed": options.deepspeed, "fsdp": True}
 
@@ -224,7 +260,7 @@ def _launched(options: argparse.Namespace, arguments: list[str], config: Any) ->
     if fsdp:
         require_fsdp(settings, options.nproc)
         arguments = [*arguments, "--fsdp"]
-    if not _is_language(config):  # all of this is refused before anything starts
+    if not config.language:  # all of this is refused before anything starts
         if options.launch == "accelerate":
             raise ConfigError("accelerate launches language models", where="--launch", do="Use --launch torchrun")
         if settings is not None and deepspeed_settings(settings)["zero_optimization"]["stage"] == 3:
@@ -561,10 +597,10 @@ def _doctor(options: argparse.Namespace) -> int:
     checks = run_checks()
     rows = []
     for check in checks:
-        level = "FAULT" if not check.ok else "advice" if check.do else "ok"
+        level = check.level.upper() if check.level == "fault" else check.level
         why = f": {check.why}" if check.why else ""
         rows.append((level, f"{check.name}: {check.found}{why}" + (f". {check.do}." if check.do else "")))
-    _give(options, [vars(check) for check in checks], "\n".join([*mended, _table(rows)]))
+    _give(options, [{"level": check.level, **vars(check)} for check in checks], "\n".join([*mended, _table(rows)]))
     return 0 if all(check.ok for check in checks) else 2
 
 
@@ -572,19 +608,14 @@ def _sentence(text: str) -> str:
     return text if text.endswith(("?", ".", "!")) else text + "."
 
 
-def _is_language(config: RunConfig) -> bool:
-    from align.language_config import LanguageConfig
-
-    return isinstance(config, LanguageConfig)
-
-
 def _run_config(folder: Path, overrides: Sequence[str] = ()) -> DanceGRPOConfig:
     from align.config import load_config
 
     if not (folder / "config.yaml").is_file():
+        absent = "it is a file" if folder.is_file() else "there is no such folder"
         raise ConfigError(
             "This is not a run folder", where=str(folder),
-            why="it has no config.yaml" if folder.is_dir() else "there is no such folder",
+            why="it has no config.yaml" if folder.is_dir() else absent,
             do="Give a folder that `align train` made, such as runs/NAME",
         )  # fmt: skip
     return load_config(folder / "config.yaml", overrides)
@@ -884,6 +915,10 @@ def _feedback_arguments(parser: _Arguments) -> None:
 
 
 def _doctor_arguments(parser: _Arguments) -> None:
+    parser.description = (
+        f"{parser.description}\nAll that is found is ok, advice (it slows a run or keeps a feature from working) or a "
+        "FAULT.\nThe exit code is 2 with a FAULT, else 0: advice does not change it."
+    )
     parser.add_argument("--fix", action="store_true", help="repair what can be repaired")
     _add_dry_run(parser)
     _add_json(parser)
