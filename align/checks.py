@@ -131,9 +131,7 @@ def check_config(config: Any, *, reward_names: Collection[str] | None = None, fi
         reward_names: the registered rewards; an unknown name is then an error.
         files: also read the prompt files and look for the model folder.
     """
-    from align.language_config import LanguageConfig
-
-    if isinstance(config, LanguageConfig):
+    if config.language:
         from align.language_checks import check_language_config
 
         return check_language_config(config, reward_names=reward_names, files=files)
@@ -557,9 +555,7 @@ def _hub_model(name: str) -> list[Finding]:
 
 def describe_config(config: Any, findings: list[Finding]) -> dict[str, Any]:
     """Return what `align check` says of a config: its name, sizes, ledger, clip range and findings."""
-    from align.language_config import LanguageConfig
-
-    if isinstance(config, LanguageConfig):
+    if config.language:
         from align.language_checks import describe_language_config
 
         return describe_language_config(config, findings)

@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from align.commands import (
@@ -32,7 +33,7 @@ from align.commands import (
     sparsity,
 )  # fmt: skip
 from align.errors import AlignError, ConfigError
-from align.output import EXITS, INTERRUPTED, add_action, examples
+from align.output import EXITS, INTERRUPTED, add_action, examples, sentence
 
 _EXTRAS = {
     "torch": "diffusion", "diffusers": "diffusion", "transformers": "diffusion", "peft": "diffusion",
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    options = argparse.Namespace()
     try:
         if arguments and not arguments[0].startswith("-"):
             from align.registry import require_known
@@ -85,11 +87,41 @@ def _run(arguments: list[str]) -> int:
         sys.stderr.write(f"align: This needs {package}. Run `pip install 'align[{_EXTRAS[package]}]'`.\n")
         return 2
     except OSError as error:
+        if wrong := _cache_refuses(error) or _out_refuses(error, options):
+            sys.stderr.write(f"align: {wrong}\n")
+            return 2
         if error.errno not in _DISK_REFUSES:
             raise
         where = f" ({error.filename})" if error.filename else ""
         sys.stderr.write(f"align: The disk refused{where}: {error.strerror}. Free some space and start it again.\n")
         return 2
+
+
+def _cache_refuses(error: OSError) -> ConfigError | None:
+    """Return what to say of a cache that is no folder or not ours to write; None where the error is another's."""
+    from align.doctor import cache_folder
+
+    folder, variable = cache_folder()
+    if not isinstance(error, (FileExistsError, NotADirectoryError, PermissionError)) or not (
+        Path(str(error.filename)).is_relative_to(folder)
+    ):
+        return None
+    said = f"{variable}={folder}" if variable else str(folder)
+    return ConfigError(
+        "Built models cannot be kept in the cache", where=said, why=f"{error.strerror} ({error.filename})",
+        do="Set ALIGN_CACHE to a folder that you may write; `align doctor` looks at it",
+    )  # fmt: skip
+
+
+def _out_refuses(error: OSError, options: argparse.Namespace) -> ConfigError | None:
+    """Return what to say of an --out that cannot be written; None where the error is another's."""
+    out, named = getattr(options, "out", None), error.filename
+    wrong = isinstance(error, (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError))
+    if not wrong or out is None or not isinstance(named, str) or not Path(named).is_relative_to(out):
+        return None
+    return ConfigError(
+        "This cannot be written", where=f"--out {out}", why=f"{error.strerror} ({named})", do="Choose another --out"
+    )
 
 
 class _Exit(Exception):
@@ -110,13 +142,13 @@ class _Parser(argparse.ArgumentParser):
         return f"{super().format_help()}\n{EXITS}\n"
 
     def error(self, message: str) -> NoReturn:
-        sentence, advice = message[:1].upper() + message[1:], f"`{self.prog} --help` shows what it takes."
+        what, advice = message[:1].upper() + message[1:], f"`{self.prog} --help` shows what it takes."
         if found := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
             from align.registry import suggest
 
             options = [option.strip(" '") for option in found[2].split(",")]
-            sentence, advice = f"{self.prog} does not know {found[1]!r}", suggest(found[1], options)
-        sys.stderr.write(f"align: {sentence}. {advice}\n")
+            what, advice = f"{self.prog} does not know {found[1]!r}", sentence(suggest(found[1], options))
+        sys.stderr.write(f"align: {what}. {advice}\n")
         raise _Exit(2)
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
@@ -134,7 +166,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
             flags = options.flags
             from align.registry import suggest
 
-            raise ConfigError(f"`align {options.verb}` has no flag {item.partition('=')[0]!r}", do=suggest(item, flags))
+            flag, do = item.partition("=")[0], suggest(item, flags)
+            if hasattr(options, "overrides"):
+                do = f"{sentence(do)} A value of the config has no dashes: {flag.strip('-').replace('-', '_')}=VALUE"
+            raise ConfigError(f"`align {options.verb}` has no flag {flag!r}", do=do)
         if not hasattr(options, "overrides"):
             raise ConfigError(
                 f"`align {options.verb}` has no use for {item!r}", do=f"See `align {options.verb} --help`"

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, Strict, ValidationError
 
@@ -39,6 +39,8 @@ def _word(value: Any) -> Any:
 Int = Annotated[int, Strict()]
 Float = Annotated[float, BeforeValidator(_number), Strict(), Field(allow_inf_nan=False)]
 Bool = Annotated[bool, Strict()]
+_WAITS = "how long is waited, which changes no run"
+Wait = Annotated[Float, _WAITS]
 
 
 class Section(BaseModel):
@@ -50,6 +52,8 @@ class Section(BaseModel):
 class RunConfig(Section):
     """A whole config of one training loop; it knows where each value came from."""
 
+    language: ClassVar[bool] = False
+    """Whether it trains a language model on rows of text."""
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
 
     def __eq__(self, other: object) -> bool:
@@ -247,7 +251,7 @@ class RewardConfig(Section):
     transform: tuple[dict[str, Any], ...] = Field(
         default=(), description="Transforms of its scores, in order, such as [{clip: [-3, 3]}, {sigmoid: {}}]."
     )
-    hung_after_seconds: Float = Field(
+    hung_after_seconds: Wait = Field(
         default=600.0, gt=0,
         description="Seconds that it may take for a batch on this machine; then it is interrupted, and the batch's "
         "scores are missing.",
@@ -318,12 +322,12 @@ class CheckpointConfig(Section):
 
     every: Int = Field(default=10, ge=0, description="Steps between checkpoints; 0 writes only the last.")
     keep: Int = Field(default=2, ge=1, description="Checkpoints kept, newest first.")
-    grace_seconds: Float = Field(
+    grace_seconds: Wait = Field(
         default=10.0, ge=0,
         description="Seconds that the step at hand may go on after a stop is asked for; then it is abandoned, and the "
         "step before it saved.",
     )  # fmt: skip
-    hung_after_seconds: Float = Field(
+    hung_after_seconds: Wait = Field(
         default=1800.0, gt=0,
         description="Seconds that processes wait for one of them; then it is named, and the run ends.",
     )  # fmt: skip
@@ -547,9 +551,13 @@ def save_config(config: RunConfig, path: str | Path) -> None:
     Path(path).write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
-def diff_configs(a: RunConfig, b: RunConfig) -> list[tuple[str, Any, Any]]:
-    """Return (dotted key, value in `a`, value in `b`) of every leaf that differs; None where there is none."""
-    left, right = dict(_leaves(a)), dict(_leaves(b))
+def diff_configs(a: RunConfig, b: RunConfig, *, waits: bool = True) -> list[tuple[str, Any, Any]]:
+    """Return (dotted key, value in `a`, value in `b`) of every leaf that differs; None where there is none.
+
+    Args:
+        waits: also tell of what says how long is waited, which changes no run.
+    """
+    left, right = dict(_leaves(a, waits=waits)), dict(_leaves(b, waits=waits))
     keys = list(left) + [key for key in right if key not in left]
     return [(key, left.get(key), right.get(key)) for key in keys if left.get(key) != right.get(key)]
 
@@ -670,10 +678,14 @@ def _enter(here: Any, part: str, key: str, depth: int, *, make: bool) -> Any:
     return child
 
 
-def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(value: Any, key: str = "", *, waits: bool = True) -> Iterator[tuple[str, Any]]:
     """Yield (dotted key, value) of everything that is not a section or a list of sections."""
     if isinstance(value, BaseModel):
-        parts: list[tuple[str, Any]] = [(name, getattr(value, name)) for name in type(value).model_fields]
+        parts: list[tuple[str, Any]] = [
+            (name, getattr(value, name))
+            for name, field in type(value).model_fields.items()
+            if waits or _WAITS not in field.metadata
+        ]
     elif isinstance(value, dict) and value:
         parts = list(value.items())
     elif isinstance(value, (list, tuple)) and any(isinstance(part, (BaseModel, dict)) for part in value):
@@ -682,7 +694,7 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, value
         return
     for name, part in parts:
-        yield from _leaves(part, f"{key}.{name}" if key else name)
+        yield from _leaves(part, f"{key}.{name}" if key else name, waits=waits)
 
 
 def _render(value: Any, key: str, depth: int, origins: Mapping[str, str], rows: list[str]) -> None:

@@ -9,17 +9,19 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
-from importlib.metadata import PackageNotFoundError, distribution, requires, version
+from importlib.metadata import PackageNotFoundError, distribution, packages_distributions, requires, version
 from pathlib import Path
 
 from align.errors import ConfigError
@@ -34,7 +36,7 @@ _TOGETHER = (
     "tokenizers", "huggingface-hub", "safetensors", "numpy", "trl",
 )  # fmt: skip
 """Packages whose versions have to agree."""
-_EXTRAS, _TRUE = ("diffusion", "llm", "rewards", "server"), ("1", "ON", "YES", "TRUE")
+_EXTRAS, _TRUE = ("diffusion", "llm", "rewards", "server", "fast"), ("1", "ON", "YES", "TRUE")
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ class Check:
     found: str
     do: str = ""
     why: str = ""
+
+    @property
+    def level(self) -> str:
+        """Return "ok", "advice" or "fault"."""
+        return "fault" if not self.ok else "advice" if self.do else "ok"
 
 
 def run_checks(only: Collection[str] = ()) -> list[Check]:
@@ -182,28 +189,44 @@ def _gpu() -> Iterator[Check]:
         )  # fmt: skip
 
 
+def cache_folder() -> tuple[Path, str]:
+    """Return where built models are kept, and the variable that says so: "" where none does."""
+    return _place("ALIGN_CACHE") or (Path.home() / ".cache" / "align", "")
+
+
+def _place(variable: str) -> tuple[Path, str] | None:
+    given = os.environ.get(variable)
+    return (Path(given).expanduser(), variable) if given else None
+
+
 def _folders() -> Iterator[Check]:
     """Whether the cache, the hub's cache and the run folder can be written, by writing there, and hold enough."""
-    cache = Path(os.environ.get("ALIGN_CACHE") or Path.home() / ".cache" / "align").expanduser()
-    yield _folder("cache", cache, "Set ALIGN_CACHE to a folder of yours", 0)
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
-    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
-    yield _folder("hub cache", hub, "Set HF_HOME to a folder of yours", 0)
-    yield _folder("run folder", Path.cwd() / "runs", "Start in another folder, or give --out", LEAST_DISK)
+    yield _folder("cache", *cache_folder(), "set ALIGN_CACHE to a folder of yours", 0)
+    home, variable = _place("HF_HOME") or (Path.home() / ".cache" / "huggingface", "")
+    hub, variable = _place("HF_HUB_CACHE") or (home / "hub", variable)
+    yield _folder("hub cache", hub, variable, f"set {variable or 'HF_HOME'} to a folder of yours", 0)
+    yield _folder("run folder", Path.cwd() / "runs", "", "start in another folder, or give --out", LEAST_DISK)
 
 
-def _folder(name: str, folder: Path, do: str, least: float) -> Check:
+def _folder(name: str, folder: Path, variable: str, do: str, least: float) -> Check:
     place = next(p for p in (folder, *folder.parents) if p.exists())
-    try:
-        with tempfile.NamedTemporaryFile(dir=place, prefix=".align_doctor_") as file:
-            file.write(b"x" * 4096)
-            file.flush()
-    except OSError as error:
-        return Check(name, False, f"{folder} cannot be written: {error.strerror}", do, "nothing can be kept there")
+    wrong, shown = "", f"{variable}={folder}" if variable else str(folder)
+    if not place.is_dir():
+        wrong, do = f"{'it' if place == folder else place} is a file, not a folder", f"move that file away, or {do}"
+    else:
+        try:
+            with tempfile.NamedTemporaryFile(dir=place, prefix=".align_doctor_") as file:
+                file.write(b"x" * 4096)
+                file.flush()
+        except OSError as error:
+            wrong = error.strerror or str(error)
+    if wrong:
+        why = "nothing can be kept there"
+        return Check(name, False, f"{shown} cannot be written: {wrong}", f"{do[0].upper()}{do[1:]}", why)
     free = shutil.disk_usage(place).free
     if free < least:
         return Check(
-            name, False, f"{free / 1e9:.1f} GB free at {folder}", f"Free {least / 1e9:.0f} GB there, or {do.lower()}",
+            name, False, f"{free / 1e9:.1f} GB free at {folder}", f"Free {least / 1e9:.0f} GB there, or {do}",
             "a checkpoint that does not fit ends the run",
         )  # fmt: skip
     return Check(name, True, f"{folder}, {free / 1e9:.0f} GB free")
@@ -313,26 +336,59 @@ def _open_files() -> Iterator[Check]:
 
 def _shadows() -> Iterator[Check]:
     """Whether a folder or file of yours stands before a package of the same name."""
-    root = Path(__file__).resolve().parents[1]
-    wrong = []
-    for name in ("rewards", "trainers", "configs"):
-        wrong += [f"{name} is {home}" for home in [_home(name)] if home and home.parent != root]
-    for package, name in (*((n, n) for n in _TOGETHER if "-" not in n and n != "align"), ("scikit-learn", "sklearn")):
-        try:
-            place = Path(str(distribution(package).locate_file(""))).resolve()
-        except PackageNotFoundError:
-            continue
-        home = _home(name)
-        if home and home.parent != place and not distribution(package).read_text("direct_url.json"):
-            wrong.append(f"{name} is {home}, not the installed one")
+    wrong = _hidden()
     do = "Rename it, start elsewhere, or take its folder out of PYTHONPATH"
     found = "; ".join(wrong) or "no package is hidden by one of yours"
     yield _check("shadowed", not wrong, found, do, "another file than you think is imported")
 
 
+def _hidden() -> list[str]:
+    """Return what stands before our packages, a dependency or a module of Python itself."""
+    root = Path(__file__).resolve().parents[1]
+    wrong = [f"{name} is {home}" for name in ("rewards", "trainers", "configs")
+             if (home := _home(name)) and home.parent != root]  # fmt: skip
+    places = _dependencies()
+    own = {Path(sysconfig.get_path(key)).resolve() for key in ("stdlib", "platstdlib")}
+    own |= {folder / "lib-dynload" for folder in own}
+    homes = {name: set().union(*(places[package] for package in packages if package in places))
+             for name, packages in packages_distributions().items()
+             if name.isidentifier() and not places.keys().isdisjoint(packages)}  # fmt: skip
+    for name, allowed in {**homes, **dict.fromkeys(sys.stdlib_module_names - {"test"}, own)}.items():
+        home = _home(name)
+        if home and home.parent not in allowed:
+            wrong.append(f"{name} is {home}, not the {'installed one' if name in homes else 'one of Python'}")
+    return wrong
+
+
+def _dependencies() -> dict[str, set[Path]]:
+    """Return what align and its extras ask for, and what that asks for in turn, as far as installed, and where it is.
+
+    What is installed in place, by `pip install -e`, may lie anywhere and is left out.
+    """
+    found: dict[str, set[Path]] = {}
+    asked, seen = list(_TOGETHER), set()
+    while asked:
+        name = re.sub(r"[-_.]+", "-", asked.pop()).lower()
+        if name in seen:
+            continue
+        seen.add(name)
+        try:
+            package = distribution(name)
+        except PackageNotFoundError:
+            continue
+        if '"editable": true' not in (package.read_text("direct_url.json") or ""):
+            found[package.metadata["Name"]] = {Path(str(package.locate_file(""))).resolve()}
+        for requirement in package.requires or ():
+            extra = re.search(r"""extra == ["'](\w+)""", requirement)
+            if extra is None or (name == "align" and extra[1] in _EXTRAS):
+                asked.append(re.match(r"[\w.-]+", requirement)[0])  # type: ignore[index]
+    return found
+
+
 def _home(name: str) -> Path | None:
-    """Return the folder or file that `import name` would take of those on the path, importing nothing."""
-    spec = PathFinder.find_spec(name)
+    """Return the folder or file that `import name` would take here, as a launcher's processes do, importing nothing."""
+    here = [] if sys.flags.safe_path else [os.getcwd()]
+    spec = PathFinder.find_spec(name, [*here, *sys.path])
     if spec is None or not spec.origin or not os.path.isabs(spec.origin):
         return None
     origin = Path(spec.origin).resolve()
@@ -360,11 +416,11 @@ def _imports() -> Iterator[Check]:
     if len(lines) < len(names):
         end = "took longer than 5 minutes" if said is None else f"ended the process, exit code {said.returncode}"
         wrong.append(f"{names[len(lines)]}: its import {end}")
-    yield _check(
-        "imports", not wrong, "; ".join(wrong) or ", ".join(names) or "nothing to import",
-        "Install it again in the same versions; `import` it by itself to see all of what it says",
-        "whatever needs it stops at its first line",
-    )  # fmt: skip
+    do = "Install it again in the same versions; `import` it by itself to see all of what it says"
+    if wrong and (hidden := _hidden()):
+        do = f"Mend `shadowed` first, nothing needs to be installed again: {'; '.join(hidden)}"
+    found = "; ".join(wrong) or ", ".join(names) or "nothing to import"
+    yield _check("imports", not wrong, found, do, "whatever needs it stops at its first line")
 
 
 _IMPORTS = """

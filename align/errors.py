@@ -18,7 +18,7 @@ class AlignError(Exception):
         if why:
             message += f": {why}"
         if do:
-            message += f". {do}"
+            message = f"{message.removesuffix('.')}. {do}"
         super().__init__(message if message.endswith(("?", ".")) else message + ".")
 
     def __reduce__(self) -> tuple[object, ...]:

@@ -30,9 +30,9 @@ def require_choices(layouts: Iterable[str], *, to: str, out: str | Path, dtype: 
     Raises:
         ConfigError: naming the flag.
     """
-    for value, known, flag in ((to, layouts, "--to"), (dtype, DTYPES, "--dtype")):
+    for what, value, known, flag in (("layout", to, layouts, "--to"), ("dtype", dtype, DTYPES, "--dtype")):
         if value not in known:
-            raise ConfigError(f"Unknown {flag.removeprefix('--')} {value!r}", where=flag, do=suggest(value, known))
+            raise ConfigError(f"Unknown {what} {value!r}", where=flag, do=suggest(value, known))
     out = Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError("There is something there already", where=f"--out {out}", do="Choose another --out")

@@ -176,6 +176,8 @@ class DPOObjectiveConfig(Section):
 class LanguageConfig(RunConfig):
     """What kto, bco, dpo and sft share. `batch_size` and `microbatch` count rows over all processes."""
 
+    language = True
+
     about: str = Field(default="", description="One line on what the recipe is for, shown by `align configs list`.")
     trainer: str = Field(description="The training loop.")
     name: str = Field(

@@ -32,7 +32,7 @@ def examples(*lines: str) -> str:
 
 
 def give(options: argparse.Namespace, found: Any, text: str, *, one_line: bool = False) -> int:
-    """Write `text` to stdout, or the JSON of `found` to stdout (`--json -`) or to a file besides the text."""
+    """Write `text` to stdout, or the JSON of `found` to stdout (`--json`) or to a file besides the text."""
     if options.json is not None:
         document = json.dumps(found, indent=None if one_line else 2, default=str) + "\n"
         if options.json == "-":
@@ -76,13 +76,18 @@ def add_action(actions: Any, name: str, what: str, *shown: str) -> argparse.Argu
 
 
 def add_json(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """Add `--json FILE`."""
+    """Add `--json [FILE]`, which means the same in every verb."""
     parser.add_argument(
-        "--json",
-        metavar="FILE",
-        default=default,
-        help="also write the result as JSON to FILE; - writes it to stdout instead",
-    )
+        "--json", nargs="?", const="-", type=_json_file, metavar="FILE", default=default,
+        help="also write the result as JSON to FILE; alone, or with -, it writes JSON to stdout and no text",
+    )  # fmt: skip
+
+
+def _json_file(text: str) -> str:
+    """Refuse a value of the configuration that was meant to stand by itself."""
+    if "=" in text:
+        raise argparse.ArgumentTypeError(f"{text} is no file; let {text} stand before --json")
+    return text
 
 
 def add_dry_run(parser: argparse.ArgumentParser) -> None:

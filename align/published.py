@@ -124,7 +124,7 @@ def licence_of(model: str, folder: str | Path) -> dict[str, str]:
     if "license" in given:
         found = {key.removeprefix("license_"): value for key, value in given.items() if key != "license"}
         return {"licence": given["license"], "said_by": "its README.md", **found}
-    if model == "tiny" or is_builtin(model):
+    if is_embedded(model):
         licence, by = LICENCE_OF_OURS[model.partition("/")[0]], "align"
     elif model in PUBLISHED and PUBLISHED[model].licence:
         licence, by = PUBLISHED[model].licence, "its page on the hub, as align knows it"
@@ -136,14 +136,20 @@ def is_builtin(model: str) -> bool:
     return model.partition("/")[0] in BUILTIN
 
 
+def is_embedded(model: str) -> bool:
+    """Whether align builds a model itself, of images or of text."""
+    return model == "tiny" or is_builtin(model)
+
+
 def is_ours(data: str) -> bool:
     """Whether data go by a name of ours, such as `digits/thumbs` or `toy`, and are no file."""
     return data == "toy" or is_builtin(data)
 
 
 def is_hub_name(model: str) -> bool:
-    """Whether a model is `owner/name`, to be fetched from the hub, and no folder here."""
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model)) and not is_builtin(model) and not Path(model).exists()
+    """Whether a model is `owner/name`, to be fetched from the hub, and no folder here; `runs/name` is a run of ours."""
+    named = re.fullmatch(r"(?!runs/)[\w-][\w.-]*/[\w.-]+", model)
+    return bool(named) and not is_builtin(model) and not Path(model).exists()
 
 
 def published(model: ModelConfig) -> Published | None:

@@ -39,10 +39,6 @@ if TYPE_CHECKING:
     import torch
 
 
-_WAITS = ("grace_seconds", "hung_after_seconds")
-"""Ends of the keys that say how long is waited, which changes no run."""
-
-
 class Watch(Protocol):
     """Looks at the weights around an update, and adds to the log what it saw."""
 
@@ -104,9 +100,7 @@ def require_directory(
         raise ConfigError("The folder is not empty and is not a run", where=str(directory), do="Choose another --out")
     if overwrite:
         return []
-    changed = [
-        found for found in diff_configs(load_config(directory / "config.yaml"), config) if not found[0].endswith(_WAITS)
-    ]
+    changed = diff_configs(load_config(directory / "config.yaml"), config, waits=False)
     if changed and not fork:
         alone = config.trainer in ("fit", "peering")
         forks = "" if alone else "--fork to go on with this one from its last checkpoint, "

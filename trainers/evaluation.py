@@ -34,7 +34,7 @@ from align.seeding import normal
 from align.types import Prompt, Samples, text_of
 from rewards.meters import measure_pixels
 from rewards.panel import Panel
-from trainers.sources import find_source
+from trainers.sources import NAME_PROMPTS, find_source
 
 
 def generate(
@@ -342,7 +342,7 @@ def _prompts_for(source: Source, prompts: Any) -> list[Prompt]:
             column = source.config.prompts.image_column
         return list(load_prompts([prompts]).asked if single else load_prompts(prompts, image_column=column).asked)
     if source.config is None:
-        raise ConfigError("Which prompts", where=source.name, do="Give a prompts file: a model folder brings none")
+        raise ConfigError("A model by itself brings no prompts", where=source.name, do=NAME_PROMPTS)
     return list(resolve_prompts(source.config)[1].asked)
 
 
@@ -404,11 +404,12 @@ def evaluate(
 
 
 def sample_images(
-    source: str | Path, prompts: Any = None, *, count: int = 4, out: str | Path = "samples", **sampling: Any
+    source: str | Path, prompts: Any = None, *, count: int = 4, out: str | Path | None = None, **sampling: Any
 ) -> Path:
     """Write `count` images or videos a prompt, `grid.png`, and `samples.jsonl` that says which is which, and how made.
 
-    Images are PNG files, videos MP4 files, of which the grid shows frames. `sampling` are fields of `Sampling`.
+    Images are PNG files, videos MP4 files, of which the grid shows frames. `sampling` are fields of `Sampling`. They go
+    to `out`: when None, to `sampled` in the folder of a run, else to `samples` here.
     """
     from align.tracking import save_grid, save_image
     from align.videos import STRIP_WIDTH, save_video, still_images
@@ -419,7 +420,7 @@ def sample_images(
     names = _prompts_for(opened, prompts)
     made = generate(opened.policy, names, count, batch=asked.batch, **how)
     how |= {**_told(opened.policy), **size_of(made)}
-    folder = Path(out)
+    folder = find_source(source).sampled if out is None else Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
         for i, prompt in enumerate(made.prompts):

@@ -21,7 +21,7 @@ from trainers.language_generation import Decoding, Prompt, as_given, choose_prom
 from trainers.language_images import has_images
 from trainers.language_model import Reference, load_language_model, load_processor
 from trainers.language_objective import Models
-from trainers.sources import Source, find_source
+from trainers.sources import NAME_PROMPTS, Source, find_source
 
 BEFORE = "before"
 """What rows of answers call the model before training."""
@@ -215,7 +215,7 @@ def asked_of(
         return load_asked(prompts, chat)
     config = found.config
     if config is None:
-        raise ConfigError("Which prompts", where=found.name, do="Give a prompts file: a bare model brings none")
+        raise ConfigError("A model by itself brings no prompts", where=found.name, do=NAME_PROMPTS)
     rows = choose_prompts(read_data(config)[1], config.evaluation.prompts if most is None else most, config.seed)
     if not rows:
         raise ConfigError(

@@ -55,7 +55,7 @@ def sample_completions(
     top_p: float = 1.0,
     max_new_tokens: int | None = None,
     batch: int = 16,
-    out: str | Path = "completions.jsonl",
+    out: str | Path | None = None,
     resume: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> list[dict[str, Any]]:
@@ -73,12 +73,13 @@ def sample_completions(
         seed, temperature, max_new_tokens: the run's own when None; without a run 0, 1 and 128.
         top_p: see `Decoding`.
         batch: answers at once.
-        out: the file.
+        out: the file; when None, completions.jsonl in the folder of a run, else here.
         resume: keep answers in `<out>.journal.jsonl` as they come, and go on with those that an earlier call of the
             same model, prompts and draws left there.
         progress: told how far it has come.
     """
     found = find_language(source)
+    out = found.sampled if out is None else out
     given = asked_of(found, prompts, chat)
     opened = open_language(found)
     asked = prompts_of(opened, given)

@@ -8,8 +8,9 @@ from typing import Any
 
 from align import checkpoint
 from align.config import load_config
-from align.language_config import LanguageConfig
 from align.recipes import list_recipes
+
+NAME_PROMPTS = "Give a file with --prompts FILE, or to `align sample` a --prompt TEXT"
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,12 @@ class Source:
         """Where trained weights are; None for a recipe, of which nothing has been trained."""
         return Path(self.name) if self.bare else self.checkpoint
 
+    @property
+    def sampled(self) -> Path:
+        """Where samples go unless told: into the run's folder; of anything else, to this place."""
+        images, answers = "samples" if self.run is None else "sampled", "completions.jsonl"
+        return (self.run or Path()) / (answers if self.language else images)
+
 
 def find_source(source: str | Path) -> Source:
     """Find a run folder (its last checkpoint), a checkpoint folder, a language recipe, or a model folder or name.
@@ -49,10 +56,10 @@ def find_source(source: str | Path) -> Source:
     if found is not None:
         run, step = found
         config = load_config(run / "config.yaml")
-        return Source(name, isinstance(config, LanguageConfig), config, run, step)
+        return Source(name, config.language, config, run, step)
     if path.suffix in (".yaml", ".yml") or name in dict(list_recipes()):
         config = load_config(name)
-        if isinstance(config, LanguageConfig):
+        if config.language:
             return Source(name, True, config)
     known = (path / "adapter_config.json").is_file() or (path / "config.json").is_file()
     return Source(name, name == "tiny" or (known and not (path / "model_index.json").is_file()), bare=True)

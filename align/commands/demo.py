@@ -62,7 +62,7 @@ def ink(image: bytes) -> float:
 
 
 class Demo:
-    """The chapters in order; each leaves its files, and is not told again.
+    """The chapters in order; each leaves its files and what it found in `story.json`, and is not told again.
 
     Args:
         folder: where everything goes.
@@ -84,6 +84,7 @@ class Demo:
         self.config: VisualConfig = load_config("digits/demo", [*paths, f"seed={seed}", *overrides])
         self.asked, self.heldout = (list(side.asked) for side in resolve_prompts(self.config))
         self.found: dict[str, Any] = {"asked": {"seed": seed, "users": users, "images": images, "set": [*overrides]}}
+        self.found["chapters"] = 0
 
     def tell(self) -> dict[str, Any]:
         """Go through all chapters, and return what `summary.json` says."""
@@ -93,15 +94,14 @@ class Demo:
             ("a reward from thumbs", self.fit), ("training", self.train),
             ("people judge before and after", self.judge), ("what moved", self.sparsity),
         )  # fmt: skip
+        story = self.folder / "story.json"
+        if story.is_file():
+            self.found |= json.loads(story.read_text(encoding="utf-8"))
         for i, (title, chapter) in enumerate(chapters, start=1):
-            kept = self.folder / f"chapter_{i}.json"
             self.say(f"{i}/{len(chapters)} {title}")
-            if kept.is_file():
-                self.found |= json.loads(kept.read_text(encoding="utf-8"))
-                continue
-            found = chapter()
-            self.found |= found
-            _write(kept, found)
+            if i > self.found["chapters"]:
+                self.found |= {**chapter(), "chapters": i}
+                _write(story, self.found)
         from align.reports.demo import write_index
         from align.run import peak_memory_mb
 
@@ -111,7 +111,6 @@ class Demo:
             "cpu_seconds": time.process_time(), "seconds": time.monotonic() - began, "peak_memory_mb": peak_memory_mb(),
         }  # fmt: skip
         _write(self.folder / "summary.json", summary)
-        _write(self.folder / "story.json", self.found)
         write_index(self.folder)
         return summary
 

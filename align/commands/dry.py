@@ -22,11 +22,10 @@ if TYPE_CHECKING:
 def config_findings(config: Any) -> list[Finding]:
     """Return all findings on a configuration: its values, files, rewards and the length of its rows."""
     from align.checks import check_config
-    from align.language_config import LanguageConfig
 
     findings = check_config(config, reward_names=_names(), files=True)
     missing = {finding.code for finding in findings} & {"data", "model", "model_not_here"}
-    local = isinstance(config, LanguageConfig) and config.data.path != "toy" and not missing
+    local = config.language and config.data.path != "toy" and not missing
     if local and find_spec("transformers"):
         from trainers.data_check import length_findings
 

@@ -41,11 +41,10 @@ def require_engine(options: argparse.Namespace, config: Any) -> str | None:
 def _refused(options: argparse.Namespace, config: Any, settings: str | None) -> None:
     """Refuse what the trainer of a config refuses as it starts."""
     from align import engine
-    from align.language_config import LanguageConfig
 
     launching = options.nproc if options.launch else None
     processes = launching or int(os.environ.get("WORLD_SIZE", "1"))
-    if isinstance(config, LanguageConfig):
+    if config.language:
         from align.language_checks import require_divisible
         from trainers.language_engine import require_settings
 

@@ -87,7 +87,7 @@ def plan_fit(config: Any) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     from rewards.fit_data import load_data
 
     data = load_data(config.data.paths, config.data)
-    parts, dropped = parts_of(config, data)
+    data, parts, dropped = parts_of(config, data)
     found = {"observations": data.counts(), "parts": {name: len(rows) for name, rows in parts.items()}}
     rows = [(kind, str(n)) for kind, n in found["observations"].items()]
     rows += [(name, f"{n} rows") for name, n in found["parts"].items()]

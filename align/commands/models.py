@@ -38,7 +38,7 @@ def sample(options: argparse.Namespace) -> int:
     if _is_language(options):
         return _sample_text(options, prompts)
     with _naming_flags():
-        call = {"count": options.count or 4, **_sampling(options), "out": str(options.out or "samples")}
+        call = {"count": options.count or 4, **_sampling(options), "out": str(options.out or _sampled(options))}
     if options.dry_run:
         require_source(options.source)
         return dry(options, "sample", {"source": options.source, "prompts": _prompts_plan(prompts), **call})
@@ -49,7 +49,14 @@ def sample(options: argparse.Namespace) -> int:
     with (folder / "samples.jsonl").open(encoding="utf-8") as file:
         row = json.loads(file.readline())
     how = {key: value for key, value in row.items() if key not in ("image", "video", "prompt", "member")}
-    return give(options, {"directory": str(folder), **how}, f"{_rows_text(how)}\nwrote {folder / 'grid.png'}")
+    wrote = f"wrote samples.jsonl, what it names, and grid.png to {folder}"
+    return give(options, {"directory": str(folder), **how}, f"{_rows_text(how)}\n{wrote}")
+
+
+def _sampled(options: argparse.Namespace) -> Path:
+    from trainers import find_source
+
+    return find_source(options.source).sampled
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -121,7 +128,7 @@ _DRAWN = ("temperature", "top_p", "max_new_tokens", "chat")
 
 def _sample_text(options: argparse.Namespace, prompts: Any) -> int:
     call = {"count": options.count or 1, "seed": options.seed, "base": options.base}
-    call |= {name: getattr(options, name) for name in _DRAWN} | {"out": str(options.out or "completions.jsonl")}
+    call |= {name: getattr(options, name) for name in _DRAWN} | {"out": str(options.out or _sampled(options))}
     if options.dry_run:
         require_source(options.source)
         plan = _prompts_plan(prompts, options.chat)
@@ -311,8 +318,9 @@ def sample_arguments(parser: argparse.ArgumentParser) -> None:
         help="also let the model before training answer, under the same draws",
     )
     add_out(
-        parser, "the PNG files, grid.png and samples.jsonl (default: samples), or answers (default: completions.jsonl)"
-    )
+        parser, "the folder of PNG files, grid.png and samples.jsonl (default: RUN/sampled of a run or its checkpoint, "
+        "else ./samples), or the file of answers (default: RUN/completions.jsonl, else ./completions.jsonl)",
+    )  # fmt: skip
     add_dry_run(parser)
     add_json(parser)
 

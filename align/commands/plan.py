@@ -124,9 +124,7 @@ def describe_job(config: Any) -> tuple[Job, dict[str, Any]]:
     Raises:
         ConfigError: a model whose size nothing tells, or a run that one process does in seconds.
     """
-    from align.language_config import LanguageConfig
-
-    if isinstance(config, LanguageConfig):
+    if config.language:
         return _language(config)
     if config.trainer == "fit":
         return _fit(config)

@@ -23,6 +23,8 @@ def train(options: argparse.Namespace) -> int:
     from align.config import load_config
     from align.run import require_directory
 
+    if (Path(options.config) / "config.yaml").is_file():
+        raise ConfigError("This is a run", where=options.config, do=f"`align resume {options.config}` goes on with it")
     seed = [] if options.seed is None else [f"seed={options.seed}"]
     config = load_config(options.config, [*options.overrides, *seed])
     if config.trainer in ("fit", "peering"):
@@ -131,9 +133,10 @@ def run_config(folder: Path, overrides: Sequence[str] = ()) -> Any:
     from align.config import load_config
 
     if not (folder / "config.yaml").is_file():
+        absent = "it is a file" if folder.is_file() else "there is no such folder"
         raise ConfigError(
             "This is not a run folder", where=str(folder),
-            why="it has no config.yaml" if folder.is_dir() else "there is no such folder",
+            why="it has no config.yaml" if folder.is_dir() else absent,
             do="Give a folder that `align train` made, such as runs/NAME",
         )  # fmt: skip
     return load_config(folder / "config.yaml", overrides)

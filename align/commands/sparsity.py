@@ -98,18 +98,29 @@ def _rank(options: argparse.Namespace) -> int:
     return give(options, found, as_text(found))
 
 
-def _delta(options: argparse.Namespace) -> int:
+def export_delta(base: str | Path, tuned: str | Path, out: str | Path) -> dict[str, Any]:
+    """Write what turns `base` into `tuned` to the file `out`, with its card beside it.
+
+    Returns:
+        what `align.sparsity.delta.write_delta` does, and where the `card` is.
+
+    Raises:
+        ModelError: see there.
+    """
+    from align.reports.modelcard import write_delta_card
     from align.sparsity.delta import write_delta
 
+    found = write_delta(base, tuned, out)
+    return {**found, "card": str(write_delta_card(Path(out), str(base), str(tuned), found))}
+
+
+def _delta(options: argparse.Namespace) -> int:
     out = options.out or Path("delta.safetensors")
     if options.dry_run:
         return _plan(options, "write a delta of", {"base": options.base, "tuned": options.tuned, "out": str(out)})
-    found = write_delta(options.base, options.tuned, out)
-    return give(
-        options,
-        found,
-        f"wrote {out}: {found['bytes'] / 1e6:,.1f} MB, {found['ratio']:.1f} times smaller than the weights",
-    )
+    found = export_delta(options.base, options.tuned, out)
+    size = f"{found['bytes'] / 1e6:,.1f} MB, {found['ratio']:.1f} times smaller than the weights"
+    return give(options, found, f"wrote {out}: {size}\ncard: {found['card']}")
 
 
 def _apply(options: argparse.Namespace) -> int:
@@ -219,10 +230,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
     delta = action("delta", "write what turns a base into a tuned model, bit for bit", _delta)
     _add_sides(delta)
-    add_out(delta, "the delta (default: delta.safetensors)")
+    add_out(delta, "the delta, its card in PATH.md (default: delta.safetensors)")
 
     apply = action("apply", "turn a base and a delta into the tuned model", _apply)
-    apply.add_argument("base", metavar="BASE", help="the model that the delta was made from")
+    apply.add_argument("base", type=_side, metavar="BASE", help="the model that the delta was made from")
     apply.add_argument("delta", metavar="DELTA", help="the file that `align sparsity delta` wrote")
     add_out(apply, "the model, a new folder (default: applied)")
 
@@ -248,6 +259,23 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         found.set_defaults(flags=sorted(found._option_string_actions))
 
 
+def _side(name: str) -> str:
+    """Return the folder of an embedded model, which is built on first use; any other name as it is."""
+    from align.published import is_embedded
+
+    if not is_embedded(name) or Path(name).exists():
+        return name
+    if name == "tiny":
+        from trainers.tiny_language import tiny_model
+
+        return str(tiny_model())
+    from align.diffusion.policy import resolve_model
+
+    return str(resolve_model(name))
+
+
 def _add_sides(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("base", metavar="BASE", help="the model before: a file or a folder of weights")
+    parser.add_argument(
+        "base", type=_side, metavar="BASE", help="the model before: a file or a folder of weights, or digits or tiny"
+    )
     parser.add_argument("tuned", metavar="TUNED", help="the model after; an adapter is merged into BASE")

@@ -28,7 +28,7 @@ from align.reports.runfiles import (
     points,
     trainer_of,
 )
-from align.reports.verdict import Verdict, cost_sentence, difference, how_it_ended, messages, split_alarms
+from align.reports.verdict import Verdict, change_text, cost_sentence, difference, how_it_ended, messages, split_alarms
 
 __all__ = ["LanguageOutcome", "judge_language", "language_context", "language_outcome", "language_verdict"]
 
@@ -40,25 +40,23 @@ WARNINGS_SHOWN = 3
 
 @dataclass(frozen=True)
 class Headline:
-    """The number a run is judged by: its key in evaluation.jsonl, how it is said and set, and which way is better.
+    """The number a run is judged by: its key in evaluation.jsonl, how it is said, and which way is better.
 
     Args:
-        change: sets a change as a number, which `suffix` follows.
+        share: it is a share, told in percent.
     """
 
     key: str
     name: str
     unit: str
-    show: Callable[[Any], str]
-    change: Callable[[Any], str] = signed
-    suffix: str = ""
+    share: bool = False
     better: int = 1
 
 
-PAIRS = Headline("pair_accuracy", "pair accuracy", "pairs", percent, lambda share: signed(100 * share, 1), " points")
-AUC = Headline("auc", "AUC of the implicit reward", "rows", number)
-CONSTRAINED = Headline("constrained", "constrained reward", "prompts", number)
-NATS = Headline("nats_per_token", "nats per token", "rows", number, better=-1)
+PAIRS = Headline("pair_accuracy", "pair accuracy", "pairs", share=True)
+AUC = Headline("auc", "AUC of the implicit reward", "rows")
+CONSTRAINED = Headline("constrained", "constrained reward", "prompts")
+NATS = Headline("nats_per_token", "nats per token", "rows", better=-1)
 
 
 @dataclass(frozen=True)
@@ -204,15 +202,10 @@ def _caveats(found: LanguageOutcome, files: RunFiles) -> list[str]:
 
 
 def _sentence(found: LanguageOutcome) -> str:
-    change, headline = finite(found.gain.get("mean")), found.headline
-    if change is None:
+    headline = found.headline
+    if finite(found.gain.get("mean")) is None:
         return "There are not two held-out evaluations to compare yet, so nothing can be said about improvement."
-    verb = "rose" if change > 0 else "fell" if change < 0 else "stayed"
-    before, after = (headline.show(e.get("mean")) for e in (found.before, found.after))
-    text = f"Held-out {headline.name} {verb} from {before} to {after} ({headline.change(change)}{headline.suffix}"
-    low, high = finite(found.gain.get("ci_low")), finite(found.gain.get("ci_high"))
-    if low is not None and high is not None:
-        text += f", 95\u00a0% CI {headline.change(low)} to {headline.change(high)}{headline.suffix}"
+    text = change_text(f"Held-out {headline.name}", found.before, found.after, found.gain, share=headline.share)
     n = finite(found.after.get("n")) or finite(found.last.get("n"))
     text += f", {count(n)} {headline.unit})" if n else ")"
     if headline is PAIRS and _mean(found.last.get("auc")) is not None:

@@ -1,4 +1,4 @@
-"""The card of an exported model: a README.md with the front matter that model hubs read.
+"""The card of an exported model, and of a sparse delta: a README.md with the front matter that model hubs read.
 
 Made of the export's record and of the files of its run, and of nothing else: what they do not say is said to be
 missing. Text that others wrote (paths, names, prompts) is set as code or escaped, so that it is shown and never acts.
@@ -17,12 +17,13 @@ from typing import Any
 
 from align.checks import named_rewards
 from align.config import load_config
-from align.published import is_builtin, is_hub_name, is_ours
+from align.published import is_builtin, is_embedded, is_hub_name, is_ours, licence_of
 from align.reports.markdown import code, front_matter, made_by, plain
 from align.reports.page import open_sheet
 from align.reports.runfiles import RunFiles, read_run
 from align.reports.training import verdict_of
 from align.tracking import replace_text
+from align.weights import file_sha256
 from rewards.base import list_rewards
 
 CARD, CONFIG, PICTURE = "README.md", "align_config.yaml", "before_after.png"
@@ -74,16 +75,52 @@ def model_card(record: Mapping[str, Any], files: RunFiles, picture: tuple[int, i
     return said + "\n"
 
 
+def write_delta_card(path: Path, base: str, tuned: str, found: Mapping[str, Any]) -> Path:
+    """Write the card of a sparse delta beside it, as PATH.md, and return where it is.
+
+    Args:
+        path: of the delta.
+        base, tuned: as they were given.
+        found: what `align.sparsity.delta.write_delta` returned.
+    """
+    licence = licence_of(base, base)
+    front = front_matter({**_front_licence(licence), "tags": ["align", "sparse-delta"]})
+    apply = f"apply_delta({Path(base).resolve().name!r}, {path.name!r}, out='applied')"
+    size = f"{found['bytes'] / 1e6:,.1f} MB, {found['ratio']:.1f} times smaller than all weights"
+    said = [
+        f"{front}# {plain(Path(tuned).resolve().name)}, as a delta", "",
+        f"What turns {code(base)} into {code(tuned)}, bit for bit: {found['changed']:,} weights that changed, in "
+        f"{size}. It is no model by itself.", "",
+        "## Use", "", "```python", "from align.sparsity.delta import apply_delta", "", apply, "```", "",
+        "It needs align and the base model. Another base is refused, and so is a tensor that comes out with another "
+        f"hash. {code(f'align sparsity apply BASE {path.name} --out applied')} does the same.", "",
+        "## What it was made of", "",
+        f"- Base: {code(base)}. Tuned: {code(tuned)}. The file holds the sha256 of every tensor of both.",
+        f"- Licence of the base model: {_licence(licence)}.",
+        f"- File: {code(path.name)}, sha256 {code(file_sha256(path))}, compressed by {code(found['codec'])}.", "",
+        "## What is not known", "",
+        "- How the tuned model was trained, on what, and whether it is better: a delta knows weights alone.",
+        "- What rounding alone would have left unchanged: `align sparsity report` says it of the two models.",
+        "- Whether the licence and terms of the base allow to share this: they hold for it.",
+    ]  # fmt: skip
+    card = path.with_name(f"{path.name}.md")
+    replace_text(card, "\n".join(said) + "\n")
+    return card
+
+
+def _front_licence(said: Mapping[str, str]) -> dict[str, Any]:
+    licence = said.get("licence", "")
+    known = licence in HUB_LICENCES or licence == "other"
+    found = {"license": licence if known else "other" if licence else "unknown"}
+    if licence and licence not in HUB_LICENCES:
+        found["license_name"] = said.get("name", licence)
+    return {**found, "license_link": said["link"]} if "link" in said else found
+
+
 def _front(record: Mapping[str, Any]) -> str:
     """Return the YAML front matter; what is not known is left out."""
     base, trained, lora = record["base"], record["trained"], record["trained"]["train"] == "lora"
-    found: dict[str, Any] = {}
-    licence = base["licence"].get("licence", "")
-    found["license"] = licence if licence in HUB_LICENCES or licence == "other" else "other" if licence else "unknown"
-    if licence and licence not in HUB_LICENCES:
-        found["license_name"] = base["licence"].get("name", licence)
-    if "link" in base["licence"]:
-        found["license_link"] = base["licence"]["link"]
+    found = _front_licence(base["licence"])
     if is_hub_name(base["model"]):
         found["base_model"] = base["model"]
         found["base_model_relation"] = "adapter" if lora and record["to"] != "full" else "finetune"
@@ -124,11 +161,26 @@ def _use(record: Mapping[str, Any], config: Any) -> list[str]:
     if record["to"] == "comfyui":
         return [f"{record['load'][0].upper()}{record['load'][1:]}. {plain(record['note'])}."]
     lines = _text_snippet(record) if record["base"]["makes"] == "text" else _media_snippet(record, config)
-    return ["```python", *lines, "```"]
+    return [*_needs(record), "```python", *lines, "```"]
+
+
+def _needs(record: Mapping[str, Any]) -> list[str]:
+    """Say of adapters of an embedded model that nobody but align has what they belong to."""
+    model = record["base"]["model"]
+    if record["to"] == "full" or not is_embedded(model):
+        return []
+    extra = "llm" if record["base"]["makes"] == "text" else "diffusion"
+    install, whole = code(f"pip install 'align[{extra}]'"), code("align export RUN --to full --out FOLDER")
+    return [
+        f"These are adapters of {code(model)}, which nobody can download: align builds it, on first use. So these "
+        f"lines need align: {install}. What {whole} writes loads without it.", "",
+    ]  # fmt: skip
 
 
 def _base(model: str) -> tuple[list[str], str]:
     """Return imports, and the expression of the base model: a name of ours stands for a folder that is built."""
+    if model == "tiny":
+        return ["from trainers.tiny_language import tiny_model"], "tiny_model()"
     if is_builtin(model):
         return ["from align.diffusion.policy import resolve_model"], f"resolve_model({model!r})"
     return [], repr(model)
@@ -162,10 +214,20 @@ def _media_snippet(record: Mapping[str, Any], config: Any) -> list[str]:
         how |= {"guidance_scale": sampler.embedded_guidance, "negative_prompt": '""' if scale > 1 else None}
     given = "".join(f", {key}={value}" for key, value in how.items() if value is not None)
     image = 'image=load_image("first_frame.png"), ' if base["takes_image"] else ""
-    lines += [f'made = pipeline({image}prompt="a cat"{given}, generator=torch.Generator().manual_seed(0))']
+    lines += [_example(record)]
+    lines += [f"made = pipeline({image}prompt=prompt{given}, generator=torch.Generator().manual_seed(0))"]
     fps = getattr(sampler, "fps", None) or base["fps"]
     save = f'export_to_video(made.frames[0], "made.mp4", fps={fps:g})' if video else 'made.images[0].save("made.png")'
     return [*lines, save]
+
+
+def _example(record: Mapping[str, Any]) -> str:
+    """Return a prompt: the first of the run where the prompts are ours; those of others are not told, and replaced."""
+    if is_builtin(record["base"]["model"]) or is_ours(record["trained"]["data"]):
+        from align.diffusion.digits_data import digit_prompts
+
+        return f'prompt = "{digit_prompts()[0]}"'
+    return 'prompt = "a cat"  # or what you would ask for: the prompts of the run are not told here'
 
 
 def _text_snippet(record: Mapping[str, Any]) -> list[str]:
@@ -173,12 +235,14 @@ def _text_snippet(record: Mapping[str, Any]) -> list[str]:
     kind = f"dtype=torch.{'bfloat16' if record['dtype'] == 'bf16' else 'float32'}"
     reader = "AutoProcessor" if sees else "AutoTokenizer"
     model = "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
-    if peft and not sees:
+    needed, base = _base(record["base"]["model"]) if peft else ([], "folder")
+    if peft and not sees and not needed:
         imports = ["from peft import AutoPeftModelForCausalLM", f"from transformers import {reader}"]
         load = [f"model = AutoPeftModelForCausalLM.from_pretrained(folder, {kind})"]
     else:
-        imports = [*(["from peft import PeftModel"] if peft else []), f"from transformers import {model}, {reader}"]
-        load = [f"model = {model}.from_pretrained({repr(record['base']['model']) if peft else 'folder'}, {kind})"]
+        imports = [*(["from peft import PeftModel"] if peft else []), *needed]
+        imports += [f"from transformers import {model}, {reader}"]
+        load = [f"model = {model}.from_pretrained({base}, {kind})"]
         load += ["model = PeftModel.from_pretrained(model, folder)"] if peft else []
     return [
         "import torch", *imports, "", FOLDER, *load, f"reader = {reader}.from_pretrained(folder)",

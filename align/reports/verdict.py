@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,15 +169,9 @@ def _caveats(found: Outcome, has_heldout: bool) -> list[str]:
 
 
 def _sentence(found: Outcome) -> str:
-    change = found.change
-    if change is None:
+    if found.change is None:
         return "There are not two held-out evaluations to compare yet, so nothing can be said about improvement."
-    low, high = found.gain.get("ci_low"), found.gain.get("ci_high")
-    verb = "rose" if change > 0 else "fell" if change < 0 else "stayed"
-    before, after = number(found.before.get("mean")), number(found.after.get("mean"))
-    text = f"{found.measure} {verb} from {before} to {after} ({signed(change)}"
-    if finite(low) is not None and finite(high) is not None:
-        text += f", 95\u00a0% CI {signed(low)} to {signed(high)}"
+    text = change_text(found.measure, found.before, found.after, found.gain)
     if found.paired and found.gain.get("n"):
         text += f", {count(found.gain['n'])} paired samples"
     text += ")"
@@ -187,6 +182,35 @@ def _sentence(found: Outcome) -> str:
         text += f", diversity {'went ' if a is None or b is None else ''}from {number(c)} to {number(d)}"
         text += f" ({percent(d / c, 0)} of the base)" if c else ""
     return text + "."
+
+
+def change_text(measure: str, before: Row, after: Row, gain: Row, *, share: bool = False) -> str:
+    """Return what became of a measure, up to what stands in brackets, which stay open.
+
+    A change whose interval holds 0 neither rose nor fell. All is told to two digits of the interval's half-width.
+
+    Args:
+        before, after, gain: estimates; `gain` of the change.
+        share: the measure is a share, told in percent.
+    """
+    scale, unit, points = (100, "\u00a0%", " points") if share else (1, "", "")
+    ends = [scale * end for key in ("ci_low", "ci_high") if (end := finite(gain.get(key))) is not None]
+    half, change = (ends[-1] - ends[0]) / 2 if len(ends) == 2 else 0.0, scale * gain["mean"]
+    digits = min(6, max(0, 1 - math.floor(math.log10(half)))) if half > 0 else 1 if share else 3
+    if len(ends) < 2:
+        verb = "went"
+    elif ends[0] <= 0 <= ends[1]:
+        verb = "did not change measurably: it went"
+    else:
+        verb = "rose" if change > 0 else "fell"
+
+    def level(found: Row) -> str:
+        mean = _mean(found)
+        return "–" if mean is None else f"{round(scale * mean, digits) + 0.0:,.{digits}f}{unit}".replace("-", "−")
+
+    text = f"{measure} {verb} from {level(before)} to {level(after)} ({signed(change, digits)}{points}"
+    interval = " to ".join(signed(end, digits) for end in ends)
+    return f"{text}, 95\u00a0% CI {interval}{points}" if len(ends) == 2 else text
 
 
 def cost_sentence(cost: Row) -> str:

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from align.cli import _VERBS, _parser, main
+from align.cli import _VERBS, _out_refuses, _parser, main
+from align.errors import ConfigError
 from align.output import EXITS
 
 ROOT = Path(__file__).parents[2]
@@ -141,12 +142,16 @@ def test_the_walk_sees_a_flag_of_two_meanings():
         (["train", "digits/smoke", "sampler.eta=0"], "no log-prob to train on"),
         (["train", "digits/smoke", "trained_steps.fraction=0"], "No solver step is trained"),
         (["train", "digits/smoke", "--sed", "3"], "has no flag '--sed'. Did you mean '--seed'?"),
+        (["train", "digits/smoke", "--group-size", "8"], "has no dashes: group_size=VALUE."),
         (["train", "digits/smoke", "--seed", "x"], "'x' is not a whole number"),
         (["sample", "digits", "--count", "0"], "must be 1 or more"),
         (["resume", "nowhere"], "This is not a run folder (nowhere): there is no such folder"),
+        (["resume", __file__], f"This is not a run folder ({__file__}): it is a file."),
+        (["sample", "runs/nowhere", "--prompt", "a", "--dry-run"], "There is no such model (runs/nowhere)"),
         (["report", "nowhere"], "This is not a run folder"),
         (["configs", "show", "digits/smok"], "Did you mean 'digits/smoke'?"),
         (["configs", "lst"], "align configs does not know 'lst'. Did you mean 'list'?"),
+        (["configs", "zzz"], "Choose one of: copy, from-trl, list, show."),
         (["check", "nope.txt"], "There is no such file (nope.txt)"),
         (["doctor", "x"], "has no use for 'x'"),
     ],
@@ -155,6 +160,22 @@ def test_bad_input_is_one_sentence_on_stderr_and_code_2(capsys, arguments: list[
     code, out, err = run(capsys, *arguments)
     assert code == 2 and out == ""
     assert sentence in err and err.startswith("align: ") and err.count("\n") == 1
+
+
+def test_places_that_cannot_be_written_or_trained_from_are_said(capsys, tmp_path: Path):
+    (tmp_path / "config.yaml").write_text("steps: 3\n")
+    code, _, err = run(capsys, "train", str(tmp_path))
+    assert code == 2 and f"This is a run ({tmp_path}). `align resume {tmp_path}` goes on with it" in err
+    options = _parser().parse_args(["sample", "digits", "--out", str(tmp_path)])
+    named, other = (FileExistsError(17, "File exists", str(path)) for path in (tmp_path / "x", tmp_path.parent))
+    assert f"(--out {tmp_path}): File exists ({tmp_path / 'x'}). Choose another --out" in str(
+        _out_refuses(named, options)
+    )
+    assert _out_refuses(other, options) is None and _out_refuses(OSError(5, "x", str(tmp_path)), options) is None
+
+
+def test_a_full_stop_is_not_said_twice():
+    assert str(ConfigError("a", where="b", why="No such thing.", do="Go on")) == "a (b): No such thing. Go on."
 
 
 def test_bad_prompt_files_are_refused_by_check(capsys, tmp_path: Path):
@@ -180,8 +201,13 @@ def test_check_says_cost_updates_and_findings(capsys):
 
 
 def test_json_goes_to_a_file_or_to_stdout(capsys, tmp_path: Path):
-    code, out, _ = run(capsys, "configs", "--json", "-")
-    assert code == 0 and {"digits/demo"} <= {recipe["name"] for recipe in json.loads(out)}
+    for alone in (("configs", "--json", "-"), ("configs", "--json"), ("configs", "list", "--json")):
+        code, out, _ = run(capsys, *alone)
+        assert code == 0 and {"digits/demo"} <= {recipe["name"] for recipe in json.loads(out)}
+    code, out, _ = run(capsys, "train", "digits/smoke", "--json", "--dry-run")
+    assert code == 0 and json.loads(out)["out"] == "runs/smoke"
+    code, _, err = run(capsys, "train", "digits/smoke", "--dry-run", "--json", "steps=3")
+    assert code == 2 and "steps=3 is no file" in err
     path = tmp_path / "deep" / "x.json"
     code, out, _ = run(capsys, "train", "digits/smoke", "--dry-run", "--seed", "5", "--json", str(path))
     found = json.loads(path.read_text())

@@ -233,6 +233,14 @@ def test_equality_ignores_origins_and_diff_shows_values():
     ]  # fmt: skip
 
 
+def test_how_long_is_waited_changes_no_run_and_an_argument_of_that_name_does():
+    waits = ["checkpoint.grace_seconds=7", "checkpoint.hung_after_seconds=7", "rewards.0.hung_after_seconds=7"]
+    own = "rewards.1.args.hung_after_seconds"
+    a, b = load_config(BASE), load_config(BASE, [*waits, f"{own}=7"])
+    assert {key for key, _, _ in diff_configs(a, b)} == {"rewards.1.args", own, *(w.partition("=")[0] for w in waits)}
+    assert {key for key, _, _ in diff_configs(a, b, waits=False)} == {"rewards.1.args", own}
+
+
 _plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 
 

@@ -60,11 +60,26 @@ def test_a_visitor_is_told_when_the_page_refuses(tmp_path):
 
 
 def test_a_chapter_that_was_stopped_is_told_again(tmp_path, monkeypatch):
-    story = Demo(tmp_path, seed=0, users=1, images=1, overrides=[], say=lambda text: None)
+    def begin():
+        return Demo(tmp_path, seed=0, users=1, images=1, overrides=[], say=lambda text: None)
+
+    story = begin()
     monkeypatch.setattr(story, "collect", lambda: _go_on("stopped"))
     with pytest.raises(KeyboardInterrupt):
         story.tell()
     assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(story, "collect", lambda: {"thumbs": 7})
+    monkeypatch.setattr(story, "audit", lambda: _go_on("stopped"))
+    with pytest.raises(KeyboardInterrupt):
+        story.tell()
+    assert [path.name for path in tmp_path.iterdir()] == ["story.json"]
+    again = begin()
+    monkeypatch.setattr(again, "collect", lambda: pytest.fail("it was told"))
+    monkeypatch.setattr(again, "audit", lambda: {"heard": again.found["thumbs"]})
+    monkeypatch.setattr(again, "fit", lambda: _go_on("stopped"))
+    with pytest.raises(KeyboardInterrupt):
+        again.tell()
+    assert (again.found["heard"], json.loads((tmp_path / "story.json").read_text())["chapters"]) == (7, 2)
 
 
 @pytest.mark.slow
@@ -86,7 +101,7 @@ def test_the_demo_tells_its_story_and_goes_on_where_it_was(tmp_path, capsys):
     for target in ("feedback.html", "reward/report.html", "jury/report.html", "run/report.html", "run/sparsity.json"):
         assert f'href="{target}"' in page and (folder / target).is_file()
     kept = (folder / "feedback.db").stat().st_mtime_ns
-    (folder / "chapter_5.json").unlink()
+    (folder / "story.json").write_text(json.dumps({**story, "chapters": 4}))
     assert main(["demo", "--out", str(folder), *SMALL]) == 0
     assert (folder / "feedback.db").stat().st_mtime_ns == kept, "nobody is asked twice"
     assert main(["demo", "--out", str(folder), "--seed", "1", *SMALL]) == 2

@@ -22,11 +22,19 @@ ROOT = Path(__file__).parents[2]
 LOOK = "import json, sys; from align.doctor import run_checks; print(json.dumps([vars(c) for c in run_checks(sys.argv[1:])]))"
 
 
-def look(*names: str, before: str = "", cwd: Path = ROOT, path: Path | None = None, root: Path = ROOT, **env: str):
+def look(
+    *names: str,
+    before: str = "",
+    cwd: Path = ROOT,
+    path: Path | None = None,
+    root: Path = ROOT,
+    code: str = LOOK,
+    **env: str,
+):
     """Run checks in a process of its own and return what each found; `before` is a shell's first command."""
     environment = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MASTER_PORT", "RANK")}
     environment |= {"PYTHONPATH": os.pathsep.join(map(str, filter(None, (path, root)))), **env}
-    command = [sys.executable, "-c", LOOK, *names]
+    command = [sys.executable, "-c", code, *names]
     if before:
         command = ["sh", "-c", f'{before} && exec "$@"', "sh", *command]
     child = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=240)
@@ -77,6 +85,10 @@ def test_folders_that_cannot_be_written(tmp_path):
     fault(found["cache"], "cannot be written", "ALIGN_CACHE")
     fault(found["hub cache"], "cannot be written", "HF_HOME")
     fault(found["run folder"], "cannot be written", "--out")
+    given = str(tmp_path / "file")
+    found = look("folders", ALIGN_CACHE=given, HF_HUB_CACHE=given)
+    fault(found["cache"], f"ALIGN_CACHE={given} cannot be written: it is a file", "or set ALIGN_CACHE to a folder")
+    fault(found["hub cache"], f"HF_HUB_CACHE={given} ", "Move that file away")
     found = look("folders", ALIGN_CACHE=str(tmp_path / "new"), HF_HUB_CACHE=str(tmp_path / "hub"), cwd=tmp_path)
     assert found["cache"]["ok"] and found["hub cache"]["ok"] and sorted(p.name for p in tmp_path.iterdir()) == ["file"]
 
@@ -167,7 +179,15 @@ def test_a_file_that_hides_a_package(tmp_path):
     (tmp_path / "rewards").mkdir()
     (tmp_path / "rewards" / "__init__.py").write_text("")
     (tmp_path / "diffusers").mkdir()  # without __init__.py it hides nothing
+    for name in ("yaml.py", "queue.py"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "PIL").mkdir()
+    (tmp_path / "PIL" / "__init__.py").write_text("")
+    console = "import sys; sys.path.remove(''); " + LOOK  # what the installed command has; launchers look here
+    assert look("shadowed", cwd=tmp_path, code=console)["shadowed"]["found"].count(str(tmp_path)) == 5
     found = look("shadowed", path=tmp_path, cwd=tmp_path)["shadowed"]
+    fault(found, *(f"{name} is {tmp_path / path}" for name, path in (("yaml", "yaml.py"), ("PIL", "PIL"))))
+    fault(found, f"queue is {tmp_path / 'queue.py'}, not the one of Python")
     fault(found, f"peft is {tmp_path / 'peft.py'}", f"rewards is {tmp_path / 'rewards'}")
     assert "diffusers" not in found["found"]
     assert look("shadowed")["shadowed"]["ok"]
@@ -183,7 +203,9 @@ def test_a_clock_that_is_behind(tmp_path):
 
 def test_an_import_that_crashes(tmp_path):
     (tmp_path / "torch.py").write_text("import os\nos.abort()\n")
-    fault(look("imports", path=tmp_path)["imports"], "torch: its import ended the process, exit code -6")
+    found = look("imports", path=tmp_path)["imports"]
+    fault(found, "torch: its import ended the process, exit code -6", f"torch is {tmp_path / 'torch.py'}")
+    assert found["do"].startswith("Mend `shadowed` first") and "Install" not in found["do"]
 
 
 def test_an_unknown_check_is_refused():
@@ -207,4 +229,14 @@ def test_the_verb_ends_with_2_on_a_fault_and_lists_it(tmp_path):
     )
     found = {row["name"]: row for row in json.loads((tmp_path / "found.json").read_text())}
     fault(found["imports"], "peft: ImportError: cannot import name X", "deepspeed: ", "abacus")
-    assert found["python"] == {"name": "python", "ok": True, "found": found["python"]["found"], "do": "", "why": ""}
+    assert {row["level"] for row in found.values()} <= {"ok", "advice", "fault"} and found["imports"][
+        "level"
+    ] == "fault"
+    assert found["python"] == {
+        "level": "ok",
+        "name": "python",
+        "ok": True,
+        "found": found["python"]["found"],
+        "do": "",
+        "why": "",
+    }

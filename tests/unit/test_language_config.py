@@ -128,6 +128,11 @@ def test_the_smoke_recipes_run_from_the_command_line(tmp_path, capsys, monkeypat
         assert main(["resume", str(out)]) == 0
     assert isinstance(load_config(out / "config.yaml"), LanguageConfig)
     capsys.readouterr()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "file"))
+    assert main(["train", "kto/smoke", "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert f"(ALIGN_CACHE={tmp_path / 'file'})" in said and "Set ALIGN_CACHE to a folder" in said
 
 
 def test_the_tables_of_the_docs_say_what_the_code_says(monkeypatch):

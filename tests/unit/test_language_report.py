@@ -94,8 +94,11 @@ def test_page_tells_the_outcome_in_numbers_of_the_files(runs: Path):
     last = read_run(runs / "kto").evaluations[-1]
     pairs, area = last["pair_accuracy"], last["auc"]
     said = page_of(runs / "kto")[1].text
-    assert f"Held-out pair accuracy rose from 50.0 % to {100 * pairs['mean']:.1f} %" in said
-    assert f"(+{100 * pairs['mean'] - 50:.1f} points, 95 % CI +{100 * pairs['ci_low'] - 50:.1f} to " in said
+    half = 50 * (pairs["ci_high"] - pairs["ci_low"])
+    digits = 0 if half >= 10 else 1  # two digits of the half-width, in points
+    assert f"Held-out pair accuracy rose from {50:.{digits}f} % to {100 * pairs['mean']:.{digits}f} %" in said
+    low = f"{100 * pairs['ci_low'] - 50:+.{digits}f}"
+    assert f"(+{100 * pairs['mean'] - 50:.{digits}f} points, 95 % CI {low} to " in said
     assert f"{pairs['n']} pairs), AUC went from 0.500 to {area:.3f}" in said
     assert f"95 % CI {last['auc_ci_low']:.3f} to {last['auc_ci_high']:.3f}; before: 0.500" in said
 

@@ -71,8 +71,8 @@ def test_evaluate_measures_what_training_measured(made, trainer):
 @pytest.mark.parametrize("trainer", ["kto", "bco"])
 def test_sample_says_what_the_run_wrote(made, trainer, tmp_path):
     written = lines(made / trainer / "generations.jsonl")
-    found = sample_completions(made / trainer, base=True, out=tmp_path / "said.jsonl")
-    assert lines(tmp_path / "said.jsonl") == found
+    found = sample_completions(made / trainer, base=True)
+    assert lines(made / trainer / "completions.jsonl") == found
     assert [row["policy"] for row in found] == ["before"] * 3 + ["step 4"] * 3
     assert [row["completion"] for row in found] == [row["completion"] for row in written if row["step"] in (0, 4)]
     assert {(row["seed"], row["temperature"]) for row in found} == {(3, 1.0)} and found[-1]["step"] == 4
@@ -198,7 +198,7 @@ def test_chats_are_asked_through_the_template(made, tmp_path):
 def test_what_cannot_be_done_is_said(made, tmp_path):
     with pytest.raises(ConfigError, match="model before training is not known"):
         sample_completions(made / "model", ["a"], base=True, out=tmp_path / "o")
-    with pytest.raises(ConfigError, match="Which prompts"):
+    with pytest.raises(ConfigError, match="brings no prompts.*--prompts FILE"):
         sample_completions(made / "model", out=tmp_path / "o")
     with pytest.raises(DataError, match="leaves no room for an answer.*tokens, and the model reads 2048"):
         sample_completions(made / "model", ["red " * 2100], out=tmp_path / "o")

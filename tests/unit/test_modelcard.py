@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -84,7 +85,11 @@ def test_the_card_of_a_run_of_images(images, tmp_path, monkeypatch):
     assert f"sha256 `{digest}`" in text and f"values `{values}`" in text and "seed 0" in text
     assert plain(summary["sparsity"]["sentence"]) in text and "if a dense update of that norm were rounded" in text
     gain = summary["heldout_gain"]
-    assert f"({gain['mean']:+.3f}, 95 % CI {gain['ci_low']:+.3f} to {gain['ci_high']:+.3f}".replace("-", "−") in text
+    digits = max(0, 1 - math.floor(math.log10((gain["ci_high"] - gain["ci_low"]) / 2)))
+    interval = f"95 % CI {gain['ci_low']:+.{digits}f} to {gain['ci_high']:+.{digits}f}"
+    assert f"({gain['mean']:+.{digits}f}, {interval}".replace("-", "−") in text.replace("\u00a0", " ")
+    flat = gain["ci_low"] <= 0 <= gain["ci_high"]
+    assert ("did not change measurably: it went from" in text) == flat and ("**No clear change" in text) == flat
     assert '`jpeg`, weight 1, utility, with `{"direction": "compressible"}`' in text
     assert text.count("Licence: Apache-2.0") == 2, "of both rewards"
     layers = len(load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")) // 2
@@ -101,7 +106,26 @@ def test_the_card_of_a_run_of_images(images, tmp_path, monkeypatch):
     assert load_config(shared) == load_config(images / "run" / "config.yaml")
     made = runs_as_it_says(tmp_path / "lora", monkeypatch)["made"].images[0]
     assert made.size == (16, 16) and (tmp_path / "lora" / "made.png").is_file()
-    assert "cat" not in text.replace('prompt="a cat"', "").lower().replace("catch", ""), "no prompt of the run is told"
+    assert 'prompt = "a cat"  # or what you would ask for' in text
+    assert "cat" not in text.replace('prompt = "a cat"', "").lower().replace("catch", ""), (
+        "no prompt of the run is told"
+    )
+
+
+def test_the_card_of_an_embedded_model_asks_for_what_it_draws_and_says_what_it_needs(images, tmp_path):
+    record = export_model(images / "run", to="diffusers-lora", out=tmp_path / "out")
+    files, needs = read_run(images / "run"), "need align: `pip install 'align[diffusion]'`"
+    ours = {**record, "base": {**record["base"], "model": "digits"}}
+    text = model_card(ours, files, None)
+    assert 'prompt = "a handwritten zero"\n' in text and "a cat" not in text and needs in text
+    assert (
+        "resolve_model('digits')" in text and "`align export RUN --to full --out FOLDER` writes loads without" in text
+    )
+    text = model_card({**ours, "to": "full"}, files, None)
+    assert 'prompt = "a handwritten zero"\n' in text and needs not in text and "resolve_model" not in text
+    trained = {**record, "trained": {**record["trained"], "data": "digits"}}
+    text = model_card(trained, files, None)
+    assert 'prompt = "a handwritten zero"\n' in text and needs not in text
 
 
 def test_nothing_that_others_wrote_acts_in_a_card(images, tmp_path):

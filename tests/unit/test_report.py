@@ -17,7 +17,7 @@ from align.errors import ConfigError
 from align.reports.charts import HEIGHT, WIDTH, Series, line_chart, sheet, stacked_chart
 from align.reports.page import brief, duration, estimate, moment, number, percent, signed
 from align.reports.training import charts_of, read_run, write_report
-from align.reports.verdict import judge, outcome
+from align.reports.verdict import change_text, judge, outcome
 from align.tracking import RunLog, save_grid
 from scripts.plot_runs import picture
 
@@ -273,6 +273,23 @@ def test_charts_hold_the_points_of_the_files(complete: tuple[Path, str]):
     assert {"low", "high", "gradient norm", "approximate KL", "held-out accuracy", "rollout", "digits/ink_band"} <= set(
         series
     )
+
+
+@pytest.mark.parametrize(("ends", "share", "text"), [
+    ((0.1174, 0.2346), False, "X rose from 0.412 to 0.588 (+0.176, 95 % CI +0.117 to +0.235"),
+    ((-0.004, 0.356), False, "X did not change measurably: it went from 0.41 to 0.59 (+0.18, 95 % CI −0.00 to +0.36"),
+    ((-2.0, 22.0), False, "X did not change measurably: it went from 0 to 1 (+0, 95 % CI −2 to +22"),
+    ((0.17599, 0.17601), False, "X rose from 0.412000 to 0.588000 (+0.176000, 95 % CI +0.175990 to +0.176010"),
+    ((0.1174, 0.2346), True, "X rose from 41.2 % to 58.8 % (+17.6 points, 95 % CI +11.7 to +23.5 points"),
+    ((0.0, 0.352), True, "X did not change measurably: it went from 41 % to 59 % (+18 points, 95 % CI +0 to +35 points"),
+    ((None, None), True, "X went from 41.2 % to 58.8 % (+17.6 points"),
+])  # fmt: skip
+def test_a_change_is_told_as_far_as_its_interval_supports_it(ends, share: bool, text: str):
+    gain = {"mean": 0.176, "ci_low": ends[0], "ci_high": ends[1]}
+    said = change_text("X", {"mean": 0.412}, {"mean": 0.588}, gain, share=share)
+    assert said.replace("\u00a0", " ") == text
+    less = {"mean": -0.176, "ci_low": -0.2346, "ci_high": -0.1174}
+    assert change_text("X", {"mean": 0.588}, {"mean": 0.412}, less).startswith("X fell from 0.588 to 0.412 (−0.176")
 
 
 def test_hacked_run_is_called_so(tmp_path: Path):

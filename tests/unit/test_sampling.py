@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from align.diffusion.policy import Policy, load_family
 from align.diffusion.rollout import solve
 from align.errors import ConfigError, KernelError
 from align.seeding import normal
-from trainers import Sampling, evaluate, sample_images
+from trainers import Sampling, evaluate, find_source, sample_images
 from trainers.evaluation import generate
 
 
@@ -117,6 +118,14 @@ def test_a_stochastic_sampler_takes_the_steps_of_its_equation(folders):
     ode = generate(policy, ["a dog"], 2, **{**sampler, "sampler": "ode", "eta": 0.0})
     torch.testing.assert_close(plain.images, ode.images, atol=1e-5, rtol=0)
     assert (plain.images - again.images).abs().max() > 1e-3
+
+
+def test_samples_go_into_the_run_that_made_them(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["sample", str(run / "checkpoints" / "step_000003"), "--count", "1", "--steps", "1"]) == 0
+    assert f"wrote samples.jsonl, what it names, and grid.png to {run / 'sampled'}\n" in capsys.readouterr().out
+    assert (run / "sampled" / rows(run / "sampled")[0]["image"]).is_file() and list(tmp_path.iterdir()) == []
+    assert [find_source(name).sampled for name in ("digits", "tiny")] == [Path("samples"), Path("completions.jsonl")]
 
 
 def test_a_run_says_what_is_not_told(run, tmp_path):

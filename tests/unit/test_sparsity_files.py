@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import sys
@@ -216,6 +217,35 @@ def test_a_delta_gives_back_every_bit(tmp_path, monkeypatch, block, codec):
         assert back[name].contiguous().numpy(force=True).tobytes() == tensor.numpy().tobytes() if tensor.dtype != torch.bfloat16 \
             else torch.equal(back[name].view(torch.int16), tensor.view(torch.int16))  # fmt: skip
     assert (tmp_path / "out" / "config.json").read_text() == '{"a": 1}'
+
+
+def test_the_card_of_a_delta(tmp_path, monkeypatch, capsys):
+    markdown_it = pytest.importorskip("markdown_it")
+    monkeypatch.chdir(tmp_path)
+    base, tuned = states()
+    first, second = save(tmp_path / "base <b>`", base), save(tmp_path / "tuned", tuned)
+    (first / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert main(["sparsity", "delta", str(first), str(second), "--out", "d.delta", "--json", "found.json"]) == 0
+    found, text = json.loads((tmp_path / "found.json").read_text()), (tmp_path / "d.delta.md").read_text()
+    assert "card: d.delta.md" in capsys.readouterr().out and found["card"] == "d.delta.md"
+    assert text.startswith("---\nlicense: mit\ntags:\n- align\n- sparse-delta\n---\n")
+    assert f"{found['changed']:,} weights that changed" in text
+    assert f"`d.delta`, sha256 `{hashlib.sha256((tmp_path / 'd.delta').read_bytes()).hexdigest()}`" in text
+    tokens = markdown_it.MarkdownIt("commonmark").parse(text.split("\n---\n", 1)[1])
+    assert not {"html_block", "html_inline"} & {t.type for token in tokens for t in (token, *(token.children or ()))}
+    exec(next(token.content for token in tokens if token.type == "fence"), {})
+    assert load_file(tmp_path / "applied" / "model.safetensors").keys() == tuned.keys()
+
+
+def test_an_embedded_model_may_be_the_base(tmp_path, monkeypatch, capsys):
+    from trainers.tiny_language import tiny_model
+
+    assert main(["sparsity", "delta", "tiny", str(tiny_model()), "--out", str(tmp_path / "d"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["changed"] == 0
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "tiny", states()[0])
+    assert main(["sparsity", "delta", "tiny", str(tiny_model()), "--out", "own", "--json"]) == 0, "a folder goes before"
+    assert json.loads(capsys.readouterr().out)["changed"] > 0
 
 
 def test_what_is_wrong_with_a_delta_is_said_and_nothing_is_left(tmp_path):
