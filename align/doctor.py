@@ -345,14 +345,14 @@ def _shadows() -> Iterator[Check]:
 def _hidden() -> list[str]:
     """Return what stands before our packages, a dependency or a module of Python itself."""
     root = Path(__file__).resolve().parents[1]
-    wrong = [f"{name} is {home}" for name in ("rewards", "trainers", "configs")
-             if (home := _home(name)) and home.parent != root]  # fmt: skip
+    ours = ("rewards", "trainers", "configs")
+    wrong = [f"{name} is {home}" for name in ours if (home := _home(name)) and home.parent != root]
     places = _dependencies()
     own = {Path(sysconfig.get_path(key)).resolve() for key in ("stdlib", "platstdlib")}
     own |= {folder / "lib-dynload" for folder in own}
     homes = {name: set().union(*(places[package] for package in packages if package in places))
              for name, packages in packages_distributions().items()
-             if name.isidentifier() and not places.keys().isdisjoint(packages)}  # fmt: skip
+             if name.isidentifier() and name not in ours and not places.keys().isdisjoint(packages)}  # fmt: skip
     for name, allowed in {**homes, **dict.fromkeys(sys.stdlib_module_names - {"test"}, own)}.items():
         home = _home(name)
         if home and home.parent not in allowed:

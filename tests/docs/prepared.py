@@ -243,7 +243,7 @@ def _runs(folder: Path) -> None:
     get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder / "my-adapters")
     for name, like in {
         "sd14_hps": "mine", "hunyuan_videoalign": "flux", "bco_llama3_1_8b_helpsteer2": "kto",
-        "kto_llama3_1_8b_helpsteer2": "kto",
+        "kto_llama3_1_8b_helpsteer2": "kto", "smoke": "kto",
     }.items():  # fmt: skip
         shutil.copytree(runs / like, runs / name)
     for i, name in enumerate(("conservative", "moderate", "aggressive")):
