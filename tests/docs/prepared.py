@@ -236,7 +236,8 @@ def _runs(folder: Path) -> None:
     for name, source in {"flux": flux, "flux_hps_clip_lora": flux, "mine": str(folder / "my.yaml")}.items():
         config = load_config(source)
         _run(runs / name, config, {"model": load_policy(config).trainable()})
-    _run(runs / "digits", load_config("digits/dance_grpo"), {"model": {"w": torch.zeros(1)}})
+    quick = load_config("digits/dance_grpo", ["model.path=digits/random"])  # which nobody pretrains
+    _run(runs / "digits", quick, {"model": {"w": torch.zeros(1)}})
     model = AutoModelForCausalLM.from_pretrained(folder / "my-model")
     config = load_config({"extends": "kto/smoke", "model": {"path": "my-model"}, "data": {"path": "thumbs.jsonl"}})
     _run(runs / "kto", config, {"model": {n: p.clone() for n, p in model.named_parameters()}})
