@@ -10,7 +10,9 @@ from trainers import Offline
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-@pytest.mark.parametrize("recipe", ["digits/diffusion_kto", "digits/stable_diffusion_dpo"])
+@pytest.mark.parametrize(
+    "recipe", ["digits/diffusion_kto", pytest.param("digits/stable_diffusion_dpo", marks=pytest.mark.soak)]
+)
 def test_recipes_improve_the_heldout_reward(tmp_path, recipe):
     few = ["steps=60", "evaluation.final_samples=400", "evaluation.every=0", "tracking.samples_every=0", "seed=7"]
     summary = Offline(load_config(recipe, few), out=tmp_path / "run").train().summary

@@ -32,9 +32,9 @@ FEW = ["steps=20", "evaluation.final_samples=600", "evaluation.every=0", "seed=7
     ("recipe", "overrides"),
     [
         ("digits/dance_grpo", []),
-        ("digits/full", []),
-        ("digits/stable_diffusion", []),
-        ("digits/stable_diffusion", ["model.path=digits/sd-v"]),
+        pytest.param("digits/full", [], marks=pytest.mark.soak),
+        pytest.param("digits/stable_diffusion", [], marks=pytest.mark.soak),  # each pretrains a model of its own
+        pytest.param("digits/stable_diffusion", ["model.path=digits/sd-v"], marks=pytest.mark.soak),
     ],
     ids=["flow", "flow, every weight", "noise prediction", "v prediction"],
 )
