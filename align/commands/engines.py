@@ -117,6 +117,11 @@ def launch(options: argparse.Namespace, again: Sequence[str], settings: str | No
     )  # fmt: skip
 
 
+def leads() -> bool:
+    """Whether this process speaks for all that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def add_engine(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say in how many processes a run trains, and under which engine."""
     parser.add_argument(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from align.commands.dry import would
-from align.commands.engines import add_engine, launch, require_engine
+from align.commands.engines import add_engine, launch, leads, require_engine
 from align.output import INTERRUPTED, add_dry_run, add_json, add_out, add_overrides, add_seed, give, table
 
 
@@ -52,7 +51,7 @@ def fit_into(
         return launch(options, again, settings, out)
     result = fit_reward(config, out, overwrite=overwrite, deepspeed=options.deepspeed, fsdp=options.fsdp)
     found: dict[str, Any] = {"directory": str(result.directory), "status": result.status}
-    if os.environ.get("RANK", "0") != "0":
+    if not leads():
         leave_world()  # waits for the process that still writes
         return 0 if supervised() or result.status != "stopped" else INTERRUPTED
     if result.status == "stopped":

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from align.commands.dry import would
-from align.commands.engines import add_engine, launch, require_engine
+from align.commands.engines import add_engine, launch, leads, require_engine
 from align.commands.fit import fit_into
 from align.commands.peering import peer_into
 from align.errors import ConfigError
@@ -41,7 +40,7 @@ def train(options: argparse.Namespace) -> int:
     if options.launch:
         require_directory(out, config, **how)
         return launch(options, again, settings, out)
-    for finding in findings if _leads() else ():
+    for finding in findings if leads() else ():
         if finding.level == "warning":
             sys.stderr.write(f"align: Warning: {finding.message}. {sentence(finding.do)}\n")
     return _train_into(options, config, out, **how)
@@ -77,7 +76,7 @@ def _finished(options: argparse.Namespace, result: Any) -> int:
 
     # Who supervises a launch reads how it went in run.json; a launcher takes any other code than 0 for a crash.
     code = 0 if supervised() else ENDS.get(result.status, 0)
-    if not _leads():
+    if not leads():
         leave_world()  # waits for the process that still writes
         return code
     report = write_report(result.directory)
@@ -103,11 +102,6 @@ def _ended(result: Any) -> str:
             "look at the report; change the rewards, or go on past the alarm with monitor.action=warn --fork"
         )
     return str(result.status)
-
-
-def _leads() -> bool:
-    """Whether this process speaks for all that a launcher started."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def report(options: argparse.Namespace) -> int:
