@@ -33,6 +33,7 @@ def save_video(path: str | Path, video: Video) -> None:
     temporary = target.with_name(target.stem + ".writing" + target.suffix)
     frames = _levels(video.frames)[:, : video.frames.shape[2] // 2 * 2, : video.frames.shape[3] // 2 * 2]
     height, width = frames.shape[1:3]
+    temporary.unlink(missing_ok=True)  # the encoder of a killed process may still be writing into that file
     writer = imageio_ffmpeg.write_frames(
         str(temporary), (width, height), fps=video.fps, codec="libx264", pix_fmt_out="yuv420p", macro_block_size=2,
         output_params=["-crf", "16", "-movflags", "+faststart"],

@@ -83,6 +83,14 @@ def test_a_video_that_cannot_be_written_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_process_left_writing_does_not_reach_the_new_file(tmp_path):
+    path, partial = tmp_path / "clip.mp4", tmp_path / "clip.writing.mp4"
+    with partial.open("wb", buffering=0) as orphan:  # an encoder outlives the process that fed it
+        save_video(path, clip())
+        orphan.write(b"\xff" * 4096)
+    assert len(read_video(path)[0]) == 6 and not partial.exists()
+
+
 WRITER = """
 import sys, torch
 from align.types import Video
