@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from align.diffusion.digits_data import (
     WEIGHTS,
@@ -140,7 +141,7 @@ def _pixels(images: Tensor) -> Tensor:
 def _train_vae(vae: AutoencoderKL, config: DigitsRecipe, bar: tqdm) -> float:
     """Train the autoencoder, set its latents to unit std (and SD3's to zero mean); return its RMSE on unseen digits."""
     images = load_split("generator").images
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.vae_lr)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.vae_lr, foreach=True)
     for step in range(config.vae_steps):
         rate = min(1.0, (step + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * step / config.vae_steps))
         optimizer.param_groups[0]["lr"] = config.vae_lr * rate
@@ -167,7 +168,7 @@ def _encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
 def _descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0, foreach=True)
     optimizer.step()
 
 
@@ -193,8 +194,9 @@ def _train_denoiser(family: Family, config: DigitsRecipe, bar: tqdm) -> None:
         prompts.index(prompt_for(digit, _band(bands, digit, ink)))
         for digit, ink in zip(split.labels.tolist(), split.ink.tolist(), strict=True)
     ])  # fmt: skip
-    average = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.flow_lr, weight_decay=1e-3)
+    parameters = list(model.parameters())
+    average = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.flow_lr, weight_decay=1e-3, foreach=True)
     for step in range(config.flow_steps):
         done = step / config.flow_steps
         optimizer.param_groups[0]["lr"] = config.flow_lr * min(1.0, (step + 1) / 50) * min(1.0, (1 - done) / 0.4 + 0.02)
@@ -205,13 +207,11 @@ def _train_denoiser(family: Family, config: DigitsRecipe, bar: tqdm) -> None:
         predicted = family.predict(x, timestep, {name: value[caption] for name, value in encoded.items()})
         _descend(F.mse_loss(predicted, target), optimizer)
         decay = min(0.998, (step + 1) / (step + 21))
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                average[name].lerp_(p, 1 - decay)
+        get_ema_multi_avg_fn(decay)(average, parameters, step)
         bar.update()
     with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(average[name])
+        for p, mean in zip(parameters, average, strict=True):
+            p.copy_(mean)
     model.requires_grad_(False).eval()
 
 
