@@ -43,4 +43,4 @@ wheel: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/check_wheel.sh
 
 clean:  ## remove the environment and build products; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

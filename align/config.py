@@ -60,7 +60,7 @@ class RunConfig(Section):
         """Two configs are equal when their values are, wherever those came from."""
         return type(other) is type(self) and self.model_dump() == other.model_dump()
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
 
 class LoraConfig(Section):

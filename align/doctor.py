@@ -381,7 +381,7 @@ def _dependencies() -> dict[str, set[Path]]:
         for requirement in package.requires or ():
             extra = re.search(r"""extra == ["'](\w+)""", requirement)
             if extra is None or (name == "align" and extra[1] in _EXTRAS):
-                asked.append(re.match(r"[\w.-]+", requirement)[0])  # type: ignore[index]
+                asked.append(re.match(r"[\w.-]+", requirement)[0])
     return found
 
 

@@ -133,7 +133,7 @@ class ImageFeedback:
         """Return (training, held-out): whole prompts, chosen by a hash of their text as `split_heldout` does."""
         numbered = tuple({"row": i} for i in range(len(self)))
         sides = split_heldout(PromptSet(tuple(r.prompt for r in self.rows), (), numbered, self.source), fraction)
-        return tuple(replace(self, rows=tuple(self.rows[m["row"]] for m in s.metadata)) for s in sides)  # type: ignore
+        return tuple(replace(self, rows=tuple(self.rows[m["row"]] for m in s.metadata)) for s in sides)
 
 
 def load_image_feedback(

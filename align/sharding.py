@@ -165,7 +165,7 @@ def _is_split(tensor: Tensor) -> bool:
 def _local(tensor: Tensor) -> Tensor:
     """Return what this process holds of a tensor, in the same memory."""
     tensor = tensor.detach()
-    return tensor.to_local() if _is_split(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.to_local() if _is_split(tensor) else tensor
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -64,7 +64,7 @@ def as_trl_reward_func(
             scores = panel.score(samples)
             total = panel.total(scores)
         else:
-            scores = score_safely(reward, samples)  # type: ignore[arg-type]
+            scores = score_safely(reward, samples)
             total = scores.values[:, used] @ w
         _log(columns, label, scores, total)
         return [float(value) if math.isfinite(value) else None for value in total]

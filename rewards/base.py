@@ -147,7 +147,7 @@ def _factory(card: RewardCard, home: Callable[..., Any]) -> Callable[..., Reward
     def build(**arguments: Any) -> Reward:
         return FunctionReward(card, home, arguments)
 
-    build.__signature__ = signature.replace(parameters=parameters[1:])  # type: ignore[attr-defined]
+    build.__signature__ = signature.replace(parameters=parameters[1:])
     return build
 
 
@@ -200,7 +200,7 @@ def register(card: RewardCard, home: str | Callable[..., Any] | None = None) -> 
     def decorate(factory: Callable[..., Any]) -> Callable[..., Any]:
         REWARDS.register(card.name, Entry(card, factory))
         if inspect.isfunction(factory):
-            factory.card = card  # type: ignore[attr-defined]  # for who names it "package.module:function"
+            factory.card = card  # for who names it "package.module:function"
         return factory
 
     return decorate

@@ -91,7 +91,7 @@ def _jpeg_bytes(samples: Samples, i: int) -> int:
 
     from rewards.media import stacked
 
-    pixels = (stacked([samples.images[i]], torch.device("cpu"))[0].clamp(0, 1) * 255).round().byte()  # type: ignore[index]
+    pixels = (stacked([samples.images[i]], torch.device("cpu"))[0].clamp(0, 1) * 255).round().byte()
     buffer = io.BytesIO()
     Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(buffer, format="JPEG", quality=QUALITY)
     return buffer.tell()

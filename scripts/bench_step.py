@@ -133,7 +133,9 @@ class Bench:
         uncond, text = self.policy.family.predict(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
         return uncond + self.policy.guidance_scale * (text - uncond)
 
-    def _sde(self, x: torch.Tensor, v: torch.Tensor, i, eta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def _sde(
+        self, x: torch.Tensor, v: torch.Tensor, i: int | torch.Tensor, eta: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         shape = (-1, *[1] * (x.ndim - 1)) if torch.is_tensor(i) else ()
         s, n = self.sigmas[i].reshape(shape), self.sigmas[i + 1].reshape(shape)
         score = -(x - (1 - s) * (x - s * v)) / s**2

@@ -292,7 +292,7 @@ def _check(word: str, known: Sequence[str], what: str) -> None:
 
 
 def _counted(rows: list[T], losses: Losses) -> Converted[T]:
-    losses.used = len({event for row in rows for event in row.events})  # type: ignore[attr-defined]
+    losses.used = len({event for row in rows for event in row.events})
     losses.reasons = +losses.reasons
     return Converted(rows, losses)
 

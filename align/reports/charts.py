@@ -273,7 +273,7 @@ def _curve(s: Series, x: Axis, y: Axis) -> str:
 
 def _band(s: Series, x: Axis, y: Axis) -> str:
     rows = list(zip(s.x, s.low, s.high, strict=True))
-    pairs = [(x(a), y(u), y(v)) if _finite(u) and _finite(v) else None for a, u, v in rows]  # type: ignore[arg-type]
+    pairs = [(x(a), y(u), y(v)) if _finite(u) and _finite(v) else None for a, u, v in rows]
     if s.sparse:
         ends = [(a, u, v) for run in _runs(pairs) for a, u, v in run]
         bars = "".join(f"M{a:.1f} {u:.1f}V{v:.1f}M{a - 3:.1f} {u:.1f}h6M{a - 3:.1f} {v:.1f}h6" for a, u, v in ends)

@@ -24,7 +24,7 @@ def _scan_for(mantissa: int) -> Callable[..., Any]:
     row, wide, middle = np.uint32(mantissa), np.uint32(mantissa + 1), np.uint32(1 << mantissa)
     mask = np.uint32((1 << 17) - 1)  # an index that is known not to be negative saves a branch
 
-    def scan(old, new, cells, codes, far_old, far_new, far):  # type: ignore[no-untyped-def]
+    def scan(old: Codes, new: Codes, cells: Any, codes: Any, far_old: Codes, far_new: Codes, far: int) -> int:
         for i in range(len(old)):
             a, b = np.uint32(old[i]), np.uint32(new[i])
             codes[a] += 1
@@ -42,7 +42,7 @@ _SCANS = {mantissa: _scan_for(mantissa) for mantissa in (7, 10)}
 
 
 @_compiled
-def _count(old, new):  # type: ignore[no-untyped-def]
+def _count(old: Codes, new: Codes) -> int:
     total = 0
     for begin in range(0, len(old), 8192):
         x, y = old[begin : begin + 8192], new[begin : begin + 8192]

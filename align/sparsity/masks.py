@@ -256,7 +256,7 @@ def overlap(base: str | Path | None, runs: Sequence[str | Path]) -> dict[str, An
         for i, j in itertools.combinations(range(len(masks)), 2):
             found = _overlap(masks[i], masks[j])
             known = base is not None and {i, j} <= set(checkpoints)
-            whole_, common = _cosines(base, runs[i], runs[j]) if known else (None, None)  # type: ignore[arg-type]
+            whole_, common = _cosines(base, runs[i], runs[j]) if known else (None, None)
             pairs.append(
                 {"first": str(runs[i]), "second": str(runs[j]), **found, "cosine": whole_, "cosine_common": common}
             )
@@ -303,7 +303,7 @@ def _overlap(first: Mask, second: Mask) -> dict[str, Any]:
     models = {"uniform": [tuple(np.array([v]) for v in (n, n1, n2))], "per_tensor": per_tensor, "by_magnitude": strata}
     nulls = {}
     for kind in NULLS:
-        mean, variance = overlap_null(models[kind])  # type: ignore[arg-type]
+        mean, variance = overlap_null(models[kind])
         z = (both - mean) / math.sqrt(variance) if variance > 0 else None
         nulls[kind] = {"expected": mean, "one_sided": [_of(mean, n1), _of(mean, n2)], "z": z}
     return {
@@ -341,7 +341,7 @@ def _cosines(base: str | Path, first: str | Path, second: str | Path) -> tuple[f
         pair.release()
         other.release()
     norms = np.sqrt([squares[0] * squares[1], squares[2] * squares[3]])
-    return tuple(float(dot / norm) if norm else None for norm in norms)  # type: ignore[return-value]
+    return tuple(float(dot / norm) if norm else None for norm in norms)
 
 
 def as_text(found: dict[str, Any]) -> str:

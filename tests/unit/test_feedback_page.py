@@ -148,8 +148,8 @@ def test_gold_comes_after_every_few_others():
 
 
 def test_orders_differ_between_people_and_repeat():
-    first = [work.next(name).unit.id for name in "abcdefgh" for work in [Assignments(task(50, order="random"))]]  # type: ignore[union-attr]
-    again = [work.next(name).unit.id for name in "abcdefgh" for work in [Assignments(task(50, order="random"))]]  # type: ignore[union-attr]
+    first = [work.next(name).unit.id for name in "abcdefgh" for work in [Assignments(task(50, order="random"))]]
+    again = [work.next(name).unit.id for name in "abcdefgh" for work in [Assignments(task(50, order="random"))]]
     assert first == again and len(set(first)) > 4
 
 
