@@ -3,6 +3,7 @@
     python scripts/bench_llm.py --json bench.json
     python scripts/bench_llm.py --json speed.json --parts speed memory --rounds 9
     python scripts/bench_llm.py --json order.json --parts order --seeds 5
+    python scripts/bench_llm.py --json real.json --parts real                  # on a GPU
 
 speed        kto_ratio_V          our KTO step / TRL's, live reference; forward and backward     (<= .33 and .25)
              bco_over_kto_ratio   our BCO step / our KTO step, the worse vocabulary              (<= .70)
@@ -12,16 +13,21 @@ order        held-out pair accuracy after an epoch of paired data in each one's 
 workers      tokens and plans of 100,000 rows, tokenised by one process and by four              (equal)
 precomputed  the ratios of `speed`, with log-probs of the reference computed beforehand          (reported)
 padding      share of tokens that are not padding; a pass over rows packed into one / padded     (reported)
+real         samples a second of our KTO / TRL's at its defaults; with precomputed log-probs     (>= 1.5 and 1.2)
+             our BCO / our KTO; ours with gradient checkpointing, a default of TRL's / TRL's     (>= 1.25; reported)
 
 V is 32k (width 256, prompts of 64 to 128 tokens, completions of 32 to 64) or 152k (width 128, half as long): a random
-Qwen2 of four layers in fp32, eight rows a step. Steps go through both libraries' own `training_step`, without gradient
-checkpointing. Times are CPU seconds of the process, on one thread, of arms that alternate in it; medians of the rounds'
-ratios. Sizes are those of fresh processes, what they import included, medians of three. Progress goes to stderr.
+Qwen2 of four layers in fp32, eight rows a step. `real` runs when it is named: about the shape of Qwen2-0.5B under
+bf16 autocast, prompts of 256 to 512 tokens, completions of half that. Steps go through both libraries' own
+`training_step`, without gradient checkpointing except for TRL's default there. Times are CPU seconds of the process, on
+one thread, or a GPU's own, of arms that alternate in it; medians of the rounds' ratios. Sizes are those of fresh
+processes, what they import included, medians of three. Progress goes to stderr.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import importlib
 import json
@@ -45,16 +51,21 @@ if TYPE_CHECKING:
     from trainers.preference_data import Tokens
 
 SHAPES = {
-    "32k": {"vocabulary": 32_000, "hidden": 256, "prompt": 128, "completion": 64},
-    "152k": {"vocabulary": 152_000, "hidden": 128, "prompt": 64, "completion": 32},
+    "32k": {"vocabulary": 32_000, "hidden": 256, "layers": 4, "heads": 4, "prompt": 128, "completion": 64},
+    "152k": {"vocabulary": 152_000, "hidden": 128, "layers": 4, "heads": 4, "prompt": 64, "completion": 32},
+    "0.5b": {"vocabulary": 151_936, "hidden": 896, "layers": 24, "heads": 14, "prompt": 512, "completion": 256},
 }
-PARTS = ("speed", "memory", "order", "workers", "precomputed", "padding")
+SMALL = ("32k", "152k")
+PARTS = ("speed", "memory", "order", "workers", "precomputed", "padding", "real")
 BATCH, BETA = 8, 0.1
+PLAIN = {"bf16": False, "gradient_checkpointing": False}  # where TRL defaults to more
 BARS = {
     "kto_ratio_32k": 0.33, "kto_ratio_152k": 0.25, "kto_memory_ratio_32k": 0.55, "kto_memory_ratio_152k": 0.75,
     "bco_over_kto_ratio": 0.70, "loss_difference": 1e-5, "gradient_difference": 1e-5,
 }  # fmt: skip
 """What each figure may be at most."""
+LEAST = {"real.kto_rate": 1.5, "real.kto_precomputed_rate": 1.2, "real.bco_rate": 1.25}
+"""What each figure may be at least."""
 
 
 def say(text: str) -> None:
@@ -65,8 +76,8 @@ def say(text: str) -> None:
 # Models and rows
 
 
-def build_model(folder: Path, vocabulary: int, hidden: int, **_: int) -> Path:
-    """Save a random Qwen2 of four layers, with the tokenizer of the embedded model."""
+def build_model(folder: Path, vocabulary: int, hidden: int, layers: int, heads: int, **_: int) -> Path:
+    """Save a random Qwen2, with the tokenizer of the embedded model."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -76,8 +87,8 @@ def build_model(folder: Path, vocabulary: int, hidden: int, **_: int) -> Path:
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(
         Qwen2Config(
-            vocab_size=vocabulary, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=4,
-            num_attention_heads=4, num_key_value_heads=2, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+            vocab_size=vocabulary, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=2, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
             pad_token_id=tokenizer.pad_token_id,
         )
     )  # fmt: skip
@@ -124,12 +135,30 @@ def perturb(model: torch.nn.Module) -> None:
             parameter.add_(0.01 * torch.randn(parameter.shape, generator=draw))
 
 
+def recompute(made: Any, wanted: bool) -> None:
+    """Do what `train` does of a trainer that is told to checkpoint activations."""
+    if wanted:
+        name = "activation_checkpointing"  # transformers before 5.20 call it by its older name
+        name = name if hasattr(made.model, f"{name}_enable") else "gradient_checkpointing"
+        if not getattr(made.args, name):
+            raise SystemExit("The trainer was not told to checkpoint activations")
+        getattr(made.model, f"{name}_enable")()
+
+
 # A step of each library
 
 Step = tuple[Callable[[], "torch.Tensor"], "torch.nn.Module"]
 
 
-def our_step(folder: Path, shape: str, trainer: str, *, precomputed: bool = False) -> Step:
+def our_step(
+    folder: Path,
+    shape: str,
+    trainer: str,
+    *,
+    precomputed: bool = False,
+    checkpointing: bool = False,
+    half: bool = False,
+) -> Step:
     """Return forward and backward of our trainer on one batch, and the policy."""
     from align.config import load_config
     from align.preferences import load_preferences
@@ -143,7 +172,11 @@ def our_step(folder: Path, shape: str, trainer: str, *, precomputed: bool = Fals
 
     config = load_config({
         "trainer": trainer, "data": {"path": "toy", "heldout_fraction": 0}, "batch_size": BATCH, "microbatch": BATCH,
-        "model": {"path": str(folder / shape), "train": "full"}, "objective": {"beta": BETA},
+        "model": {
+            "path": str(folder / shape), "train": "full", "dtype": "bf16" if half else "fp32",
+            "gradient_checkpointing": checkpointing,
+        },
+        "objective": {"beta": BETA},
         "reference": {"mode": "precomputed" if precomputed else "copy", "cache": str(folder / "logps")},
     })  # fmt: skip
     rows = load_preferences(random_rows(**SHAPES[shape]))
@@ -157,6 +190,7 @@ def our_step(folder: Path, shape: str, trainer: str, *, precomputed: bool = Fals
     session = Session(run, log, None, 0.0)
     session.sitting = Sitting(out, run.config, run.world, log, lambda: None)
     made = AlignTrainer(run, session, cache, reference, model=model, args=training_arguments(run, out / "staging"))
+    recompute(made, checkpointing)
     made.state.global_step = 1  # the guard of the first step wants policy and reference to be one
     if precomputed:
         batch = Microbatches(run, cache)[0]
@@ -169,13 +203,15 @@ def our_step(folder: Path, shape: str, trainer: str, *, precomputed: bool = Fals
     return lambda: made.training_step(made.model, dict(batch), batch["totals"]), made.model
 
 
-def trl_step(folder: Path, shape: str, trainer: str = "kto", *, precomputed: bool = False) -> Step:
+def trl_step(folder: Path, shape: str, *, precomputed: bool = False, half: bool = False) -> Step:
     """Return forward and backward of TRL's KTO trainer on the same batch, and the policy."""
     from datasets import Dataset
 
     made = trl_trainer(
-        folder / shape, Dataset.from_list(random_rows(**SHAPES[shape])), folder, precompute_ref_log_probs=precomputed
-    )
+        folder / shape, Dataset.from_list(random_rows(**SHAPES[shape])), folder, precompute_ref_log_probs=precomputed,
+        **({} if half else PLAIN),
+    )  # fmt: skip
+    recompute(made, half)
     perturb(made.model)
     made.current_gradient_accumulation_steps = 1
     batch = next(iter(made.get_train_dataloader()))
@@ -183,15 +219,14 @@ def trl_step(folder: Path, shape: str, trainer: str = "kto", *, precomputed: boo
 
 
 def trl_trainer(model: Path, rows: Any, folder: Path, **options: Any) -> Any:
-    """Return TRL's KTO trainer at its defaults, in fp32 on the CPU, without gradient checkpointing."""
+    """Return TRL's KTO trainer at its defaults, but for the options."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import KTOConfig, KTOTrainer
 
     arguments = KTOConfig(
         output_dir=tempfile.mkdtemp(dir=folder), per_device_train_batch_size=BATCH, beta=BETA, report_to=[],
-        use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True, save_strategy="no",
-        logging_strategy="no", **options,
+        use_cpu=not torch.cuda.is_available(), disable_tqdm=True, save_strategy="no", logging_strategy="no", **options,
     )  # fmt: skip
     return KTOTrainer(
         model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), args=arguments, train_dataset=rows,
@@ -200,12 +235,13 @@ def trl_trainer(model: Path, rows: Any, folder: Path, **options: Any) -> Any:
 
 
 ARMS: dict[str, Callable[..., Step]] = {
-    "kto": lambda folder, shape: our_step(folder, shape, "kto"),
+    "kto": functools.partial(our_step, trainer="kto"),
     "trl": trl_step,
-    "bco": lambda folder, shape: our_step(folder, shape, "bco"),
-    "kto_precomputed": lambda folder, shape: our_step(folder, shape, "kto", precomputed=True),
-    "trl_precomputed": lambda folder, shape: trl_step(folder, shape, precomputed=True),
-    "bco_precomputed": lambda folder, shape: our_step(folder, shape, "bco", precomputed=True),
+    "bco": functools.partial(our_step, trainer="bco"),
+    "kto_checkpointed": functools.partial(our_step, trainer="kto", checkpointing=True),
+    "kto_precomputed": functools.partial(our_step, trainer="kto", precomputed=True),
+    "trl_precomputed": functools.partial(trl_step, precomputed=True),
+    "bco_precomputed": functools.partial(our_step, trainer="bco", precomputed=True),
 }
 
 
@@ -237,10 +273,12 @@ def described(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     return {n: {"median": statistics.median(s), "least": min(s), "most": max(s)} for n, s in seconds.items()}
 
 
-def steps_of(folder: Path, shape: str, names: list[str], rounds: int) -> tuple[dict[str, Step], dict[str, Any]]:
+def steps_of(
+    folder: Path, shape: str, names: list[str], rounds: int, *, half: bool = False
+) -> tuple[dict[str, Step], dict[str, Any]]:
     """Return the arms, with the gradients of their last step, and their times."""
     build_model(folder / shape, **SHAPES[shape])
-    steps = {name: ARMS[name](folder, shape) for name in names}
+    steps = {name: ARMS[name](folder, shape, half=half) for name in names}
     found: dict[str, float] = {}
 
     def arm(name: str) -> Callable[[], None]:
@@ -281,6 +319,20 @@ def precomputed(folder: Path, shape: str, rounds: int) -> dict[str, Any]:
         f"bco_over_kto_precomputed_{shape}": ratio(made["seconds"], "bco_precomputed", "kto_precomputed"),
         f"seconds_precomputed_{shape}": described(made["seconds"]),
     }
+
+
+def real(folder: Path, shape: str, rounds: int) -> dict[str, Any]:
+    """Compare samples a second at a real model's size, reference live and precomputed."""
+    found: dict[str, Any] = {}
+    for ending in ("", "_precomputed"):
+        names = [f"{name}{ending}" for name in ("kto", "trl", "bco")] + ([] if ending else ["kto_checkpointed"])
+        seconds = steps_of(folder, shape, names, rounds, half=True)[1]["seconds"]
+        found |= with_spread(f"kto{ending}_rate", seconds, f"trl{ending}", f"kto{ending}")
+        found |= with_spread(f"bco{ending}_rate", seconds, f"kto{ending}", f"bco{ending}")
+        if not ending:
+            found |= with_spread("kto_checkpointed_rate", seconds, "trl", "kto_checkpointed")
+        found |= {f"{name}_samples_a_second": BATCH / statistics.median(spent) for name, spent in seconds.items()}
+    return found
 
 
 def padding(folder: Path, rounds: int) -> dict[str, Any]:
@@ -385,6 +437,7 @@ def order(folder: Path, seed: int) -> dict[str, Any]:
     ]
     theirs = trl_trainer(
         model, Dataset.from_list(pairs), folder, learning_rate=ORDER["learning_rate"], num_train_epochs=1, seed=seed,
+        **PLAIN,
     )  # fmt: skip
     with silence():
         theirs.train()
@@ -463,7 +516,7 @@ def child(folder: Path, task: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    work = {f.__name__: f for f in (speed, memory, order, workers, precomputed, padding, save_model)}
+    work = {f.__name__: f for f in (speed, memory, order, workers, precomputed, padding, real, save_model)}
     return work[task.pop("part")](folder, **task)
 
 
@@ -490,21 +543,21 @@ def scratch() -> Iterator[Path]:
         yield Path(folder)
 
 
-def measure(parts: list[str], rounds: int, seeds: int) -> dict[str, Any]:
+def measure(parts: list[str], rounds: int, seeds: int, size: str) -> dict[str, Any]:
     """Run the parts, a process each, and return all figures."""
     found: dict[str, Any] = {}
     for part in ("speed", "precomputed"):
-        for shape in SHAPES if part in parts else ():
+        for shape in SMALL if part in parts else ():
             with scratch() as folder:
                 found |= in_a_process({"part": part, "shape": shape, "rounds": rounds}, folder)
     if "speed" in parts:
         for name in ("bco_over_kto_ratio", "loss_difference", "gradient_difference"):
-            found[name] = max(found[f"{name}_{shape}"] for shape in SHAPES)
+            found[name] = max(found[f"{name}_{shape}"] for shape in SMALL)
     if "padding" in parts:
         with scratch() as folder:
             found |= in_a_process({"part": "padding", "rounds": rounds}, folder)
     if "memory" in parts:
-        for shape in SHAPES:
+        for shape in SMALL:
             with scratch() as folder:
                 in_a_process({"part": "save_model", "shape": shape}, folder)
                 rows = [
@@ -527,6 +580,9 @@ def measure(parts: list[str], rounds: int, seeds: int) -> dict[str, Any]:
         found["order"] = {**ORDER, "seeds": rows} | {
             f"{name}_median": statistics.median(row[name] for row in rows) for name in ("ours", "trl")
         }
+    if "real" in parts:
+        with scratch() as folder:
+            found["real"] = {"shape": size, **in_a_process({"part": "real", "shape": size, "rounds": rounds}, folder)}
     if "workers" in parts:
         with scratch() as folder:
             found["workers"] = in_a_process({"part": "workers", "rows": 100_000}, folder)
@@ -537,7 +593,12 @@ def main() -> None:
     """Run the parts and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", required=True, help="file to write the figures to")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run; all by default")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS[:-1]), help="parts to run; all but `real` by default"
+    )
+    parser.add_argument(
+        "--size", choices=list(SHAPES), default="0.5b", help="shape of `real`; a small one shows that it runs"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="rounds of alternating arms; medians are reported")
     parser.add_argument("--seeds", type=int, default=3, help="runs of `order`; medians are reported")
     parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)
@@ -546,7 +607,7 @@ def main() -> None:
     if args.task:
         result = child(args.folder, args.task)
     else:
-        result = measure(args.parts, args.rounds, args.seeds)
+        result = measure(args.parts, args.rounds, args.seeds, args.size)
         from importlib.metadata import version
 
         from align.run import describe_machine
@@ -560,6 +621,11 @@ def main() -> None:
             bar = BARS.get(name)
             verdict = "" if bar is None else f"   <= {bar:g}   {'ok' if value <= bar else 'MISSED'}"
             sys.stdout.write(f"{name:32} {value:10.3g}{verdict}\n")
+        for name, value in result.get("real", {}).items():
+            bar = LEAST.get(f"real.{name}")
+            if isinstance(value, float):
+                verdict = "" if bar is None else f"   >= {bar:g}   {'ok' if value >= bar else 'MISSED'}"
+                sys.stdout.write(f"{f'real, {name}':32} {value:10.3g}{verdict}\n")
         if "order" in result:
             sys.stdout.write(f"{'order, ours (>= .80)':32} {result['order']['ours_median']:10.3g}\n")
             sys.stdout.write(f"{'order, TRL':32} {result['order']['trl_median']:10.3g}\n")

@@ -116,6 +116,7 @@ BENCHES: dict[str, Bench] = {
     "llm_speed": Bench("scripts/bench_llm.py --json {json} --parts speed", 4, "--rounds 1"),
     "llm_memory": Bench("scripts/bench_llm.py --json {json} --parts memory", 2),
     "llm_order": Bench("scripts/bench_llm.py --json {json} --parts order", 10, "--seeds 1"),
+    "llm_gpu": Bench("scripts/bench_llm.py --json {json} --parts real --rounds 9", 5, "--rounds 1 --size 32k", "gpu"),
     "llm_workers": Bench("scripts/bench_llm.py --json {json} --parts workers", 3),
     "families": Bench(
         "scripts/bench_families.py --json {json} --shape small --rounds 5", 8,
@@ -259,10 +260,10 @@ ASKED: dict[str, list[Asked]] = {
         Asked("the same of TRL (issue: near .58)", "", "llm_order", "order.trl_median",
               spread="order.seeds.*.trl", before=(".57", _ORDER)),
         Asked("100,000 rows: plans of 1 and of 4 processes equal", "== 1", "llm_workers", "workers.equal", "d"),
-        Asked("samples a second / TRL's at its defaults, bf16", ">= 1.5", "",
-              why=f"{_NO_GPU}, and `bench_llm.py` has no GPU shapes yet"),
-        Asked("the same with a precomputed reference", ">= 1.2", "", why="the same"),
-        Asked("BCO's samples a second / KTO's on a GPU", ">= 1.25", "", why="the same"),
+        Asked("samples a second / TRL's at its defaults, 0.5 B in bf16", ">= 1.5", "llm_gpu", "real.kto_rate",
+              why=_NO_GPU),
+        Asked("the same with a precomputed reference", ">= 1.2", "llm_gpu", "real.kto_precomputed_rate", why=_NO_GPU),
+        Asked("BCO's samples a second / KTO's on a GPU", ">= 1.25", "llm_gpu", "real.bco_rate", why=_NO_GPU),
     ],
     "Model families": [
         *(
