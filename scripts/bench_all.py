@@ -5,7 +5,7 @@
     python scripts/bench_all.py --only step rewards     # some of them
     python scripts/bench_all.py --quick                 # small sizes, to show that all runs; no figures are kept
     python scripts/bench_all.py --take step FILE        # keep the output of a run that was made by hand
-    python scripts/bench_all.py --table                 # write the table from the results that are kept
+    python scripts/bench_all.py --table                 # write table and pictures from the results that are kept
 
 A benchmark leaves one JSON file in docs/benchmarks: figures, command, date, load, machine and versions. One whose
 result is there, of the same command, machine and versions, is not run again unless `--again`; so a sitting that was
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import json
 import os
 import re
@@ -37,6 +38,11 @@ from align.tracking import replace_text
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "docs" / "benchmarks"
+PICTURES = {
+    "algorithms.svg": ("algorithms", "bench_algorithms", "arms"),
+    "sparsity_arms.svg": ("sparsity_science", "bench_sparsity_science", "rows"),
+}
+"""Of each picture in docs/pictures: the result it shows, the module whose `plot` draws it, and the key it takes."""
 PATIENCE = 6.0  # a benchmark that takes so many times its minutes, and five more, hangs
 
 
@@ -271,12 +277,27 @@ def with_table(page: str, table: str) -> str:
     return before + table + after
 
 
-def write_table(page: Path, results: Path) -> bool:
-    """Write the table from the results that are kept; return whether it was stale."""
-    old = page.read_text(encoding="utf-8")
-    new = with_table(old, block(read_results(results)))
-    replace_text(page, new)
-    return new != old
+def written(page: Path, results: Path) -> dict[Path, str]:
+    """Return what the results that are kept make of the page and of the pictures beside it, by file."""
+    kept = read_results(results)
+    files = {page: with_table(page.read_text(encoding="utf-8"), block(kept))}
+    for picture, (name, module, key) in PICTURES.items():
+        if "figures" in kept.get(name, {}):
+            drawn = importlib.import_module(module).plot(kept[name]["figures"][key])
+            files[page.parent / "pictures" / picture] = drawn
+    return files
+
+
+def stale(files: Mapping[Path, str]) -> list[str]:
+    """Return the names of those files that say something else."""
+    return [path.name for path, text in files.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+
+
+def write_table(page: Path, results: Path) -> None:
+    """Write the table and the pictures from the results that are kept."""
+    for path, text in written(page, results).items():
+        path.parent.mkdir(exist_ok=True)
+        replace_text(path, text)
 
 
 def listing(results: Path) -> str:
@@ -300,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="small sizes; nothing is kept")
     parser.add_argument("--again", action="store_true", help="also measure what has a result")
     parser.add_argument("--list", action="store_true", help="say what there is, and run nothing")
-    parser.add_argument("--table", action="store_true", help="write the table, and run nothing")
+    parser.add_argument("--table", action="store_true", help="write table and pictures, and run nothing")
     parser.add_argument("--check", action="store_true", help="with --table: write nothing, and exit with 1 if stale")
     parser.add_argument("--take", nargs=2, metavar=("NAME", "FILE"), help="keep the output of an earlier run")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
@@ -310,8 +331,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(listing(options.results))
         return 0
     if options.check:
-        old = PAGE.read_text(encoding="utf-8")
-        return int(with_table(old, block(read_results(options.results))) != old)
+        old = stale(written(PAGE, options.results))
+        sys.stdout.write("".join(f"{name} is stale: run python scripts/bench_all.py --table\n" for name in old))
+        return int(bool(old))
     wrong: dict[str, str] = {}
     if options.take:
         if options.take[0] not in BENCHES:

@@ -26,10 +26,13 @@ def test_the_page_says_what_the_results_say(scripts):
     runner, _ = scripts
     page = runner.PAGE.read_text(encoding="utf-8")
     results = runner.read_results(runner.RESULTS)
-    assert runner.with_table(page, runner.block(results)) == page, "run python scripts/bench_all.py --table"
+    made = runner.written(runner.PAGE, runner.RESULTS)
+    assert {path.name for path in made} == {"benchmarks.md", "algorithms.svg", "sparsity_arms.svg"}
+    assert runner.stale(made) == [], "run python scripts/bench_all.py --table"
     results["algorithms"]["figures"]["arms"]["window"]["ratio"]["median"] = 0.51
     changed = runner.with_table(page, runner.block(results))
     assert changed != page and "| window | <= .5 | 0.51 | 0.27 to 0.49 | **no** |" in changed
+    assert runner.stale({runner.PAGE: changed}) == ["benchmarks.md"]
 
 
 def test_every_result_is_asked_for_and_has_every_figure_that_is_asked_of_it(scripts):
