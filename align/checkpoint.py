@@ -424,6 +424,13 @@ def find_run(source: str | Path) -> tuple[Path, Path] | None:
     return path, found
 
 
+def name_runs(folder: Path) -> str:
+    """Return advice that names the runs within a folder, five at most; empty where there are none."""
+    runs = sorted(str(found.parent) for found in folder.glob("*/config.yaml") if (found.parent / "run.json").is_file())
+    more = f", or {len(runs) - 5} more" if len(runs) > 5 else ""
+    return f"Give a run in it: {', '.join(runs[:5])}{more}" if runs else ""
+
+
 def load_latest(root: str | Path) -> Checkpoint | None:
     """Read the checkpoint with the highest step number, None where there is none."""
     found = latest(root)

@@ -102,6 +102,24 @@ def add_out(parser: argparse.ArgumentParser, what: str, *, required: bool = Fals
     parser.add_argument("--out", type=Path, metavar="PATH", required=required, help=f"where to write {what}")
 
 
+def add_config(parser: argparse.ArgumentParser, example: str) -> None:
+    """Add `CONFIG` and `KEY=VALUE ...`."""
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or a recipe that `align configs list` shows")
+    add_overrides(parser, example)
+
+
+def add_overwrite(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add `--overwrite`."""
+    parser.add_argument("--overwrite", action="store_true", help=what)
+
+
+def add_batch_size(parser: argparse.ArgumentParser) -> None:
+    """Add `--batch-size N`, of verbs that score."""
+    parser.add_argument(
+        "--batch-size", type=positive, default=32, metavar="N", help="read, scored and kept at once (default: 32)"
+    )
+
+
 def add_overrides(parser: argparse.ArgumentParser, example: str) -> None:
     """Add `KEY=VALUE ...`."""
     parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help=f"change a value, e.g. {example}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from align import checkpoint
 from align.errors import CheckpointError, ConfigError, ModelError
 from align.exporting import Finish, describe_export, require_choices, write_whole
 from align.language_config import LanguageConfig
-from align.published import licence_of
+from align.published import is_embedded, licence_of
 from align.weights import file_sha256, load_tensors, require_inert, weights_sha256
 from trainers.language_model import quiet, takes_images, weights_folder
 from trainers.sources import find_source
@@ -40,14 +41,17 @@ class TrainedLanguage:
         run: the run folder.
         folder: the checkpoint's.
         step: of the checkpoint.
-        base: folder of the model before training.
     """
 
     config: LanguageConfig
     run: Path
     folder: Path
     step: int
-    base: Path
+
+    @cached_property
+    def base(self) -> Path:
+        """The folder of the model before training; the embedded one is built when it is first asked for."""
+        return weights_folder(self.config.model.path)
 
     @property
     def adapted(self) -> bool:
@@ -75,10 +79,9 @@ def find_trained_language(source: str | Path) -> TrainedLanguage:
             do="Give a run folder or one of its checkpoints",
         )  # fmt: skip
     step = int(checkpoint.verify(found.checkpoint)["step"])
-    base = weights_folder(found.config.model.path)
-    if not base.is_dir():
-        raise ModelError("The model before training is gone", where=found.config.model.path)
-    return TrainedLanguage(found.config, found.run, found.checkpoint, step, base)
+    if not is_embedded(found.config.model.path):
+        weights_folder(found.config.model.path)
+    return TrainedLanguage(found.config, found.run, found.checkpoint, step)
 
 
 def _peft(trained: TrainedLanguage, folder: Path, dtype: torch.dtype) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from align import checkpoint
 from align.config import load_config
+from align.errors import ConfigError
 from align.recipes import list_recipes
 
 NAME_PROMPTS = "Give a file with --prompts FILE, or to `align sample` a --prompt TEXT"
@@ -50,6 +51,7 @@ def find_source(source: str | Path) -> Source:
 
     Raises:
         CheckpointError: a run without a checkpoint.
+        ConfigError: a folder of runs, which is none.
     """
     path, name = Path(source), str(source)
     found = checkpoint.find_run(source)
@@ -61,5 +63,8 @@ def find_source(source: str | Path) -> Source:
         config = load_config(name)
         if config.language:
             return Source(name, True, config)
+    pipeline = (path / "model_index.json").is_file()
     known = (path / "adapter_config.json").is_file() or (path / "config.json").is_file()
-    return Source(name, name == "tiny" or (known and not (path / "model_index.json").is_file()), bare=True)
+    if not (pipeline or known) and (runs := checkpoint.name_runs(path)):
+        raise ConfigError("This is not a run folder", where=name, why="it holds runs, and is none", do=runs)
+    return Source(name, name == "tiny" or (known and not pipeline), bare=True)

@@ -11,13 +11,12 @@ from torch.nn import Parameter
 from align import checkpoint
 from align.config import OptimizerConfig, SparsityConfig
 from align.errors import ConfigError
+from align.sparsity import FORMS
 from align.sparsity.callback import Tracker, Travelled
 from align.sparsity.receipt import write_receipt
 from align.sparsity.sources import Source
 from align.sparsity.subnetwork import SubnetworkAdamW, read_places
 from align.tracking import RunLog
-
-FORMS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 
 
 def require_maskable(mask: str | None, *, adapted: bool, deepspeed: Any, fsdp: bool = False) -> None:

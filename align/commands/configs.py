@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from align.errors import ConfigError
-from align.output import add_action, add_dry_run, add_json, dry, give, positive, table
+from align.output import add_action, add_dry_run, add_json, add_overwrite, dry, give, positive, table
 
 
 def configs(options: argparse.Namespace) -> int:
@@ -62,5 +62,5 @@ def configs_arguments(parser: argparse.ArgumentParser) -> None:
     port.add_argument("--trainer", metavar="NAME", help="kto, bco, dpo or sft (default: what the arguments say)")
     port.add_argument("--nproc", type=positive, default=1, metavar="N", help="processes of TRL's launch (default: 1)")
     copy.add_argument("destination", type=Path, metavar="DEST", help="a file or a folder")
-    copy.add_argument("--overwrite", action="store_true", help="replace the file")
+    add_overwrite(copy, "replace the file")
     add_dry_run(copy)

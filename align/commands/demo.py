@@ -19,7 +19,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.errors import ConfigError
-from align.output import HACKED, add_dry_run, add_json, add_out, add_overrides, add_seed, dry, give, positive
+from align.output import (
+    HACKED,
+    add_dry_run,
+    add_json,
+    add_out,
+    add_overrides,
+    add_overwrite,
+    add_seed,
+    dry,
+    give,
+    positive,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,7 +91,8 @@ class Demo:
         from trainers.evaluation import resolve_prompts
 
         self.folder, self.seed, self.users, self.images, self.say = folder, seed, users, images, say
-        paths = [f"rewards.0.args.path={folder / 'reward'}", f"heldout_rewards.0.args.path={folder / 'jury'}"]
+        place = folder.absolute()  # so that what configs name is found from wherever the run is gone on with
+        paths = [f"rewards.0.args.path={place / 'reward'}", f"heldout_rewards.0.args.path={place / 'jury'}"]
         self.config: VisualConfig = load_config("digits/demo", [*paths, f"seed={seed}", *overrides])
         self.asked, self.heldout = (list(side.asked) for side in resolve_prompts(self.config))
         self.found: dict[str, Any] = {"asked": {"seed": seed, "users": users, "images": images, "set": [*overrides]}}
@@ -165,7 +177,7 @@ class Demo:
         said = {}
         for name, store in (("reward", "feedback.db"), ("jury", "jury.db")):
             self.say(f"  align fit fit/digits data.paths=[{store}] data.protocols=[thumb] --out {name}")
-            given = [f"data.paths=[{self.folder / store}]", "data.protocols=[thumb]", f"name={name}"]
+            given = [f"data.paths=[{self.folder.absolute() / store}]", "data.protocols=[thumb]", f"name={name}"]
             fitted = fit_reward(load_config("fit/digits", [*given, f"seed={self.seed}"]), self.folder / name)
             _go_on(fitted.status)
             write_report(self.folder / name)
@@ -402,7 +414,7 @@ def demo_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="images of each prompt for them (default: 40)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="begin anew what stands in the folder")
+    add_overwrite(parser, "begin anew what stands in the folder")
     add_overrides(parser, "steps=40; the recipe is digits/demo")
     add_dry_run(parser)
     add_json(parser)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,34 @@ def launch(options: argparse.Namespace, again: Sequence[str], settings: str | No
 def leads() -> bool:
     """Whether this process speaks for all that a launcher started."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def end(result: Any, speak: Callable[[], object]) -> int:
+    """Have the process that leads say what came of a run, leave the launch when all have, and return the exit code.
+
+    Args:
+        result: its `status` is that of run.json.
+        speak: writes the page and says where it is.
+    """
+    from align.launch import leave_world, supervised
+
+    if leads():
+        speak()
+    leave_world()  # waits for the process that still writes
+    # Who supervises a launch reads how it went in run.json; a launcher takes any other code than 0 for a crash.
+    return 0 if supervised() else ENDS.get(result.status, 0)
+
+
+def how_it_ended(result: Any) -> str:
+    """Return how a run ended, and what to do about it."""
+    if result.status == "stopped":
+        return f"stopped; `align resume {result.directory}` goes on"
+    if result.status == "hacked":
+        return (
+            f"stopped by the hack monitor at step {result.summary['steps']}; the checkpoint of that step is kept\n"
+            "look at the report; change the rewards, or go on past the alarm with monitor.action=warn --fork"
+        )
+    return str(result.status)
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:

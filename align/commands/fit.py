@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from align.commands.dry import would
-from align.commands.engines import add_engine, launch, leads, require_engine
-from align.output import INTERRUPTED, add_dry_run, add_json, add_out, add_overrides, add_seed, give, table
+from align.commands.engines import add_engine, end, how_it_ended, launch, require_engine
+from align.output import add_config, add_dry_run, add_json, add_out, add_overwrite, add_seed, give, table
 
 
 def fit(options: argparse.Namespace) -> int:
@@ -40,8 +40,6 @@ def fit_into(
     Args:
         again: the arguments that do so, for the processes of a launch.
     """
-    from align.launch import leave_world, supervised
-    from align.reports.training import write_report
     from align.run import require_directory
     from rewards.fit import fit_reward
 
@@ -50,30 +48,28 @@ def fit_into(
         require_directory(out, config, overwrite=overwrite)
         return launch(options, again, settings, out)
     result = fit_reward(config, out, overwrite=overwrite, deepspeed=options.deepspeed, fsdp=options.fsdp)
+    return end(result, lambda: _say(options, result))
+
+
+def _say(options: argparse.Namespace, result: Any) -> None:
     found: dict[str, Any] = {"directory": str(result.directory), "status": result.status}
-    if not leads():
-        leave_world()  # waits for the process that still writes
-        return 0 if supervised() or result.status != "stopped" else INTERRUPTED
     if result.status == "stopped":
-        # Who asked a launch to stop reads how it went in run.json; a launcher takes any other code than 0 for a crash.
-        give(options, found, f"stopped; `align resume {result.directory}` goes on")
-        leave_world()
-        return 0 if supervised() else INTERRUPTED
+        give(options, found, how_it_ended(result))
+        return
+    from align.reports.training import write_report
+
     for warning in result.card["warnings"]:
         sys.stderr.write(f"align: Warning: {warning}.\n")
     report = write_report(result.directory)
     found |= {"reward": str(result.directory / "reward"), "report": str(report), "card": result.card}
     give(options, found, _card_text(result.card, result.directory, report))
-    leave_world()
-    return 0
 
 
 def fit_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `align fit`."""
     add_engine(parser)
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or a recipe that `align configs list` shows")
-    add_overrides(parser, "model.head=mlp steps=500")
-    parser.add_argument("--overwrite", action="store_true", help="start again, replacing the fit in the folder")
+    add_config(parser, "model.head=mlp steps=500")
+    add_overwrite(parser, "start again, replacing the fit in the folder")
     add_out(parser, "the run folder (default: runs/NAME); an unfinished fit there is resumed")
     add_seed(parser)
     add_dry_run(parser)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from align.commands.dry import would
-from align.output import INTERRUPTED, add_dry_run, add_json, add_out, add_overrides, add_seed, give
+from align.commands.engines import end, how_it_ended
+from align.output import add_config, add_dry_run, add_json, add_out, add_overwrite, add_seed, give
 
 
 def peering(options: argparse.Namespace) -> int:
@@ -29,16 +30,21 @@ def peering(options: argparse.Namespace) -> int:
 
 def peer_into(options: argparse.Namespace, config: Any, out: Path, *, overwrite: bool = False) -> int:
     """Compare the protocols in a folder, or go on with what is there, and write its page."""
-    from align.reports.peering import reading, write_page
     from trainers.peering import peer
 
     result = peer(config, out, overwrite=overwrite, progress=True)
+    return end(result, lambda: _say(options, result))
+
+
+def _say(options: argparse.Namespace, result: Any) -> None:
     found: dict[str, Any] = {"directory": str(result.directory), "status": result.status, **result.found}
     if result.status == "stopped":
-        give(options, found, f"stopped; `align resume {result.directory}` goes on")
-        return INTERRUPTED
+        give(options, found, how_it_ended(result))
+        return
+    from align.reports.peering import reading, write_page
+
     found["report"] = str(write_page(result.directory))
-    return give(options, found, "\n".join([*reading(result.found), "", f"report: {found['report']}"]))
+    give(options, found, "\n".join([*reading(result.found), "", f"report: {found['report']}"]))
 
 
 def plan_peering(config: Any) -> tuple[dict[str, Any], list[tuple[str, str]]]:
@@ -60,9 +66,8 @@ def plan_peering(config: Any) -> tuple[dict[str, Any], list[tuple[str, str]]]:
 def peering_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `align peering`, which has no engine to choose."""
     parser.set_defaults(launch=None, deepspeed=None, fsdp=False)
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or a recipe that `align configs list` shows")
-    add_overrides(parser, "data.paths.0=feedback.db")
-    parser.add_argument("--overwrite", action="store_true", help="start again, replacing what is in the folder")
+    add_config(parser, "data.paths.0=feedback.db")
+    add_overwrite(parser, "start again, replacing what is in the folder")
     add_out(parser, "the run folder (default: runs/NAME); an unfinished one goes on")
     add_seed(parser)
     add_dry_run(parser)

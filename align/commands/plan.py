@@ -14,7 +14,7 @@ from typing import Any
 
 from align.errors import ConfigError
 from align.footprint import Footprint
-from align.output import add_dry_run, add_json, add_overrides, dry, give, number, positive, table
+from align.output import add_config, add_dry_run, add_json, dry, give, number, positive, table
 from align.plan import COUNTS, ENGINES, Job, Row, choose, launch
 from align.plan import table as rows_of
 
@@ -51,8 +51,7 @@ def plan(options: argparse.Namespace) -> int:
 
 def plan_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `align plan`."""
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or a recipe that `align configs list` shows")
-    add_overrides(parser, "model.train=lora")
+    add_config(parser, "model.train=lora")
     parser.add_argument("--gpus", type=positive, default=8, metavar="N", help="accelerators you have (default: 8)")
     parser.add_argument("--memory", type=number, default=80.0, metavar="GB", help="of each, in GB (default: 80)")
     parser.add_argument("--per-node", type=positive, default=8, metavar="N", help="of each machine (default: 8)")

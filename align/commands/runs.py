@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from align.commands.dry import would
-from align.commands.engines import add_engine, launch, leads, require_engine
+from align.commands.engines import add_engine, end, how_it_ended, launch, leads, require_engine
 from align.commands.fit import fit_into
 from align.commands.peering import peer_into
 from align.errors import ConfigError
-from align.output import ENDS, add_dry_run, add_json, add_out, add_overrides, add_seed, dry, give, sentence
+from align.output import add_config, add_dry_run, add_json, add_out, add_overwrite, add_seed, dry, give, sentence
 
 
 def train(options: argparse.Namespace) -> int:
@@ -67,18 +67,13 @@ def _train_into(options: argparse.Namespace, config: Any, out: Path, **how: bool
     from trainers import trainer_for
 
     engine = {"deepspeed": options.deepspeed, **({"fsdp": True} if options.fsdp else {})}
-    return _finished(options, trainer_for(config, out=out, **how, **engine).train())
+    result = trainer_for(config, out=out, **how, **engine).train()
+    return end(result, lambda: _say(options, result))
 
 
-def _finished(options: argparse.Namespace, result: Any) -> int:
-    from align.launch import leave_world, supervised
+def _say(options: argparse.Namespace, result: Any) -> None:
     from align.reports.training import write_report
 
-    # Who supervises a launch reads how it went in run.json; a launcher takes any other code than 0 for a crash.
-    code = 0 if supervised() else ENDS.get(result.status, 0)
-    if not leads():
-        leave_world()  # waits for the process that still writes
-        return code
     report = write_report(result.directory)
     found = {
         "directory": str(result.directory),
@@ -87,21 +82,7 @@ def _finished(options: argparse.Namespace, result: Any) -> int:
         "summary": result.summary,
     }
     moved = (result.summary.get("sparsity") or {}).get("sentence", "")
-    give(options, found, "\n".join(filter(None, (_ended(result), moved, f"report: {report}"))))
-    leave_world()
-    return code
-
-
-def _ended(result: Any) -> str:
-    """Return how a run ended, and what to do about it."""
-    if result.status == "stopped":
-        return f"stopped; `align resume {result.directory}` goes on"
-    if result.status == "hacked":
-        return (
-            f"stopped by the hack monitor at step {result.summary['steps']}; the checkpoint of that step is kept\n"
-            "look at the report; change the rewards, or go on past the alarm with monitor.action=warn --fork"
-        )
-    return str(result.status)
+    give(options, found, "\n".join(filter(None, (how_it_ended(result), moved, f"report: {report}"))))
 
 
 def report(options: argparse.Namespace) -> int:
@@ -124,6 +105,7 @@ def run_config(folder: Path, overrides: Sequence[str] = ()) -> Any:
     Raises:
         ConfigError: it is none.
     """
+    from align.checkpoint import name_runs
     from align.config import load_config
 
     if not (folder / "config.yaml").is_file():
@@ -131,16 +113,15 @@ def run_config(folder: Path, overrides: Sequence[str] = ()) -> Any:
         raise ConfigError(
             "This is not a run folder", where=str(folder),
             why="it has no config.yaml" if folder.is_dir() else absent,
-            do="Give a folder that `align train` made, such as runs/NAME",
+            do=name_runs(folder) or "Give a folder that `align train` made, such as runs/NAME",
         )  # fmt: skip
     return load_config(folder / "config.yaml", overrides)
 
 
 def train_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `align train`."""
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or a recipe that `align configs list` shows")
-    add_overrides(parser, "sampler.eta=0.2 rewards.0.weight=2")
-    parser.add_argument("--overwrite", action="store_true", help="start again, replacing the run in the folder")
+    add_config(parser, "sampler.eta=0.2 rewards.0.weight=2")
+    add_overwrite(parser, "start again, replacing the run in the folder")
     parser.add_argument(
         "--fork", action="store_true", help="go on with the run in the folder under this, changed, configuration"
     )

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from align.output import add_dry_run, add_json, add_out, dry, give, positive, table
+from align.output import add_batch_size, add_dry_run, add_json, add_out, add_overwrite, dry, give, table
 
 
 def score(options: argparse.Namespace) -> int:
@@ -59,10 +59,8 @@ def score_arguments(parser: argparse.ArgumentParser) -> None:
         "--completion-column", default="completion", metavar="NAME",
         help="column of the texts, or lists of turns, that text rewards score (default: completion)",
     )  # fmt: skip
-    parser.add_argument(
-        "--batch-size", type=positive, default=32, metavar="N", help="read, scored and kept at once (default: 32)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="start again, forgetting what was scored")
+    add_batch_size(parser)
+    add_overwrite(parser, "start again, forgetting what was scored")
     add_out(parser, "the table: Parquet, CSV or JSONL by its ending (default: scores.parquet), with PATH.html")
     add_dry_run(parser)
     add_json(parser)

@@ -10,7 +10,20 @@ from typing import Any
 from align.commands.dry import require_rewards
 from align.commands.models import candidate_arguments, plan_candidates, sample_candidates
 from align.errors import ConfigError
-from align.output import add_dry_run, add_json, add_out, dry, finite, give, number, positive, share, table
+from align.output import (
+    add_batch_size,
+    add_dry_run,
+    add_json,
+    add_out,
+    add_overwrite,
+    dry,
+    finite,
+    give,
+    number,
+    positive,
+    share,
+    table,
+)  # fmt: skip
 
 PAIRS = ("best-worst", "best-random", "all")
 
@@ -98,10 +111,8 @@ def select_arguments(parser: argparse.ArgumentParser) -> None:
     mined.add_argument(
         "--down-to", type=finite, metavar="X", help="thumbs down up to X, none between (default: all that are not up)"
     )
-    parser.add_argument(
-        "--batch-size", type=positive, default=32, metavar="N", help="read, scored and kept at once (default: 32)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="start again, forgetting what was scored")
+    add_batch_size(parser)
+    add_overwrite(parser, "start again, forgetting what was scored")
     add_out(parser, "the rows, the scores and the page: a folder (default: selection)")
     add_dry_run(parser)
     add_json(parser)

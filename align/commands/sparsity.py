@@ -8,8 +8,7 @@ from typing import Any
 
 from align.errors import ConfigError
 from align.output import add_dry_run, add_json, add_out, add_seed, dry, examples, give, positive, table
-
-FORMS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+from align.sparsity import FORMS
 
 
 def needs_action(options: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from align.diffusion.policy import ADAPTER, adapter_config, quiet_loading, read_
 from align.errors import CheckpointError, ConfigError, ModelError, first_line
 from align.exporting import Finish, describe_export, require_choices, write_whole
 from align.offline_config import OfflineConfig
-from align.published import licence_of
+from align.published import is_builtin, is_hub_name, licence_of
 from align.weights import file_sha256, weights_sha256, without_storage
 
 if TYPE_CHECKING:
@@ -46,9 +47,8 @@ class Trained:
         group: "average" or "model", the weights that are delivered.
         weights: by name, in the denoiser's own names.
         sha256: of the file they were read from; of the manifest, where they lie in pieces.
-        base: the base pipeline's folder.
-        pipeline: its class.
-        listed: its `model_index.json`.
+
+    A base that goes by a name is built or fetched when it is first asked for, which a plan does not.
     """
 
     config: VisualConfig | OfflineConfig
@@ -57,9 +57,25 @@ class Trained:
     group: str
     weights: dict[str, Tensor]
     sha256: str
-    base: Path
-    pipeline: str
-    listed: dict[str, Any]
+
+    @cached_property
+    def base(self) -> Path:
+        """The base pipeline's folder."""
+        return resolve_model(self.config.model.path)
+
+    @cached_property
+    def _index(self) -> tuple[str, dict[str, Any]]:
+        return read_index(self.base, self.config.model.family)
+
+    @property
+    def pipeline(self) -> str:
+        """Class of the base pipeline."""
+        return self._index[0]
+
+    @property
+    def listed(self) -> dict[str, Any]:
+        """The base pipeline's `model_index.json`."""
+        return self._index[1]
 
     @property
     def component(self) -> str:
@@ -133,11 +149,12 @@ def find_trained(source: str | Path) -> Trained:
         )  # fmt: skip
     group = checkpoint.delivered_group(folder)
     saved = checkpoint.load(folder, only=group)
-    base = resolve_model(config.model.path)
-    pipeline, listed = read_index(base, config.model.family)
+    model = config.model
+    if not (is_builtin(model.path) or is_hub_name(model.path)):
+        read_index(Path(model.path), model.family)
     files = checkpoint.files_of(folder, group)
     sha256 = file_sha256(folder / "manifest.json" if checkpoint.in_pieces(files) else files[0])
-    return Trained(config, run, saved.step, group, saved.tensors[group], sha256, base, pipeline, listed)
+    return Trained(config, run, saved.step, group, saved.tensors[group], sha256)
 
 
 def _diffusers_lora(trained: Trained, folder: Path, dtype: torch.dtype) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
+from align import checkpoint
 from align.cli import main
 from align.config import load_config, save_config
 from align.sitting import data_files
@@ -121,3 +123,33 @@ def test_the_record_names_the_file_that_a_fit_is_measured_on(fits):
     other.write_text((fits / "thumbs.jsonl").read_text())
     config = load_config(fits / "words.yaml", [f"split.heldout_path={other}"])
     assert [row["file"] for row in data_files(config)] == [str(fits / "thumbs.jsonl"), str(other)]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "builds"),
+    [
+        ("digits/smoke", "align.diffusion.digits.build_digits"),
+        ("kto/smoke", "trainers.language_model.tiny_model"),
+    ],
+)
+def test_the_plan_of_an_export_builds_no_embedded_model(capsys, tmp_path, monkeypatch, recipe, builds):
+    """Of a base that align builds itself, the name is enough."""
+    run = folder(tmp_path, recipe)
+    (tmp_path / "begun" / "run.json").write_text("{}")
+    checkpoint.save(f"{run}/checkpoints", 3, {"model": {"weight": torch.zeros(1)}}, {})
+    monkeypatch.setattr(builds, lambda *_, **__: pytest.fail("the base model was built"))
+    planned = said(capsys, "export", run, "--to", "full", "--out", str(tmp_path / "out"))
+    assert (planned["base"], planned["step"]) == (load_config(recipe).model.path, 3)
+
+
+def test_a_folder_of_runs_is_none_and_names_them(capsys, tmp_path):
+    for i in range(7):
+        (tmp_path / f"run{i}").mkdir()
+        for name in ("config.yaml", "run.json"):
+            (tmp_path / f"run{i}" / name).write_text("{}")
+    (tmp_path / "notes").mkdir()
+    for verb in ("sample", "evaluate", "resume", "report", "export"):
+        more = ["--to", "peft", "--out", str(tmp_path / "out")] if verb == "export" else []
+        text = refused(capsys, verb, str(tmp_path), *more)
+        assert "This is not a run folder" in text and f"{tmp_path}/run0, " in text and "run4, or 2 more" in text, verb
+        assert "run5" not in text and "notes" not in text

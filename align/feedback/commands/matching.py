@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import ConfigError
-from align.output import add_dry_run, add_json, add_out, add_seed, dry, give, positive, table
+from align.output import add_dry_run, add_json, add_out, add_overwrite, add_seed, dry, give, positive, table
 
 EXAMPLES = """examples:
   align feedback match-prompts thumbs.jsonl --out matched.jsonl
@@ -35,7 +35,7 @@ def add(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--score-threshold", type=float, metavar="X", help="rows with a score and no label are up from here on"
     )
     add_seed(parser, 0)
-    parser.add_argument("--overwrite", action="store_true", help="replace the file")
+    add_overwrite(parser, "replace the file")
     add_dry_run(parser)
     add_json(parser)
     parser.set_defaults(run=run)

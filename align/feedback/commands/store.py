@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.errors import ConfigError, DataError
-from align.output import add_dry_run, add_json, examples, finite, give, table
+from align.output import add_dry_run, add_json, add_overwrite, examples, finite, give, table
 from align.registry import suggest
 
 if TYPE_CHECKING:
@@ -329,7 +329,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _writing_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat", action="store_true", help="write every prompt and response as a chat")
-    parser.add_argument("--overwrite", action="store_true", help="replace the file")
+    add_overwrite(parser, "replace the file")
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
