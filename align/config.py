@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, Strict, ValidationError
 
+from align.config_errors import explain, found_text
+from align.config_sources import leaves, override, read_values, resolved_yaml
 from align.errors import ConfigError
-from align.recipes import list_recipes, read_recipe
 from align.registry import suggest
-from align.textfiles import Document, dump_value, parse_scalar, parse_yaml, read_text
+from align.textfiles import parse_scalar
 
 __all__ = [
     "AdvantageConfig", "BatchConfig", "CheckpointConfig", "CombineConfig", "DanceGRPOConfig", "EvaluationConfig",
     "LoraConfig", "ModelConfig", "MonitorConfig", "ObjectiveConfig", "OptimizerConfig", "PromptsConfig", "RewardConfig",
     "RunConfig", "SamplerConfig", "Section", "SparsityConfig", "TextMonitorConfig", "TrackingConfig",
-    "TrainedStepsConfig", "VisualConfig", "config_origins", "config_types", "diff_configs", "list_recipes",
-    "load_config", "save_config",
+    "TrainedStepsConfig", "VisualConfig", "config_origins", "config_types", "diff_configs", "load_config",
+    "save_config",
 ]  # fmt: skip
 
 
@@ -41,6 +39,10 @@ Float = Annotated[float, BeforeValidator(_number), Strict(), Field(allow_inf_nan
 Bool = Annotated[bool, Strict()]
 _WAITS = "how long is waited, which changes no run"
 Wait = Annotated[Float, _WAITS]
+RunName = Annotated[
+    str,
+    Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its folder in runs/."),
+]
 
 
 class Section(BaseModel):
@@ -54,6 +56,10 @@ class RunConfig(Section):
 
     language: ClassVar[bool] = False
     """Whether it trains a language model on rows of text."""
+    about: str = Field(default="", description="One line on what the recipe is for, shown by `align configs list`.")
+    trainer: str = Field(description="The training loop.")
+    name: RunName
+    seed: Int = Field(default=0, ge=0, lt=2**63, description="Seed from which every random draw of the run is derived.")
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
 
     def __eq__(self, other: object) -> bool:
@@ -387,12 +393,6 @@ class VisualConfig(RunConfig):
     `prompts_per_step` and `group_size` are the user's; batches are derived from them.
     """
 
-    about: str = Field(default="", description="One line on what the recipe is for, shown by `align configs list`.")
-    trainer: str = Field(description="The training loop.")
-    name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its folder in runs/."
-    )
-    seed: Int = Field(default=0, ge=0, lt=2**63, description="Seed from which every random draw of the run is derived.")
     steps: Int = Field(default=300, ge=1, description="Training steps: a rollout, its rewards and its updates.")
     prompts_per_step: Int = Field(default=32, ge=1, description="Prompts of a rollout, over all processes.")
     group_size: Int = Field(default=12, ge=1, description="Samples of each prompt, compared with one another.")
@@ -419,11 +419,7 @@ class DanceGRPOConfig(VisualConfig):
     """A DanceGRPO run, or one of its successors that train the sampler's own steps."""
 
     trainer: Literal["dance_grpo"] = Field(default="dance_grpo", description="The training loop.")
-    name: str = Field(
-        default="dance_grpo",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="Name of the run and of its folder in runs/.",
-    )
+    name: RunName = "dance_grpo"
     trained_steps: TrainedStepsConfig = Field(default=TrainedStepsConfig(), description="The trained solver steps.")
     objective: ObjectiveConfig = Field(default=ObjectiveConfig(), description="The objective.")
 
@@ -463,15 +459,15 @@ def load_config(
     Raises:
         ConfigError: no such file or recipe, not YAML, an unknown key, a wrong type or value, another trainer.
     """
-    value, origins, where = _load(source, ())
-    for override in overrides:
-        _override(value, origins, override)
+    value, origins, where = read_values(source)
+    for setting in overrides:
+        override(value, origins, setting)
     model = _model(value, origins, where, kind)
     try:
         config = model.model_validate(value)
     except ValidationError as error:
-        raise _explain(error, origins, where, model) from error
-    for key, _ in _leaves(config):
+        raise explain(error, origins, where, model) from error
+    for key, _ in leaves(config):
         config._origins[key] = origins.get(key, "default")
     return config
 
@@ -509,11 +505,11 @@ _R = TypeVar("_R", bound=_RewardsConfig)
 
 
 def _rewards_of(source: str | Path | Mapping[str, Any], kind: type[_R]) -> _R:
-    value, origins, where = _load(source, ())
+    value, origins, where = read_values(source)
     try:
         return kind.model_validate(value)
     except ValidationError as error:
-        raise _explain(error, origins, where, kind) from error
+        raise explain(error, origins, where, kind) from error
 
 
 def _model(
@@ -526,7 +522,7 @@ def _model(
     if not isinstance(name, str) or name not in kinds:
         raise ConfigError(
             "The value of 'trainer' is wrong", where=place,
-            why=f"found {_found(name)}, expected one of {', '.join(map(repr, kinds))}",
+            why=f"found {found_text(name)}, expected one of {', '.join(map(repr, kinds))}",
             do=suggest(name, kinds) if isinstance(name, str) else "Meaning: the training loop",
         )  # fmt: skip
     if kind is not None and not issubclass(kinds[name], kind):
@@ -540,15 +536,13 @@ def _model(
 
 def config_origins(config: RunConfig) -> dict[str, str]:
     """Return, for each leaf by dotted key, "default", "FILE:LINE", "command line" or "Python"."""
-    return {key: config._origins.get(key, "Python") for key, _ in _leaves(config)}
+    return {key: config._origins.get(key, "Python") for key, _ in leaves(config)}
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:
     """Write `config` as YAML that loads again, a comment on each line saying where the value came from."""
-    origins = config_origins(config)
-    rows = [f"# align config, resolved; values {_digest(config.model_dump(mode='json'))}"]
-    _render(config.model_dump(mode="json"), "", 0, origins, rows)
-    Path(path).write_text("\n".join(rows) + "\n", encoding="utf-8")
+    text = resolved_yaml(config.model_dump(mode="json"), config_origins(config))
+    Path(path).write_text(text, encoding="utf-8")
 
 
 def diff_configs(a: RunConfig, b: RunConfig, *, waits: bool = True) -> list[tuple[str, Any, Any]]:
@@ -557,261 +551,7 @@ def diff_configs(a: RunConfig, b: RunConfig, *, waits: bool = True) -> list[tupl
     Args:
         waits: also tell of what says how long is waited, which changes no run.
     """
-    left, right = dict(_leaves(a, waits=waits)), dict(_leaves(b, waits=waits))
+    without = "" if waits else _WAITS
+    left, right = dict(leaves(a, without=without)), dict(leaves(b, without=without))
     keys = list(left) + [key for key in right if key not in left]
     return [(key, left.get(key), right.get(key)) for key in keys if left.get(key) != right.get(key)]
-
-
-def _load(source: str | Path | Mapping[str, Any], above: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str], str]:
-    """Return the values of a config with what it extends, their origins by dotted key, and its name."""
-    document, where = _read(source)
-    value = {} if document.value is None else document.value
-    if not isinstance(value, dict):
-        raise ConfigError("A config is a list of `key: value` lines", where=where, why=f"found {_found(value)}")
-    origins = _file_origins(document, where) if where else dict.fromkeys(dict(_leaves(value)), "Python")
-    base = value.pop("extends", None)
-    origins.pop("extends", None)
-    if base is None:
-        return value, origins, where
-    if not isinstance(base, str) or not base:
-        raise ConfigError("A config extends one other", where=where, why=f"extends is {_found(base)}")
-    beside = Path(source).parent / base if not isinstance(source, Mapping) else Path(base)
-    name = str(beside) if beside.is_file() else base
-    if name in above:
-        raise ConfigError("A config extends itself", where=where, why=" -> ".join([*above, name]))
-    under, under_origins, _ = _load(name, (*above, name))
-    for key in [k for k in under_origins if _replaced(k, value)]:
-        del under_origins[key]
-    return _merged(under, value), {**under_origins, **origins}, where
-
-
-def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    result = dict(under)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(result.get(key), dict) and key != "args"
-        result[key] = _merged(result[key], value) if both else value
-    return result
-
-
-def _replaced(key: str, over: Any) -> bool:
-    """Whether the dotted `key` of a base config is overwritten, itself or a section or list above it."""
-    for part in key.split("."):
-        if not isinstance(over, dict):
-            return True
-        if part not in over:
-            return False
-        over = over[part]
-    return True
-
-
-def _read(source: str | Path | Mapping[str, Any]) -> tuple[Document, str]:
-    if isinstance(source, Mapping):
-        return Document(_copy(source)), ""
-    path = Path(source)
-    names = [name for name, _ in list_recipes()]
-    if isinstance(source, str) and source in names and not path.is_file():
-        return parse_yaml(read_recipe(source), f"configs/{source}.yaml"), f"configs/{source}.yaml"
-    if path.suffix not in (".yaml", ".yml") and not path.exists():
-        raise ConfigError(f"There is no config file and no recipe {str(source)!r}", do=suggest(str(source), names))
-    return parse_yaml(read_text(path), str(source)), str(source)
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _copy(part) for key, part in value.items()}
-    return [_copy(part) for part in value] if isinstance(value, (list, tuple)) else value
-
-
-def _file_origins(document: Document, where: str) -> dict[str, str]:
-    """Origins by dotted key: the recorded ones of a saved config whose values are untouched, else FILE:LINE."""
-    origins = {key: f"{where}:{line}" for key, line in document.lines.items()}
-    if document.header.startswith("align config, resolved; values ") and document.header.endswith(
-        _digest(document.value)
-    ):
-        origins.update(document.comments)
-    return origins
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _override(data: dict[str, Any], origins: dict[str, str], override: str) -> None:
-    key, equals, text = override.partition("=")
-    key = key.strip()
-    if not equals or not key or not all(key.split(".")):
-        raise ConfigError(
-            f"An override is key=value, and {override!r} is not", where="command line", do="Write e.g. steps=100"
-        )
-    value = parse_yaml(text, f"command line, {key}").value
-    *parents, last = key.split(".")
-    here: Any = data
-    for depth, part in enumerate(parents):
-        here = _enter(here, part, key, depth, make=True)
-    if isinstance(here, list):
-        _enter(here, last, key, len(parents), make=False)
-        here[int(last)] = value
-    else:
-        here[last] = value
-    for stale in [name for name in origins if name.startswith(key + ".")]:
-        del origins[stale]
-    origins.update(dict.fromkeys([key, *dict(_leaves(value, key))], "command line"))
-
-
-def _enter(here: Any, part: str, key: str, depth: int, *, make: bool) -> Any:
-    """Return the entry `part` of `here`, a dict made where there is none yet."""
-    if isinstance(here, list):
-        if not part.isdecimal() or int(part) >= len(here):
-            raise ConfigError(
-                f"The key {key!r} points at no item of its list", where="command line",
-                why=f"{'.'.join(key.split('.')[:depth])} has {len(here)} items, numbered from 0",
-            )  # fmt: skip
-        return here[int(part)]
-    child = here.get(part)
-    if child is None and make:
-        child = here[part] = {}
-    if make and not isinstance(child, (dict, list)):
-        raise ConfigError(
-            f"The key {key!r} does not exist", where="command line",
-            why=f"{'.'.join(key.split('.')[: depth + 1])} is a single value",
-        )  # fmt: skip
-    return child
-
-
-def _leaves(value: Any, key: str = "", *, waits: bool = True) -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) of everything that is not a section or a list of sections."""
-    if isinstance(value, BaseModel):
-        parts: list[tuple[str, Any]] = [
-            (name, getattr(value, name))
-            for name, field in type(value).model_fields.items()
-            if waits or _WAITS not in field.metadata
-        ]
-    elif isinstance(value, dict) and value:
-        parts = list(value.items())
-    elif isinstance(value, (list, tuple)) and any(isinstance(part, (BaseModel, dict)) for part in value):
-        parts = [(str(i), part) for i, part in enumerate(value)]
-    else:
-        yield key, value
-        return
-    for name, part in parts:
-        yield from _leaves(part, f"{key}.{name}" if key else name, waits=waits)
-
-
-def _render(value: Any, key: str, depth: int, origins: Mapping[str, str], rows: list[str]) -> None:
-    for name, part in value.items():
-        dotted, pad = f"{key}.{name}" if key else name, "  " * depth
-        if isinstance(part, dict) and part:
-            rows.append(f"{pad}{dump_value(name)}:")
-            _render(part, dotted, depth + 1, origins, rows)
-        elif isinstance(part, list) and any(isinstance(item, dict) for item in part):
-            rows.append(f"{pad}{dump_value(name)}:")
-            for i, item in enumerate(part):
-                inner: list[str] = []
-                _render(item, f"{dotted}.{i}", 0, origins, inner)
-                rows.extend(f"{pad}  {'- ' if n == 0 else '  '}{row}" for n, row in enumerate(inner))
-        else:
-            rows.append(f"{pad}{dump_value(name)}: {dump_value(part)}  # {origins.get(dotted, 'default')}")
-
-
-_EXPECTED = {
-    "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number",
-    "finite_number": "a finite number", "bool_type": "true or false", "string_type": "text",
-    "tuple_type": "a list", "list_type": "a list", "dict_type": "key: value pairs", "model_type": "key: value pairs",
-    "model_attributes_type": "key: value pairs", "string_too_short": "text that is not empty",
-    "string_pattern_mismatch": "letters, digits, '.', '_' and '-'",
-}  # fmt: skip
-_BOUNDS = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}
-
-
-def _expected(kind: str, context: Mapping[str, Any], message: str) -> str:
-    if kind in _EXPECTED:
-        return _EXPECTED[kind]
-    if kind == "literal_error":
-        return f"one of {context['expected'].replace(' or ', ', ')}"
-    if kind in _BOUNDS:
-        return f"a number {_BOUNDS[kind]} {next(iter(context.values())):g}"
-    if kind in ("too_short", "too_long"):
-        limit = context.get("min_length", context.get("max_length"))
-        return f"{'at least' if kind == 'too_short' else 'at most'} {limit} item{'s' if limit != 1 else ''}"
-    return message
-
-
-def _found(value: Any) -> str:
-    kinds = {dict: "key: value pairs", list: "a list", str: "text", bool: "true or false"}
-    if value is None:
-        return "nothing"
-    if isinstance(value, (dict, list)):
-        return kinds[type(value)] if value else f"an empty {type(value).__name__}"
-    name = kinds.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
-    return f"{value!r} ({name})"
-
-
-def _explain(error: ValidationError, origins: Mapping[str, str], where: str, model: type[Section]) -> ConfigError:
-    """One sentence for the first problem: file and line, dotted key, found, expected, or the closest key."""
-    problems = error.errors(include_url=False)
-    first = problems[0]
-    key = ".".join(map(str, first["loc"]))
-    more = f" ({len(problems) - 1} more like it follow{'s' if len(problems) == 2 else ''})" if len(problems) > 1 else ""
-    inside = (origin for name, origin in origins.items() if name.startswith(f"{key}."))
-    place = origins.get(key) or next(inside, "") or where or "config"
-    if first["type"] == "extra_forbidden":
-        return ConfigError(f"Unknown key {key!r}", where=place, do=_closest(first["loc"], model) + more)
-    if first["type"] == "missing" and isinstance(first["loc"][-1], int):
-        pair = ".".join(map(str, first["loc"][:-1]))
-        return ConfigError(
-            f"The value of {pair!r} is wrong", where=origins.get(pair) or where or "config",
-            why=f"found {dump_value(first['input'])}, expected 2 numbers",
-            do=_described(first["loc"][:-1], model) + more,
-        )  # fmt: skip
-    if first["type"] == "missing":
-        return ConfigError(
-            f"The key {key!r} is missing", where=where or "config", do=_described(first["loc"], model) + more
-        )
-    return ConfigError(
-        f"The value of {key!r} is wrong",
-        where=place,
-        why=f"found {_found(first['input'])}, expected " + _expected(first["type"], first.get("ctx", {}), first["msg"]),
-        do=_described(first["loc"], model) + more,
-    )
-
-
-def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (dotted key, description) of every field below `model`; items of a list are `0`, of a mapping `NAME`."""
-    for name, info in model.model_fields.items():
-        key = f"{prefix}.{name}" if prefix else name
-        yield key, info.description or ""
-        inner = info.annotation
-        if inner == tuple[RewardConfig, ...]:
-            yield from _keys(RewardConfig, f"{key}.0")
-        elif get_args(inner)[1:] == (RewardConfig,):  # by names of the user's
-            yield from _keys(RewardConfig, f"{key}.NAME")
-        elif isinstance(inner, type) and issubclass(inner, BaseModel):
-            yield from _keys(inner, key)
-
-
-def _generic(loc: Sequence[int | str], model: type[BaseModel]) -> list[str]:
-    field = model.model_fields.get(str(loc[0])) if loc else None
-    named = field is not None and get_args(field.annotation)[1:] == (RewardConfig,)
-    return ["0" if isinstance(part, int) else "NAME" if named and i == 1 else part for i, part in enumerate(loc)]
-
-
-def _described(loc: Sequence[int | str], model: type[RunConfig]) -> str:
-    text = dict(_keys(model)).get(".".join(_generic(loc, model)), "")
-    return (
-        f"Meaning: {text[0].lower() if text[1:2].islower() else text[:1]}{text[1:].removesuffix('.')}" if text else ""
-    )
-
-
-def _closest(loc: Sequence[int | str], model: type[RunConfig]) -> str:
-    """Suggest the key of that name in another section, else the closest one in the same section."""
-    *parents, last = _generic(loc, model)
-    known = dict(_keys(model))
-    section = ".".join(parents)
-    elsewhere = [key for key in known if key.rpartition(".")[2] == last and not re.search(r"\.(0|NAME)\.", key)]
-    if len(elsewhere) == 1:
-        return f"Did you mean {elsewhere[0]!r}?"
-    here = [key for key in known if key.rpartition(".")[0] == section]
-    hint = suggest(f"{section}.{last}" if section else last, here)
-    if ".NAME." in hint:
-        return hint.replace(".NAME.", f".{loc[1]}.")
-    return hint.replace(".0.", f".{next(part for part in loc if isinstance(part, int))}.") if ".0." in hint else hint

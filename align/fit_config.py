@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from align.config import Bool, CheckpointConfig, Float, Int, LoraConfig, OptimizerConfig, RunConfig, Section
+from align.config import Bool, CheckpointConfig, Float, Int, LoraConfig, OptimizerConfig, RunConfig, RunName, Section
 
 __all__ = ["FitConfig"]
 
@@ -151,13 +151,10 @@ class FitTrackingConfig(Section):
 class FitConfig(RunConfig):
     """A reward fitted to what people said: one latent, whatever the protocols."""
 
-    about: str = Field(default="", description="One line on what the recipe is for, shown by `align configs list`.")
     trainer: Literal["fit"] = Field(default="fit", description="What the config is for.")
-    name: str = Field(
-        default="fit", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="Name of the run, of its folder in runs/, and of the reward's scores.",
-    )  # fmt: skip
-    seed: Int = Field(default=0, ge=0, lt=2**63, description="Seed from which every random draw of the run is derived.")
+    name: RunName = Field(
+        default="fit", description="Name of the run, of its folder in runs/, and of the reward's scores."
+    )
     steps: Int = Field(default=300, ge=1, description="Optimizer updates.")
     batch_size: Int = Field(default=256, ge=1, description="Answers of an update.")
     data: FitDataConfig = Field(description="What people said.")

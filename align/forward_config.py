@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from align.config import Float, Int, SamplerConfig, Section, VisualConfig
+from align.config import Float, Int, RunName, SamplerConfig, Section, VisualConfig
 
 __all__ = ["ForwardConfig", "ForwardObjectiveConfig"]
 
@@ -50,11 +50,7 @@ class ForwardConfig(VisualConfig):
     """A run that learns from clean samples and their rewards."""
 
     trainer: Literal["forward"] = Field(default="forward", description="The training loop.")
-    name: str = Field(
-        default="forward",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="Name of the run and of its folder in runs/.",
-    )
+    name: RunName = "forward"
     updates_per_step: Int = Field(
         default=1, ge=1, description="Optimizer updates of a rollout, on disjoint parts of it."
     )

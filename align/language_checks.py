@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.checks import Finding, mask_findings
+from align.checks import Finding, errors_first, judged, mask_findings
 from align.errors import AlignError, ConfigError
 from align.language_config import BCOConfig, DPOConfig, KTOConfig, LanguageConfig, SFTConfig
 from align.rluf_checks import check_rluf
@@ -40,8 +39,7 @@ def check_language_config(
         found += _reference(config)
     if files:
         found += _files(config)
-    order = ("error", "warning", "note")
-    return sorted(found, key=lambda finding: order.index(finding.level))
+    return errors_first(found)
 
 
 def require_divisible(config: LanguageConfig, processes: int) -> None:
@@ -284,6 +282,5 @@ def describe_language_config(config: LanguageConfig, findings: list[Finding]) ->
         "kind": "config", "name": config.name, "trainer": config.trainer, "steps": config.steps,
         "epochs": config.epochs, "batch_size": config.batch_size, "microbatch": config.microbatch,
         "accumulation": config.batch_size // config.microbatch, "forwards": forwards,
-        "findings": [asdict(finding) for finding in findings],
-        "valid": all(finding.level != "error" for finding in findings),
+        **judged(findings),
     }  # fmt: skip

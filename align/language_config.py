@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from align.config import Bool, CheckpointConfig, Float, Int, LoraConfig, RunConfig, Section, SparsityConfig
+from align.config import Bool, CheckpointConfig, Float, Int, LoraConfig, RunConfig, RunName, Section, SparsityConfig
 
 __all__ = [
     "BCOConfig", "BCOObjectiveConfig", "DPOConfig", "DPOObjectiveConfig", "KTOConfig", "KTOObjectiveConfig",
@@ -178,12 +178,6 @@ class LanguageConfig(RunConfig):
 
     language = True
 
-    about: str = Field(default="", description="One line on what the recipe is for, shown by `align configs list`.")
-    trainer: str = Field(description="The training loop.")
-    name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its folder in runs/."
-    )
-    seed: Int = Field(default=0, ge=0, lt=2**63, description="Seed from which every random draw of the run is derived.")
     epochs: Int = Field(default=1, ge=1, description="Passes over the data, each in an order of its own.")
     steps: Int | None = Field(default=None, ge=1, description="Updates; null is as many as the epochs hold.")
     batch_size: Int = Field(default=32, ge=1, description="Rows (dpo: pairs) of an update, over all processes.")
@@ -204,11 +198,7 @@ class KTOConfig(LanguageConfig):
     """A KTO run on thumbs."""
 
     trainer: Literal["kto"] = Field(default="kto", description="The training loop.")
-    name: str = Field(
-        default="kto",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="Name of the run and of its folder in runs/.",
-    )
+    name: RunName = "kto"
     objective: KTOObjectiveConfig = Field(default=KTOObjectiveConfig(), description="The objective.")
     reference: ReferenceConfig = Field(default=ReferenceConfig(), description="The reference model.")
 
@@ -217,11 +207,7 @@ class BCOConfig(LanguageConfig):
     """A BCO run on thumbs or scores."""
 
     trainer: Literal["bco"] = Field(default="bco", description="The training loop.")
-    name: str = Field(
-        default="bco",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="Name of the run and of its folder in runs/.",
-    )
+    name: RunName = "bco"
     optimizer: LanguageOptimizerConfig = Field(default=LanguageOptimizerConfig(lr=5e-7), description="The optimizer.")
     objective: BCOObjectiveConfig = Field(default=BCOObjectiveConfig(), description="The objective.")
     reference: ReferenceConfig = Field(default=ReferenceConfig(), description="The reference model.")
@@ -231,11 +217,7 @@ class DPOConfig(LanguageConfig):
     """A DPO run on pairs."""
 
     trainer: Literal["dpo"] = Field(default="dpo", description="The training loop.")
-    name: str = Field(
-        default="dpo",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="Name of the run and of its folder in runs/.",
-    )
+    name: RunName = "dpo"
     objective: DPOObjectiveConfig = Field(default=DPOObjectiveConfig(), description="The objective.")
     reference: ReferenceConfig = Field(default=ReferenceConfig(), description="The reference model.")
 
@@ -244,9 +226,5 @@ class SFTConfig(LanguageConfig):
     """Supervised fine-tuning on completions; of rows with thumbs, on those that are up."""
 
     trainer: Literal["sft"] = Field(default="sft", description="The training loop.")
-    name: str = Field(
-        default="sft",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="Name of the run and of its folder in runs/.",
-    )
+    name: RunName = "sft"
     optimizer: LanguageOptimizerConfig = Field(default=LanguageOptimizerConfig(lr=1e-5), description="The optimizer.")

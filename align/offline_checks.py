@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from align.checks import Finding, mask_findings, model_folder, unknown_rewards
+from align.checks import Finding, errors_first, judged, mask_findings, model_folder, unknown_rewards
 from align.errors import AlignError
 from align.offline_config import OfflineConfig
 from align.published import is_builtin
@@ -45,8 +44,7 @@ def check_offline_config(
         found += unknown_rewards(config, ("heldout_rewards",), reward_names)
     if files:
         found += [*_rows(config), *model_folder(config.model.path)]
-    order = ("error", "warning", "note")
-    return sorted(found, key=lambda finding: order.index(finding.level))
+    return errors_first(found)
 
 
 def _objective(config: OfflineConfig) -> list[Finding]:
@@ -137,8 +135,7 @@ def describe_offline_config(config: OfflineConfig, findings: list[Finding]) -> d
     return {
         "kind": "config", "name": config.name, "trainer": config.trainer, "loss": config.objective.loss,
         "steps": config.steps, "batch_size": config.batch_size, "ledger": offline_ledger(config),
-        "findings": [asdict(finding) for finding in findings],
-        "valid": all(finding.level != "error" for finding in findings),
+        **judged(findings),
     }  # fmt: skip
 
 

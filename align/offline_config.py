@@ -15,6 +15,7 @@ from align.config import (
     OptimizerConfig,
     RewardConfig,
     RunConfig,
+    RunName,
     Section,
     SparsityConfig,
     TrackingConfig,
@@ -112,14 +113,8 @@ class OfflineBatchConfig(Section):
 class OfflineConfig(RunConfig):
     """A run that learns from thumbs or pairs of images. `batch_size` counts rows over all processes."""
 
-    about: str = Field(default="", description="One line on what the recipe is for, shown by `align configs list`.")
     trainer: Literal["offline"] = Field(default="offline", description="The training loop.")
-    name: str = Field(
-        default="offline",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="Name of the run and of its folder in runs/.",
-    )
-    seed: Int = Field(default=0, ge=0, lt=2**63, description="Seed from which every random draw of the run is derived.")
+    name: RunName = "offline"
     steps: Int = Field(default=500, ge=1, description="Training steps, an update each.")
     batch_size: Int = Field(default=64, ge=1, description="Thumbs (dpo: pairs) of an update, over all processes.")
     model: ModelConfig = Field(description="The model to align.")

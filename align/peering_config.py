@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from align.config import CheckpointConfig, Float, Int, OptimizerConfig, RunConfig, Section
+from align.config import CheckpointConfig, Float, Int, OptimizerConfig, RunConfig, RunName, Section
 from align.errors import ConfigError
 from align.fit_config import FitConfig, FitDataConfig, FitModelConfig, FitObjectiveConfig, FitSplitConfig, require_fit
 
@@ -67,12 +67,8 @@ class PeeringSelectionConfig(Section):
 class PeeringConfig(RunConfig):
     """Ratings against rankings: a reward of each, what each selects, and who wins under which protocol."""
 
-    about: str = Field(default="", description="One line on what the recipe is for, shown by `align configs list`.")
     trainer: Literal["peering"] = Field(default="peering", description="What the config is for.")
-    name: str = Field(
-        default="peering", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its folder."
-    )
-    seed: Int = Field(default=0, ge=0, lt=2**63, description="Seed from which every random draw of the run is derived.")
+    name: RunName = "peering"
     steps: Int = Field(default=300, ge=1, description="Optimizer updates of each fit.")
     batch_size: Int = Field(default=256, ge=1, description="Answers of an update.")
     data: PeeringDataConfig = Field(default=PeeringDataConfig(), description="The answers.")

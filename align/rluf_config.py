@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from align.config import Float, Int, RewardConfig, Section, TextMonitorConfig
+from align.config import Float, Int, RewardConfig, RunName, Section, TextMonitorConfig
 from align.language_config import (
     LanguageConfig,
     LanguageEvaluationConfig,
@@ -70,11 +70,7 @@ class RLUFConfig(LanguageConfig):
     """An RLUF run. `batch_size` and `microbatch` count prompts over all processes."""
 
     trainer: Literal["rluf"] = Field(default="rluf", description="The training loop.")
-    name: str = Field(
-        default="rluf",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="Name of the run and of its folder in runs/.",
-    )
+    name: RunName = "rluf"
     rewards: dict[Label, RewardConfig] = Field(
         min_length=1,
         description="Rewards by a name of yours, such as love; one with role gate is a judge, which passes above 0.",

@@ -1,7 +1,7 @@
-"""What people said as observations of one latent, and what of it is held out.
+"""What people said as observations of one latent, and what of it a fit is trained on.
 
 Events stay what they are: a thumb, a rating, a comparison and a ranking are four kinds of observation of the same
-outputs. Rows are held out by prompt, person or time, so that no held-out row has a sibling in training.
+outputs.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from align.feedback.events import FeedbackEvent, Item
 from align.feedback.exchange import Reading, Row, read_feedback, read_table
 from align.feedback.store import Store
 from align.feedback.views import shown_of
-from align.fit_config import FitConfig, FitDataConfig, FitSplitConfig
+from align.fit_config import FitConfig, FitDataConfig
 from align.seeding import uniform
 from rewards.plove import keep_negatives
 
 KINDS = ("thumb", "silence", "rating", "comparison", "ranking")
-PARTS = ("train", "calibration", "heldout")
 _STORES = (".db", ".sqlite", ".sqlite3")
 _PAIR_COLUMNS = ("margin", "weight", "tie", "share")
 
@@ -278,104 +277,7 @@ def _require_one_scale(rows: Sequence[Observation]) -> None:
         )  # fmt: skip
 
 
-# --- the split --------------------------------------------------------------------------------------
-
-
-def split_rows(rows: Sequence[Observation], config: FitSplitConfig, seed: int) -> tuple[dict[str, list[int]], int]:
-    """Return the places of the rows of each part, and how many fell between parts and were dropped.
-
-    A prompt or a person belongs to one part by a hash of its name, so that more data does not move it; times are cut
-    at their quantiles, the newest held out.
-
-    Raises:
-        DataError: rows without a person or a time to split by, one person with all of the data, or an empty part.
-    """
-    cuts = (1 - config.heldout - config.calibration, 1 - config.heldout)
-    chosen = []
-    for axis in config.by:
-        if axis == "time":
-            chosen.append(_by_time(rows, cuts))
-        else:
-            names = [row.prompt if axis == "prompt" else row.user for row in rows]
-            _require_names(names, axis)
-            part = {name: _part(uniform(seed, "split", axis, name), cuts) for name in set(names)}
-            chosen.append([part[name] for name in names])
-    parts: dict[str, list[int]] = {name: [] for name in PARTS}
-    dropped = 0
-    for i, places in enumerate(zip(*chosen, strict=True)):
-        if len(set(places)) == 1:
-            parts[PARTS[places[0]]].append(i)
-        else:
-            dropped += 1
-    for name in PARTS:
-        if not parts[name] and not (name == "calibration" and config.calibration == 0):
-            raise DataError(
-                f"The split leaves no rows for {name}", where=f"split.by {', '.join(config.by)}",
-                why=f"{len(rows)} rows, {dropped} of them between parts", do="Give more data, or split by less",
-            )  # fmt: skip
-    return parts, dropped
-
-
-def _part(at: float, cuts: tuple[float, float]) -> int:
-    return int(at >= cuts[0]) + int(at >= cuts[1])
-
-
-def _by_time(rows: Sequence[Observation], cuts: tuple[float, float]) -> list[int]:
-    ts = _times(rows, "split.by")
-    if ts.min() == ts.max():
-        raise DataError(
-            "These rows cannot be split by time", where="split.by", why="all have the same time",
-            do="Split by prompt or user",
-        )  # fmt: skip
-    edges = np.quantile(ts, cuts, method="inverted_cdf")
-    return ((ts > edges[0]).astype(int) + (ts > edges[1]).astype(int)).tolist()
-
-
-def _times(rows: Sequence[Observation], where: str) -> np.ndarray:
-    ts = np.array([row.ts for row in rows], dtype=np.int64)
-    if unknown := int((ts == 0).sum()):
-        raise DataError(
-            "These rows cannot be split by time", where=where, why=f"{unknown} of {len(ts)} have no time",
-            do="Split by prompt or user, or give the log's own times as ts",
-        )  # fmt: skip
-    return ts
-
-
-def _require_names(names: Sequence[str], axis: str) -> None:
-    counts = Counter(names)
-    if axis == "user" and counts.get(""):
-        raise DataError(
-            "These rows cannot be split by user", where="split.by", why=f"{counts['']} of {len(names)} name nobody",
-            do="Split by prompt, or add the annotators",
-        )  # fmt: skip
-    if len(counts) < 3:
-        name, most = counts.most_common(1)[0]
-        raise DataError(
-            f"There are too few {axis}s to hold any out", where="split.by",
-            why=f"{len(counts)} {axis}{'s' * (len(counts) > 1)}, {name or 'one'} with {most} of {len(names)} rows",
-            do="Split by something else, or collect from more",
-        )  # fmt: skip
-
-
-def require_apart(train: Sequence[Observation], heldout: Sequence[Observation], by: Sequence[str]) -> None:
-    """Refuse a held-out file that shares with training what it was to be split by.
-
-    Raises:
-        DataError: with counts; or there are rows without a time, and time was to split them.
-    """
-    for axis in by:
-        if axis == "time":
-            shared = int((_times(heldout, "split.heldout_path") <= _times(train, "data.paths").max()).sum())
-            what = "rows that are older than the newest of training"
-        else:
-            known = {row.prompt if axis == "prompt" else row.user for row in train}
-            shared = sum((row.prompt if axis == "prompt" else row.user) in known for row in heldout)
-            what = f"rows whose {axis} is in training too"
-        if shared:
-            raise DataError(
-                "The split leaks", where="split.heldout_path", why=f"{shared} of {len(heldout)} are {what}",
-                do="Leave them out, or let split.by and split.heldout do it",
-            )  # fmt: skip
+# --- what is trained on ------------------------------------------------------------------------------
 
 
 def occurrences(values: Iterable[Hashable]) -> list[int]:

@@ -36,7 +36,8 @@ from rewards.evaluate import (
     rank_correlation,
     signed_pairs,
 )
-from rewards.fit_data import FitData, Observation, load_data, split_rows
+from rewards.fit_data import FitData, Observation, load_data
+from rewards.fit_split import split_rows
 from rewards.fitted import Fitted, calibrated
 from rewards.outputs import TEXTS, content_keys, load_outputs
 from rewards.probes import probe_brightness, probe_length, probe_prompts

@@ -40,9 +40,11 @@ from align.tracking import replace_text
 from align.types import Samples
 from rewards import get_reward
 from rewards.evaluate import auroc, debiased_calibration_error
-from rewards.fit import fit_reward, sample_of
-from rewards.fit_data import FitData, observe, split_rows
+from rewards.fit import fit_reward
+from rewards.fit_data import FitData, observe
+from rewards.fit_split import split_rows
 from rewards.fitted import calibrated
+from rewards.outputs import sample_of
 
 CAMPAIGN = "always-up-"
 HONEST = SimulationConfig(

@@ -29,10 +29,10 @@ import numpy as np
 import torch
 from measuring import cost, over_rounds
 
-from align.checks import trained_step_count
 from align.config import load_config
 from align.diffusion.rollout import initial_noise, sample
 from align.diffusion.schedules import trained_subset
+from align.ledger import trained_step_count
 from align.run import describe_machine
 from align.seeding import permutation
 from trainers import DanceGRPO

@@ -31,11 +31,11 @@ import numpy as np
 from torch import Tensor
 
 from align import guards
-from align.checks import clip_nats, trained_step_count
 from align.config import DanceGRPOConfig
 from align.diffusion.kernels import StepTable, step_table
 from align.diffusion.rollout import Replayed, Rollout, Tile, reference_output, replay, tiles
 from align.diffusion.schedules import compressed, trained_subset, window_at
+from align.ledger import clip_nats, trained_step_count
 from align.run import Run
 from align.types import StepStats, max_or_nan
 from trainers.objectives import LOSSES, Steps, Terms, adapt_clip, clip_bounds, gaussian_kl, velocity_distance

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from align import guards
 from align.averaging import Average
-from align.checks import feq_ledger, require_valid
+from align.checks import require_valid
 from align.config import VisualConfig, load_config
 from align.diffusion.kernels import StepTable
 from align.diffusion.memory import rows_that_fit
@@ -32,6 +32,7 @@ from align.errors import ConfigError
 from align.groupstats import bootstrap_mean, masked_mean, masked_std
 from align.images import require_first_frame
 from align.launch import World, join_world, meeting
+from align.ledger import feq_ledger
 from align.prompts import PromptSet, short_repr
 from align.run import Run, claiming
 from align.seeding import permutation

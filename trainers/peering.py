@@ -45,7 +45,8 @@ from align.tracking import replace_text
 from rewards.base import get_reward
 from rewards.evaluate import pair_accuracy
 from rewards.fit import fit_reward
-from rewards.fit_data import load_data, read_said, split_rows
+from rewards.fit_data import load_data, read_said
+from rewards.fit_split import split_rows
 from rewards.outputs import sample_of
 from rewards.scoring import score_sources
 from rewards.sources import Source

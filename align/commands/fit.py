@@ -78,8 +78,8 @@ def fit_arguments(parser: argparse.ArgumentParser) -> None:
 
 def plan_fit(config: Any) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """Return what a fit would learn from, and the same as people read it."""
-    from rewards.fit import parts_of
     from rewards.fit_data import load_data
+    from rewards.fit_split import parts_of
 
     data = load_data(config.data.paths, config.data)
     data, parts, dropped = parts_of(config, data)

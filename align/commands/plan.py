@@ -133,9 +133,9 @@ def describe_job(config: Any) -> tuple[Job, dict[str, Any]]:
 
 
 def _visual(config: Any) -> tuple[Job, dict[str, Any]]:
-    from align.checks import feq_ledger
     from align.diffusion.footprint import ENCODERS, architecture, blocks
     from align.diffusion.policy import resolve_model
+    from align.ledger import feq_ledger
     from align.offline_checks import offline_ledger
     from align.published import denoiser_size, is_builtin, latent_shape, published
 

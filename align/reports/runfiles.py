@@ -11,6 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from align.config_sources import leaves
 from align.errors import AlignError, ConfigError
 from align.reports.charts import Series
 from align.reports.glossary import explain
@@ -107,18 +108,8 @@ def _config(files: RunFiles) -> list[Row]:
         return []
     return [
         {"key": key, "value": json.dumps(value, ensure_ascii=False), "origin": document.comments.get(key, "")}
-        for key, value in _leaves(document.value, "")
+        for key, value in leaves(document.value)
     ]
-
-
-def _leaves(value: Any, key: str) -> list[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        parts = list(value.items())
-    elif isinstance(value, list) and any(isinstance(part, dict) for part in value):
-        parts = [(str(i), part) for i, part in enumerate(value)]
-    else:
-        return [(key, value)]
-    return [leaf for name, part in parts for leaf in _leaves(part, f"{key}.{name}" if key else name)]
 
 
 def _sheets(files: RunFiles) -> list[Sheet]:

@@ -16,8 +16,12 @@ from align.config import load_config
 from align.errors import ConfigError
 from align.feedback.events import FeedbackEvent, Item
 from align.feedback.store import Store
+from align.launch import World
 from align.weights import load_tensors
 from rewards import embeddings, fit, get_reward
+from rewards.fit_answers import Answers, batch_loss, pack
+from rewards.fit_data import Observation
+from rewards.fit_latent import Latent
 from tests.people import START
 from tests.unit import test_fit_towers as towers
 from tests.unit.test_text_rewards import save
@@ -214,26 +218,26 @@ def test_what_cannot_be_shared_is_refused(tmp_path):
 
 def test_parts_of_a_batch_add_up_to_it():
     """The loss of two processes' parts, statistics included, is that of one, whatever the rows are."""
-    rows = [fit.Observation("thumb", ("a",), 1.0, "p", "u"), fit.Observation("comparison", ("a", "b"), 1.0, "p"),
-            fit.Observation("rating", ("b",), (2, 4), "p"), fit.Observation("thumb", ("b",), 0.0, "p", "u", weight=2.0),
-            fit.Observation("ranking", ("a", "b"), (2, 1), "p")]  # fmt: skip
+    rows = [Observation("thumb", ("a",), 1.0, "p", "u"), Observation("comparison", ("a", "b"), 1.0, "p"),
+            Observation("rating", ("b",), (2, 4), "p"), Observation("thumb", ("b",), 0.0, "p", "u", weight=2.0),
+            Observation("ranking", ("a", "b"), (2, 1), "p")]  # fmt: skip
     own = load_config({"trainer": "fit", "data": {"paths": ["x"]}, "users": {"effects": True}})
-    packed = fit.pack(rows, {"a": 0, "b": 1}, {"u": 0}, own)
+    packed = pack(rows, {"a": 0, "b": 1}, {"u": 0}, own)
     import numpy as np
 
-    answers = fit.Answers(own, packed, 4, 0.5, (np.ones(1), 0.7))
+    answers = Answers(own, packed, 4, 0.5, (np.ones(1), 0.7))
     value = torch.tensor([0.3, -0.2])
-    latent = fit.Latent({}, lambda places: value[list(places)], lambda folder: None)
+    latent = Latent({}, lambda places: value[list(places)], lambda folder: None)
     chosen = [4, 2, 0, 1, 3]
-    whole, stats = fit.batch_loss(answers, latent, packed, chosen)
+    whole, stats = batch_loss(answers, latent, packed, chosen)
 
-    class Part(fit.World):
+    class Part(World):
         def add(self, tensor):  # the others' part is added below
             parts.append(tensor.clone())
             return tensor
 
     parts: list[torch.Tensor] = []
-    losses = [fit.batch_loss(answers, latent, packed, chosen, Part(rank, 2))[0] for rank in range(2)]
+    losses = [batch_loss(answers, latent, packed, chosen, Part(rank, 2))[0] for rank in range(2)]
     assert sum(losses).item() == pytest.approx(whole.item(), abs=1e-6)
     kinds = ["ranking", "rating", "thumb", "comparison"]
     counts = torch.tensor([1.0, 1, 2, 1])

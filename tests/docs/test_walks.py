@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from align.checks import feq_ledger
 from align.commands.plan import make_plan
 from align.config import load_config
+from align.ledger import feq_ledger
 from tests.docs.blocks import ROOT, page_blocks
 from tests.docs.running import _shell
 

@@ -337,14 +337,15 @@ def test_a_closed_pipe_is_no_error():
 
 
 def test_docs_name_every_verb_flag_and_config_field():
-    from align.config import DanceGRPOConfig, _keys
+    from align.config import DanceGRPOConfig
+    from align.config_errors import described_keys
 
     text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     for verb in _VERBS:
         assert f"`align {verb}" in text
-    for key, description in _keys(DanceGRPOConfig):
+    for key, description in described_keys(DanceGRPOConfig):
         if f"`{key}" not in text:
-            assert any(other.startswith(f"{key}.") for other, _ in _keys(DanceGRPOConfig)), key
+            assert any(other.startswith(f"{key}.") for other, _ in described_keys(DanceGRPOConfig)), key
         elif f"\n| `{key}` |" in text:
             assert f"| {description} |" in text, key
 

@@ -12,19 +12,15 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.checks import (
-    advantage_bound,
-    check_config,
-    clip_nats,
-    feq_ledger,
-    latent_dim,
-    require_valid,
-    trained_step_count,
-)
-from align.config import DanceGRPOConfig, _keys, config_origins, diff_configs, list_recipes, load_config, save_config
+from align.checks import check_config, require_valid
+from align.config import DanceGRPOConfig, config_origins, diff_configs, load_config, save_config
+from align.config_errors import described_keys
 from align.errors import ConfigError
-from align.recipes import copy_recipe, read_recipe
+from align.ledger import clip_nats, feq_ledger, trained_step_count
+from align.published import latent_dim
+from align.recipes import copy_recipe, list_recipes, read_recipe
 from align.textfiles import dump_value, parse_yaml
+from align.visual_checks import advantage_bound
 
 BASE = {
     "model": {"path": "digits"},
@@ -119,6 +115,17 @@ def test_an_unknown_key_names_file_and_line(tmp_path: Path):
     path.write_text("model: {path: digits}\nprompts: {path: digits}\nrewards:\n  - name: a\n    wait: 1\n")
     message = refused(path)
     assert f"({path}:5)" in message and "rewards.0.weight" in message
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"modle": {"path": "digits"}}, "Unknown key 'modle' (Python). Did you mean 'model'?"),
+        ({"model": {"pth": "digits"}}, "Unknown key 'model.pth' (Python). Did you mean 'model.path'?"),
+    ],
+)
+def test_a_mistyped_key_that_is_needed_is_named_as_it_was_written(given: dict, sentence: str):
+    assert sentence in refused({"prompts": {"path": "digits"}, "rewards": [{"name": "a"}], **given})
 
 
 def test_missing_and_several_problems_are_counted():
@@ -324,7 +331,7 @@ def test_the_demo_trains_as_the_recommended_recipe_does():
 
 
 def test_every_field_is_described_in_one_sentence():
-    for key, description in _keys(DanceGRPOConfig):
+    for key, description in described_keys(DanceGRPOConfig):
         assert description.endswith(".") and description.count(". ") == 0, key
 
 

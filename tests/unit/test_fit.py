@@ -23,7 +23,11 @@ from align.run import Run
 from align.types import Samples
 from rewards import embeddings, fit, get_reward
 from rewards.base import score_safely
-from rewards.fit_data import Observation, load_data, occurrences, require_apart, split_rows, thin
+from rewards.fit_answers import Answers, batch_loss, pack
+from rewards.fit_card import calibration_notes
+from rewards.fit_data import Observation, load_data, occurrences, thin
+from rewards.fit_latent import Latent
+from rewards.fit_split import require_apart, split_rows
 from tests.people import START, accounted, pairs, rankings, ratings, sigmoid, thumbs, world, write_rows
 
 ITEMS, QUALITY = world()
@@ -113,7 +117,7 @@ def test_margins_weights_and_shares_of_a_file_are_read(tmp_path):
     assert [(r.value, r.margin, r.weight) for r in (found.rows[0], found.rows[30], found.rows[50])] == [
         (1.0, 1.5, 2.0), (0.9, None, 1.0), (0.5, 0.0, 1.0)
     ]  # fmt: skip
-    packed = fit.pack(found.rows, {n: i for i, n in enumerate(found.items)}, {}, config("x", "objective.margin=0.3"))
+    packed = pack(found.rows, {n: i for i, n in enumerate(found.items)}, {}, config("x", "objective.margin=0.3"))
     assert packed.margin_N[[0, 30, 50]].tolist() == pytest.approx([1.5, 0.3, 0.0])
     fit.fit_reward(config(str(tmp_path / "pairs.jsonl")), tmp_path / "run")
     scores = get_reward("fitted", path=str(tmp_path / "run")).score(Samples(["p", "p"], texts=["good", "bad"]))
@@ -181,12 +185,10 @@ def test_rates_of_mistakes_are_fitted_and_in_the_card(tmp_path):
 
 
 def test_a_calibration_of_one_class_is_warned_of_with_counts(tmp_path):
-    rows = fit.load_data([store(tmp_path, thumbs(ITEMS, QUALITY, users=8))], config("x").data).rows
+    rows = load_data([store(tmp_path, thumbs(ITEMS, QUALITY, users=8))], config("x").data).rows
     ups = [row for row in rows if row.value == 1]
-    assert fit._calibration_notes(ups, config("x"))[0].startswith(f"{len(ups)} of {len(ups)} thumbs")
-    assert (
-        fit._calibration_notes(rows, config("x")) == [] == fit._calibration_notes(ups, config("x", "calibration=none"))
-    )
+    assert calibration_notes(ups, config("x"))[0].startswith(f"{len(ups)} of {len(ups)} thumbs")
+    assert calibration_notes(rows, config("x")) == [] == calibration_notes(ups, config("x", "calibration=none"))
 
 
 def test_silence_may_be_unlabelled(tmp_path):
@@ -602,15 +604,15 @@ def test_a_config_that_contradicts_itself_is_refused(tmp_path):
 def test_gradients_of_a_mixed_batch_are_those_of_finite_differences():
     """The assembled loss against its own numerical derivative, over all kinds of answers at once."""
     rows = [
-        fit.Observation("thumb", ("a",), 1.0, "p", "u"), fit.Observation("rating", ("b",), (2, 4), "p", "u"),
-        fit.Observation("comparison", ("a", "b"), 1.0, "p", margin=0.2), fit.Observation("ranking", ("a", "b", "c"), (2, 1, 3), "p"),
+        Observation("thumb", ("a",), 1.0, "p", "u"), Observation("rating", ("b",), (2, 4), "p", "u"),
+        Observation("comparison", ("a", "b"), 1.0, "p", margin=0.2), Observation("ranking", ("a", "b", "c"), (2, 1, 3), "p"),
     ]  # fmt: skip
     own = config("x", "objective.centre=0.05")
-    packed = fit.pack(rows, {"a": 0, "b": 1, "c": 2}, {"u": 0}, own)
-    answers = fit.Answers(own, packed, 4, 0.5, (np.zeros(1), 0.7)).double()
+    packed = pack(rows, {"a": 0, "b": 1, "c": 2}, {"u": 0}, own)
+    answers = Answers(own, packed, 4, 0.5, (np.zeros(1), 0.7)).double()
     value = torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64, requires_grad=True)
-    latent = fit.Latent({}, lambda places: value[list(places)], lambda folder: None)
-    loss, stats = fit.batch_loss(answers, latent, packed, [0, 1, 2, 3])
+    latent = Latent({}, lambda places: value[list(places)], lambda folder: None)
+    loss, stats = batch_loss(answers, latent, packed, [0, 1, 2, 3])
     assert set(stats) == {"loss/thumb", "loss/rating", "loss/comparison", "loss/ranking"}
     loss.backward()
     for i in range(3):
@@ -618,6 +620,6 @@ def test_gradients_of_a_mixed_batch_are_those_of_finite_differences():
         for sign in (1, -1):
             with torch.no_grad():
                 value[i] += sign * 1e-5
-                moved.append(fit.batch_loss(answers, latent, packed, [0, 1, 2, 3])[0].item())
+                moved.append(batch_loss(answers, latent, packed, [0, 1, 2, 3])[0].item())
                 value[i] -= sign * 1e-5
         assert value.grad[i].item() == pytest.approx((moved[0] - moved[1]) / 2e-5, abs=1e-6)

@@ -16,7 +16,8 @@ from align.run import Run
 from align.types import Samples
 from align.weights import load_tensors
 from rewards import embeddings, fit, get_reward
-from rewards.fit_data import load_data, split_rows
+from rewards.fit_data import load_data
+from rewards.fit_split import split_rows
 from rewards.media import clip_pixels
 from rewards.placement import Placement
 from rewards.towers import load_towers

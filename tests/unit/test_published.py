@@ -11,12 +11,13 @@ import torch
 
 import tiny_images
 from align import published
-from align.checks import check_config, feq_ledger, require_valid
+from align.checks import check_config, require_valid
 from align.cli import main
 from align.config import LoraConfig, load_config
 from align.diffusion.families import FAMILIES, Size
 from align.diffusion.policy import add_lora, load_family, resolve_model
 from align.errors import ModelError
+from align.ledger import feq_ledger
 from align.published import PUBLISHED, denoiser_size, is_hub_name, latent_dim, training_memory
 from align.recipes import list_recipes
 

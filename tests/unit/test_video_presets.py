@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from align.checks import check_config, feq_ledger
+from align.checks import check_config
 from align.config import load_config
 from align.diffusion.families import FAMILIES, Size
+from align.ledger import feq_ledger
 from align.recipes import read_recipe
 from rewards.base import REWARDS
 
