@@ -580,6 +580,8 @@ def _load(source: str | Path | Mapping[str, Any], above: tuple[str, ...]) -> tup
     if name in above:
         raise ConfigError("A config extends itself", where=where, why=" -> ".join([*above, name]))
     under, under_origins, _ = _load(name, (*above, name))
+    under.pop("about", None)  # it tells of the other config
+    under_origins.pop("about", None)
     for key in [k for k in under_origins if _replaced(k, value)]:
         del under_origins[key]
     return _merged(under, value), {**under_origins, **origins}, where
