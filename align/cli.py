@@ -33,7 +33,7 @@ from align.commands import (
     sparsity,
 )  # fmt: skip
 from align.errors import AlignError, ConfigError
-from align.output import EXITS, INTERRUPTED, add_action, examples, sentence
+from align.output import EXITS, INTERRUPTED, add_action, examples, run_verb, sentence
 
 _EXTRAS = {
     "torch": "diffusion", "diffusers": "diffusion", "transformers": "diffusion", "peft": "diffusion",
@@ -64,9 +64,7 @@ def _run(arguments: list[str]) -> int:
 
             require_known(arguments[0], _VERBS, "verb")
         options = _parse(arguments)
-        code = options.run(options)
-        sys.stdout.flush()
-        return int(code)
+        return run_verb(options)
     except _Exit as done:
         return done.code
     except AlignError as error:

@@ -45,6 +45,8 @@ def read_values(
     if name in above:
         raise ConfigError("A config extends itself", where=where, why=" -> ".join([*above, name]))
     under, under_origins, _ = read_values(name, (*above, name))
+    under.pop("about", None)  # it tells of the other config
+    under_origins.pop("about", None)
     for key in [k for k in under_origins if _replaced(k, value)]:
         del under_origins[key]
     return _merged(under, value), {**under_origins, **origins}, where

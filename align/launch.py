@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from align.errors import AlignError, ConfigError, first_line
 from align.meetings import Meetings, gone, open_meetings, unmet
@@ -265,11 +265,14 @@ def launch_command(launcher: str, processes: int, arguments: Sequence[str]) -> t
     return [*command, "--module", "align.cli", *arguments], extra
 
 
-def run_launched(command: Sequence[str], environment: Mapping[str, str]) -> int:
+def run_launched(command: Sequence[str], environment: Mapping[str, str], stdout: TextIO | None = None) -> int:
     """Run a launch command to its end and return its exit code.
 
     SIGTERM, SIGINT, SIGUSR1 or SIGHUP asks all its processes to stop, as SIGUSR1 does each of them: the launchers
     themselves would kill them after 30 s, or not pass it on. A second one ends them.
+
+    Args:
+        stdout: where what they all write to stdout goes; this process's own when None.
 
     Returns:
         the launcher's exit code; 130 where it is 0 and a stop was asked for.
@@ -289,7 +292,7 @@ def run_launched(command: Sequence[str], environment: Mapping[str, str]) -> int:
 
         with heard(ask, (*SIGNALS, signal.SIGHUP)):  # before there is anything that a stop could leave behind
             handed = {**os.environ, **environment, _STOP_FILE: str(stop)}
-            started.append(subprocess.Popen(command, env=handed, start_new_session=True))
+            started.append(subprocess.Popen(command, env=handed, start_new_session=True, stdout=stdout))
             code = started[0].wait()
             return 130 if code == 0 and stop.exists() else code
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import sys
 from collections.abc import Sequence
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from align.errors import ConfigError
+
+_stdout: ContextVar[TextIO | None] = ContextVar("stdout", default=None)
+"""Where results go while a verb runs; None outside."""
 
 INTERRUPTED, HACKED = 130, 3
 """Exit codes of what was asked to stop, and of a run that the hack monitor stopped."""
@@ -36,16 +41,32 @@ def give(options: argparse.Namespace, found: Any, text: str, *, one_line: bool =
     if options.json is not None:
         document = json.dumps(found, indent=None if one_line else 2, default=str) + "\n"
         if options.json == "-":
-            sys.stdout.write(document)
-            return 0
+            return write_result(document)
         path = Path(options.json)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(document, encoding="utf-8")
         except OSError as error:
             raise ConfigError("The JSON file cannot be written", where=str(path), why=error.strerror or "") from error
-    sys.stdout.write(text + "\n")
+    return write_result(text + "\n")
+
+
+def write_result(text: str) -> int:
+    """Write to the stdout that the verb was started with."""
+    stream = _stdout.get() or sys.stdout
+    stream.write(text)
+    stream.flush()
     return 0
+
+
+def run_verb(options: argparse.Namespace) -> int:
+    """Run a verb: its result alone goes to stdout, for a parser to read; what libraries print goes to stderr."""
+    before = _stdout.set(sys.stdout)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            return int(options.run(options))
+    finally:
+        _stdout.reset(before)
 
 
 def dry(options: argparse.Namespace, verb: str, call: dict[str, Any]) -> int:

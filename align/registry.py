@@ -99,7 +99,9 @@ class Registry(Generic[T]):
                     f"The {self.kind} {name!r} cannot be loaded",
                     where=entry,
                     why=str(error),
-                    do="Install what it needs; `align doctor` lists what is missing",
+                    do="Start in the folder of that file, or put it on PYTHONPATH"
+                    if name == entry
+                    else "Install what it needs; `align doctor` lists what is missing",
                 ) from error
             self._entries[name] = entry = loaded
         return entry

@@ -422,6 +422,27 @@ class Progress:
         self.stream.flush()
 
 
+def counting(what: str, *, stream: TextIO | None = None, silent: bool = False) -> Callable[[int, int], None]:
+    """Return what is told (done, total) of work beside the steps, and says so with an ETA: nothing of what takes less
+    than `PLAIN_SECONDS`, then a line that often, renewed in place on a terminal."""
+    out = sys.stderr if stream is None else stream
+    began = written = time.perf_counter()
+    shown = False
+
+    def tell(done: int, total: int) -> None:
+        nonlocal written, shown
+        now, live = time.perf_counter(), out.isatty()
+        if done >= total:
+            out.write("\r\x1b[K" if shown and live else "")
+        elif not silent and now - written >= PLAIN_SECONDS:
+            written, shown = now, True
+            line = f"{what}  {done:,} of {total:,}  ETA {short_time((now - began) / done * (total - done))}"
+            out.write(f"\r{line}\x1b[K" if live else line + "\n")
+        out.flush()
+
+    return tell
+
+
 def progress_line(row: Mapping[str, Any], total: int, seconds_per_step: float) -> str:
     """Return the progress line of a metrics row; its ETA is the steps left times `seconds_per_step`."""
 

@@ -263,12 +263,27 @@ def find_factory(name: str) -> Callable[..., Reward]:
     Raises:
         ConfigError: an unknown reward, or one whose packages are not installed.
     """
-    if ":" in name and name not in REWARDS:
-        found: Any = Registry("reward", entries={name: name}).get(name)
-        about = (inspect.getdoc(found) or "a reward without a description").splitlines()[0]
-        unregistered = RewardCard(name, about, "unstated", "any", (name.rpartition(":")[2],), licence="unstated")
-        return _factory(getattr(found, "card", unregistered), found)
-    return _entry(name).load()
+    return _factory(*_placed(name)) if _is_place(name) else _entry(name).load()
+
+
+def card_of(name: str) -> RewardCard:
+    """Return the card of the reward `name`; of the two kinds, "package.module:name" alone is imported for it.
+
+    Raises:
+        ConfigError: an unknown reward, or a place where there is none.
+    """
+    return _placed(name)[0] if _is_place(name) else _entry(name).card
+
+
+def _is_place(name: str) -> bool:
+    return ":" in name and name not in REWARDS
+
+
+def _placed(name: str) -> tuple[RewardCard, Any]:
+    found: Any = Registry("reward", entries={name: name}).get(name)
+    about = (inspect.getdoc(found) or "a reward without a description").splitlines()[0]
+    unregistered = RewardCard(name, about, "unstated", "any", (name.rpartition(":")[2],), licence="unstated")
+    return getattr(found, "card", unregistered), found
 
 
 def list_rewards() -> list[RewardCard]:

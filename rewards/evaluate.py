@@ -199,7 +199,8 @@ def probability_report(
         "log_loss": float(-np.mean(y * np.log(inside) + (1 - y) * np.log1p(-inside))),
         "ece": calibration_error(p, y, bins), "debiased_ece": debiased_calibration_error(p, y, bins),
         "debiased_ece_ci": list(percentile_interval(np.array(found))),
-        "reliability": [vars(b) for b in reliability(p, y, bins)],
+        # A share of fewer than ten rows says nothing, and many of them draw a zigzag.
+        "reliability": [vars(b) for b in reliability(p, y, min(bins, max(5, len(p) // 10)))],
     }  # fmt: skip
 
 

@@ -43,9 +43,12 @@ def split_rows(rows: Sequence[Observation], config: FitSplitConfig, seed: int) -
             dropped += 1
     for name in PARTS:
         if not parts[name] and not (name == "calibration" and config.calibration == 0):
+            apart = {"prompt": {row.prompt for row in rows}, "user": {row.user for row in rows}}
+            has = ", ".join(f"{len(apart[axis])} different {axis}s" for axis in config.by if axis in apart)
             raise DataError(
                 f"The split leaves no rows for {name}", where=f"split.by {', '.join(config.by)}",
-                why=f"{len(rows)} rows, {dropped} of them between parts", do="Give more data, or split by less",
+                why=f"{len(rows)} rows, {dropped} of them between parts" + (f", {has}" if has else ""),
+                do="Give data of more of them, or another split.by: prompt, user or time",
             )  # fmt: skip
     return parts, dropped
 

@@ -18,7 +18,7 @@ from align.config import RewardConfig
 from align.errors import ConfigError, RewardError
 from align.scoretable import FLAGS, WORDS, require_format, write_scores
 from align.types import Samples, Scores
-from rewards.base import REWARDS, Reward, get_reward, score_safely
+from rewards.base import Reward, card_of, get_reward, score_safely
 from rewards.journal import Journal, Scored
 from rewards.sources import Loaded, Source, load, read_sources, shapes
 
@@ -152,7 +152,7 @@ def _described(reward: Reward, identity: str) -> dict[str, Any]:
 def media_of(reward: Reward | Named) -> str:
     """What a reward scores: "image", "video", "text", or "any"; that of the reward inside a threshold."""
     if isinstance(reward, str):
-        return "any" if ":" in reward and reward not in REWARDS else REWARDS.get(reward).card.media
+        return card_of(reward).media
     if isinstance(reward, RewardConfig):
         inner, media = reward.args.get("reward"), media_of(reward.name)
         return media_of(inner) if media == "any" and isinstance(inner, str) else media

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from align.offline_config import OfflineConfig
 from align.prompts import PromptSet, load_prompts, training_and_heldout
 from align.registry import suggest
 from align.seeding import normal
+from align.tracking import counting
 from align.types import Prompt, Samples, text_of
 from rewards.meters import measure_pixels
 from rewards.panel import Panel
@@ -48,6 +49,7 @@ def generate(
     sampler: str = "ode",
     eta: float = 0.0,
     batch: int | None = None,
+    tell: Callable[[int, int], None] | None = None,
 ) -> Samples:
     """Sample `members` images or videos a prompt, each from its own noise; member fastest.
 
@@ -55,6 +57,7 @@ def generate(
         sampler, eta: the kernel, one of `align.diffusion.kernels.KERNELS`. All noise is a function of the seed, the
             prompt and the member.
         batch: sampled at once; as many as 256 images of 64 x 64 latents are worth when None.
+        tell: called with (done, total) after each batch.
     """
     shape = policy.latent_shape
     batch = batch or max(1, min(256, (256 << 12) // math.prod(shape[1:])))
@@ -70,6 +73,8 @@ def generate(
 
         noise = torch.cat([initial_noise(shape, [0], 1, "none", *key) for key in keys])
         pixels.append(decode(policy, solve(policy, noise, [flat[r] for r in rows], table, fresh=fresh).x0))
+        if tell is not None:
+            tell(rows.stop, len(flat))
     return as_samples(policy, torch.cat(pixels), flat)
 
 
@@ -382,7 +387,7 @@ def evaluate(
     if not chosen:
         raise ConfigError("Which reward", where=opened.name, do="Name one with rewards=; `align rewards` lists them")
     members, panels = members_for(samples, len(names)), {"reward": Panel.build(chosen)}
-    measured = measure(opened.policy, names, members, panels, batch=asked.batch, **how)
+    measured = measure(opened.policy, names, members, panels, batch=asked.batch, tell=counting("evaluated"), **how)
     if out is not None:
         write_rows(Path(out), measured)
     return {
@@ -418,7 +423,7 @@ def sample_images(
     opened = open_source(source, asked)
     how = asked.within(opened.config)
     names = _prompts_for(opened, prompts)
-    made = generate(opened.policy, names, count, batch=asked.batch, **how)
+    made = generate(opened.policy, names, count, batch=asked.batch, tell=counting("sampled"), **how)
     how |= {**_told(opened.policy), **size_of(made)}
     folder = find_source(source).sampled if out is None else Path(out)
     folder.mkdir(parents=True, exist_ok=True)

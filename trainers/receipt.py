@@ -16,7 +16,7 @@ from align.groupstats import Estimate
 from align.run import Run, peak_memory_mb
 from align.sparsity.live import live_source
 from align.sparsity.sources import Source
-from align.tracking import read_jsonl, save_grid
+from align.tracking import counting, read_jsonl, save_grid
 from align.types import Prompt, text_of
 from align.videos import STRIP_WIDTH, save_video, still_images
 from rewards.panel import Panel
@@ -164,7 +164,10 @@ class Receipt:
         members = members_for(samples, len(self.prompts))
         self.run.sitting.at("evaluation")
         with self.run.delivered(), self.run.cut():
-            measured = measure(self.policy, self.prompts, members, self.panels, world=self.run.world, **self._sampler)
+            tell = counting(f"evaluated at step {step}", silent=not self.run.world.leads)
+            measured = measure(
+                self.policy, self.prompts, members, self.panels, world=self.run.world, tell=tell, **self._sampler
+            )
             if self._implicit is not None and step:
                 self._learnt = self._implicit()
         scored = {"heldout": self.heldout, "reward": "reward"}
@@ -172,6 +175,7 @@ class Receipt:
             "step": step,
             "sampler": f"ode, {self._sampler['solver_steps']} steps",
             "n": len(measured.prompts),
+            "prompts": len(self.prompts),
             **{key: measured.estimate(name).as_dict() for key, name in scored.items() if name in self.panels},
             **({} if self._implicit is None else {"implicit": self._learnt.as_dict()}),
             "components": {name: measured.estimate(name).as_dict() for name in measured.values if "/" in name},

@@ -16,11 +16,14 @@ def rewards(options: argparse.Namespace) -> int:
 
     from align.registry import require_known
     from rewards import list_rewards
+    from rewards.base import card_of
 
     if options.action == "serve":
         return _serve(options)
     cards = {card.name: dataclasses.asdict(card) for card in list_rewards()}
     if options.action == "describe":
+        if ":" in options.name and options.name not in cards:
+            cards[options.name] = dataclasses.asdict(card_of(options.name))
         require_known(options.name, cards, "reward")
         card = cards[options.name]
         return give(options, card, table([(key, word(value)) for key, value in card.items()]))
@@ -48,7 +51,6 @@ def _serve(options: argparse.Namespace) -> int:
         if options.host not in ("127.0.0.1", "::1", "localhost"):
             log("Warning: whoever reaches this address can use the server; there is no authentication.")
         give(options, where, f"serving {', '.join(where['rewards'])} at {where['url']}", one_line=True)
-        sys.stdout.flush()
 
     serve(asked, options.host, options.port, limit_mb=options.limit_mb, ready=ready, log=log)
     return 0

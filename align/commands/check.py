@@ -14,7 +14,7 @@ from align.output import add_json, add_overrides, give, positive, sentence, tabl
 def check(options: argparse.Namespace) -> int:
     """Say what a configuration, a run's, or a file of prompts or feedback will do."""
     from align.checks import describe_config, describe_prompts
-    from align.commands.dry import config_findings
+    from align.commands.dry import config_findings, learnt_from
     from align.config import load_config
     from align.offline_checks import describe_image_feedback, is_image_feedback_file
     from align.preferences import describe_preferences, is_preference_file
@@ -43,7 +43,8 @@ def check(options: argparse.Namespace) -> int:
     else:
         config = load_config(options.file, options.overrides)
     found = describe_config(config, config_findings(config))
-    give(options, found, config_text(found))
+    data, rows = learnt_from(config) if found["valid"] else ({}, [])
+    give(options, {**found, **data}, "\n".join([config_text(found), *([table(rows)] if rows else [])]))
     return 0 if found["valid"] else 2
 
 

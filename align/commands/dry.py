@@ -64,14 +64,14 @@ def would(options: argparse.Namespace, config: Any, again: Sequence[str], out: P
     found = describe_config(config, require_ready(config))
     settings = require_engine(options, config)
     require_directory(out, config, **how)
-    data, rows = _learnt_from(config)
+    data, rows = learnt_from(config)
     command = shown(*launched(options, again, settings))
     text = [config_text(found), *([table(rows)] if rows else []), f"would {what}"]
     text += [f"by {command}"] if options.launch else []
     return give(options, {**found, **data, "out": str(out), "command": command}, "\n".join(text))
 
 
-def _learnt_from(config: Any) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+def learnt_from(config: Any) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """Return what of its data a fit or a comparison of protocols takes, and the same as people read it."""
     if config.trainer == "fit":
         from align.commands.fit import plan_fit

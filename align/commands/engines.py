@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from align.errors import AlignError, ConfigError
-from align.output import ENDS, INTERRUPTED, positive
+from align.output import ENDS, INTERRUPTED, positive, write_result
 
 
 def require_engine(options: argparse.Namespace, config: Any) -> str | None:
@@ -96,10 +97,16 @@ def launch(options: argparse.Namespace, again: Sequence[str], settings: str | No
     from align.launch import run_launched, shown
     from align.sitting import read_record
 
-    command, environment = launched(options, again, settings)
-    sys.stderr.write(f"align: {shown(command, environment)}\n")
     before = read_record(out)
-    code = run_launched(command, environment)
+    with tempfile.TemporaryDirectory() as folder:
+        piped, result = options.json == "-", Path(folder) / "result.json"
+        if piped:  # launchers write to stdout, too, so the document comes by a file
+            options = argparse.Namespace(**{**vars(options), "json": str(result)})
+        command, environment = launched(options, again, settings)
+        sys.stderr.write(f"align: {shown(command, environment)}\n")
+        code = run_launched(command, environment, sys.stderr if piped else None)
+        if piped and result.is_file():
+            write_result(result.read_text(encoding="utf-8"))
     record = read_record(out)
     if record != before and record.get("status") in ENDS:
         return ENDS[record["status"]]

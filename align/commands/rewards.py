@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from align.errors import ConfigError
@@ -140,7 +141,7 @@ def _feedback_text(found: Mapping[str, Any]) -> str:
         ("", f"{counts}; {data['outputs']:,} outputs of {data['prompts']:,} prompts, {data['people']:,} people"),
     ]
     for reward in found["rewards"]:
-        rows += [("", ""), (reward["name"], reward["definition"][:100]), *_measures(reward)]
+        rows += [("", ""), (reward["name"], shorten(reward["definition"], 100, placeholder=" ...")), *_measures(reward)]
         for reason, n in reward["missing"].items():
             sys.stderr.write(f"align: Warning: {n} outputs have no score of {reward['name']}: {reason}\n")
     if both := found["under_both_protocols"]:

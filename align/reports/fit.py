@@ -39,9 +39,13 @@ def fit_page(files: RunFiles) -> str:
     if card:
         replace_text(path.with_name("README.md"), reward_card(artefact, files))
     loss = line_chart([curve(files.metrics, "loss", "loss")]) if files.metrics else Markup()
-    rows = rows_of(card) if card else ""
+    rows, said = (rows_of(card), dict(worth(card))) if card else ("", {})
     context = {**page_context(files), "artefact": artefact, "card": card, "rows": rows, "plot": plot, "loss": loss}
+    context["calibration"] = said.get("calibration", "")
     return render("fit.html", context)
+
+
+NO_BETTER = "as a probability it is no better than the base rate alone"
 
 
 def worth(card: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -53,7 +57,8 @@ def worth(card: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append((
             "calibration",
             f"debiased ECE {_show(thumbs['debiased_ece'])} ({_show(low)} to {_show(high)}); Brier "
-            f"{_show(thumbs['brier'])}, that of the base rate {_show(thumbs['brier_of_base_rate'])}",
+            f"{_show(thumbs['brier'])}, that of the base rate {_show(thumbs['brier_of_base_rate'])}"
+            + (f": {NO_BETTER}" if thumbs["brier"] >= thumbs["brier_of_base_rate"] else ""),
         ))  # fmt: skip
     for kind in ("comparisons", "rankings"):
         if pairs := heldout.get(kind):

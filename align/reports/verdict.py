@@ -13,6 +13,9 @@ Row = dict[str, Any]
 ACCURACY_LOSS, DIVERSITY_KEPT = 0.01, 0.8
 """A gain is called one with losses below -1 point of held-out accuracy or below .8 of the base's diversity."""
 
+FEW_PROMPTS = 10
+"""Intervals that resample fewer prompts than this are too narrow."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -28,6 +31,7 @@ class Outcome:
     paired: bool
     step: int | None
     measure: str = "Held-out reward"
+    prompts: float | None = None
 
     @property
     def change(self) -> float | None:
@@ -49,6 +53,7 @@ class Verdict:
 def outcome(summary: Row, evaluations: list[Row]) -> Outcome:
     """Take before and after from summary.json, or from the first and the last evaluation where there is none."""
     step = evaluations[-1]["step"] if evaluations else None
+    prompts = finite(evaluations[-1].get("prompts")) if evaluations else None
     if _mean(summary.get("heldout_before")) is not None and _mean(summary.get("heldout_after")) is not None:
         gain = summary.get("heldout_gain")
         return Outcome(
@@ -62,6 +67,7 @@ def outcome(summary: Row, evaluations: list[Row]) -> Outcome:
             paired=isinstance(gain, dict),
             step=step,
             measure=str(summary.get("heldout_measure") or "Held-out reward"),
+            prompts=prompts,
         )
     first, last = (evaluations[0], evaluations[-1]) if len(evaluations) > 1 else ({}, {})
     before, after = _estimate(first.get("heldout")), _estimate(last.get("heldout"))
@@ -75,6 +81,7 @@ def outcome(summary: Row, evaluations: list[Row]) -> Outcome:
         (finite(first.get("diversity")), finite(last.get("diversity"))),
         paired=False,
         step=step,
+        prompts=prompts,
     )
 
 
@@ -159,6 +166,10 @@ def _caveats(found: Outcome, has_heldout: bool) -> list[str]:
         caveats.append(
             "No held-out reward was configured: the figures are the trained reward on held-out prompts, "
             "which cannot show that it is being gamed."
+        )
+    if found.change is not None and found.prompts is not None and found.prompts < FEW_PROMPTS:
+        caveats.append(
+            f"Only {count(found.prompts)} held-out prompts stand behind this: the interval is too narrow to rely on."
         )
     if found.change is not None and not found.paired:
         caveats.append(

@@ -180,6 +180,7 @@ def test_floods_are_slowed(serve: Any):
     ana, bea = Person(served, "Ana"), Person(served, "Bea")
     statuses = [ana.client.get("/work").status_code for _ in range(12)]
     assert statuses == [200] * 7 + [429] * 5
+    assert ana.client.get("/work").headers["retry-after"] == "1"
     assert bea.client.get("/work").status_code == 200
     origin = {"origin": served.url.rstrip("/")}
     attempts = [httpx.post(served.url + "enter", data={"who": ""}, headers=origin).status_code for _ in range(4)]

@@ -70,7 +70,7 @@ def test_what_goes_on_without_whole_weights_is_launched(monkeypatch, tmp_path, r
     from align import launch
 
     commands = []
-    monkeypatch.setattr(launch, "run_launched", lambda command, environment: commands.append(command) or 0)
+    monkeypatch.setattr(launch, "run_launched", lambda command, *_: commands.append(command) or 0)
     assert main(["train", recipe, "--out", str(tmp_path / "run"), *SPLIT[engine]]) == 0
     assert commands[0][-1:] == SPLIT[engine][-1:] and ("--fsdp" in commands[0]) == (engine == "fsdp2")
 

@@ -19,7 +19,7 @@ import pytest
 
 from align.cli import _VERBS, _out_refuses, _parser, main
 from align.errors import ConfigError
-from align.output import EXITS
+from align.output import EXITS, give, run_verb
 
 ROOT = Path(__file__).parents[2]
 # The fastest honest measure on a busy machine is the best of a few attempts.
@@ -51,6 +51,16 @@ def verbs(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> Iterat
         if isinstance(action, argparse._SubParsersAction):
             for name, found in action.choices.items():
                 yield from verbs(found, (*path, name))
+
+
+def test_what_libraries_print_does_not_stand_among_the_json(capsys: pytest.CaptureFixture[str]):
+    def noisy(options: argparse.Namespace) -> int:
+        sys.stdout.write("[WARNING] a library says so\n")
+        return give(options, {"done": True}, "done")
+
+    assert run_verb(argparse.Namespace(run=noisy, json="-")) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"done": True} and err == "[WARNING] a library says so\n"
 
 
 SURFACE = dict(verbs(_parser()))

@@ -271,7 +271,8 @@ def test_recipes_load_pass_their_checks_and_say_what_they_are_for(tmp_path: Path
         preset = name.startswith("presets/")
         rest = {"model": {"path": "folder"}, "prompts": {"path": "p.txt"}, "rewards": [{"name": "a"}, {"name": "b"}]}
         config = load_config({"extends": name, **rest} if preset else name)
-        assert config.about == about and about and about.startswith("To extend") == preset
+        assert config.about == ("" if preset else about), "what a preset says of itself is not said of what extends it"
+        assert about and about.startswith("To extend") == preset
         require_valid(config)
         assert copy_recipe(name, tmp_path / "copies" / name / "x.yaml").read_text() == read_recipe(name)
     with pytest.raises(ConfigError, match="exists already"):

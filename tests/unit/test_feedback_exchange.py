@@ -173,6 +173,11 @@ def test_a_column_map_with_and_without_a_header(tmp_path: Path):
     assert said(half, delimiter=";") == [("binary", True, "a")]
 
 
+def test_rows_that_a_spreadsheet_left_empty_are_no_rows(tmp_path: Path):
+    path = text(tmp_path, "\ufeffprompt,response,label\r\nq,a,1\r\n,,\r\n\r\n  \r\nq,b,0\r\n,,\r\n")
+    assert said(path) == [("binary", True, "a"), ("binary", False, "b")]
+
+
 def test_several_columns_are_several_annotators(tmp_path: Path):
     row = {"q": "p", "one": "x", "two": "y", "ann1": 1, "ann2": "Tie", "ann3": 2}
     renamed = {"prompt": "q", "response_a": "one", "response_b": "two", "preference": "ann1|ann2|ann3"}

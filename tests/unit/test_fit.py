@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -268,7 +269,10 @@ def test_the_verb_fits_shows_and_scores(tmp_path, capsys, monkeypatch):
     (tmp_path / "my.yaml").write_text("trainer: fit\nname: taste\nsteps: 40\ndata: {paths: [feedback.db]}\n")
     assert main(["fit", "my.yaml", "--dry-run"]) == 0
     assert "would fit words" in capsys.readouterr().out and not (tmp_path / "runs").exists()
-    assert main(["check", "my.yaml"]) == 0 and main(["fit", "my.yaml", "--json", "card.json"]) == 0
+    assert main(["check", "my.yaml"]) == 0 and "heldout" in capsys.readouterr().out, "what the data come to"
+    assert main(["check", "my.yaml", "split.heldout=0.0001"]) == 2
+    assert re.search(r"leaves no rows for heldout .*, \d+ different prompts", capsys.readouterr().err)
+    assert main(["fit", "my.yaml", "--json", "card.json"]) == 0
     assert "AUROC" in capsys.readouterr().out
     assert json.loads(Path("card.json").read_text())["card"]["data"]["hashes"].keys() == {"feedback.db"}
     page = Path("runs/taste/report.html").read_text()

@@ -405,6 +405,13 @@ def test_a_run_without_a_heldout_reward_says_so():
     assert "cannot show that it is being gamed" in verdict.caveats[0]
 
 
+def test_few_heldout_prompts_are_told():
+    for prompts, told in ((9, True), (10, False)):
+        found = outcome(summary(0.1, 0.3), [{"step": 0, "prompts": prompts}, {"step": 60, "prompts": prompts}])
+        caveats = judge(found, [], {"status": "complete"}, {"step": 60}, has_heldout=True).caveats
+        assert any("Only 9 held-out prompts stand behind this" in caveat for caveat in caveats) == told
+
+
 def test_numbers_are_set_alike():
     assert [number(v) for v in (0, -0.5, 1234.5, 6e-8, None, float("nan"), -3e9)] == [
         "0.000",

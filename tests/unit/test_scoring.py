@@ -454,3 +454,21 @@ def test_mistakes_are_one_sentence_and_code_2(made: Path, monkeypatch, capsys, a
     (made / "c.yaml").write_text("rewards:\n  - {name: jpeg, arg: {}}\n")
     code, out, err = run(capsys, *arguments)
     assert code == 2 and out == "" and sentence in err and err.count("\n") == 1
+
+
+def test_a_reward_named_by_its_place_scores_what_its_card_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "of_mine.py").write_text(
+        "from rewards import RewardCard, register\n\n\n"
+        "@register(RewardCard('dark', '1 minus mean pixel', '0 to 1', media='image'))\n"
+        "def dark(samples):\n    return [1 - float(image.mean()) for image in samples.images]\n"
+    )
+    Image.new("RGB", (4, 4), (51, 51, 51)).save(tmp_path / "a.png")
+    (tmp_path / "made.jsonl").write_text(json.dumps({"prompt": "a", "image": "a.png"}) + "\n")
+    assert main(["score", "--reward", "of_mine:dark", "--prompts", "made.jsonl", "--out", "s.jsonl"]) == 0
+    assert json.loads((tmp_path / "s.jsonl").read_text())["dark"] == pytest.approx(0.8)
+    assert main(["rewards", "describe", "of_mine:dark"]) == 0
+    assert "1 minus mean pixel" in capsys.readouterr().out
+    assert main(["score", "--reward", "of_mine:drak", "--prompts", "made.jsonl", "--out", "t.jsonl"]) == 2
+    assert "no attribute 'drak'. Start in the folder of that file" in capsys.readouterr().err

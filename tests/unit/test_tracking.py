@@ -14,7 +14,17 @@ from PIL import Image
 
 from align import tracking
 from align.errors import ConfigError, DataError
-from align.tracking import Progress, RunLog, progress_line, read_jsonl, save_grid, save_image, short_number, short_time
+from align.tracking import (
+    Progress,
+    RunLog,
+    counting,
+    progress_line,
+    read_jsonl,
+    save_grid,
+    save_image,
+    short_number,
+    short_time,
+)
 
 ROW = {
     "step": 12, "reward": -0.412, "reward_ci_low": -0.462, "reward_ci_high": -0.362, "valid_share": 1.0,
@@ -221,6 +231,19 @@ def test_progress_is_one_renewed_line_on_a_terminal_and_plain_lines_elsewhere(mo
         progress.update(ROW)
         progress.update({**ROW, "step": 13})
     assert often.getvalue().splitlines()[1].startswith("step 13/60  reward -0.412")
+
+
+def test_long_work_beside_the_steps_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch):
+    counting("evaluated", stream=(brief := io.StringIO()))(5, 10)
+    assert brief.getvalue() == "", "nothing of what takes less than PLAIN_SECONDS"
+    monkeypatch.setattr(tracking, "PLAIN_SECONDS", 0.0)
+    live, plain, silent = Terminal(), io.StringIO(), io.StringIO()
+    for stream in (live, plain, silent):
+        tell = counting("evaluated", stream=stream, silent=stream is silent)
+        tell(500, 2000), tell(2000, 2000)
+    assert plain.getvalue().startswith("evaluated  500 of 2,000  ETA ") and plain.getvalue().count("\n") == 1
+    assert live.getvalue().startswith("\revaluated  500") and live.getvalue().endswith("\r\x1b[K"), "the line is gone"
+    assert silent.getvalue() == ""
 
 
 def test_progress_of_no_steps_says_nothing():

@@ -274,7 +274,12 @@ def _reading_arguments(parser: argparse.ArgumentParser, policies: Sequence[str])
         help=f"answers that contradict each other and have no time: {', '.join(policies)}",
     )  # fmt: skip
     how.add_argument("--identical", default="refuse", metavar="POLICY", help="comparisons of equals: refuse, skip")
-    how.add_argument("--missing", default="", metavar="POLICY", help="rows without an answer: refuse, skip, exposure")
+    how.add_argument(
+        "--missing",
+        default="",
+        metavar="POLICY",
+        help="rows without an answer: refuse, skip, exposure (default: exposure of labels and reactions, else refuse)",
+    )
     how.add_argument("--best-is-high", action="store_true", help="ranks count upwards: the highest is the best")
     how.add_argument("--salt", default="", metavar="TEXT", help="replace annotators by hashes of this and their names")
 

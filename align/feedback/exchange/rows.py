@@ -25,6 +25,7 @@ DUPLICATES = {
     "last": "keep the last",
     "all": "keep each as an answer of its own",
 }
+_MEND = "Correct it; `align feedback import --keep-going` takes the other rows"
 _SINGLE = ("rating", "label", "reaction", "text")
 KINDS_OF = {"rating": "ordinal", "label": "binary", "reaction": "reaction", "text": "text"}
 KINDS_OF |= {"preference": "pairwise", "ranks": "ranking"}
@@ -203,7 +204,7 @@ def _converted(row: Row, column: str, convert: Callable[[Any], Any], value: Any)
     try:
         return convert(value)
     except (ValueError, OverflowError) as error:
-        raise row.wrong(column, "A cell cannot be read", why=f"{error}, found {short(value)}") from error
+        raise row.wrong(column, "A cell cannot be read", why=f"{error}, found {short(value)}", do=_MEND) from error
 
 
 def _read(row: Row, column: str, convert: Callable[[Any], Any]) -> Any:
@@ -268,7 +269,7 @@ def _event(
         event = FeedbackEvent(kind=kind, items=items, value=value, scale=scale, **about)
     except DataError as error:
         column = next((c for c in ABOUT if error.why.startswith(c)), name)
-        raise row.wrong(column, "A row is no feedback", why=error.why, do=error.do) from error
+        raise row.wrong(column, "A row is no feedback", why=error.why, do=error.do or _MEND) from error
     if event.id:
         return event
     parts = [getattr(event, f.name) for f in dataclasses.fields(event) if f.name != "id"]

@@ -113,8 +113,8 @@ def _read_csv(path: Path, columns: Sequence[str], delimiter: str) -> Iterator[Ro
         for line, last, cells in read_csv(path, DataError, delimiter):
             done = last
             place = f"{path}:{line}"
-            if not cells:
-                continue
+            if not any(map(str.strip, cells)):
+                continue  # spreadsheets write an empty row as separators alone
             if not header:
                 header = [cell.strip() for cell in cells]
                 _require_names(header, place)

@@ -7,7 +7,6 @@ import ipaddress
 import os
 import re
 import socket
-import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -153,7 +152,6 @@ def serve(
             shown = f"[{planned.host}]" if ":" in planned.host else planned.host
             address = {"address": f"{planned.host}:{port}", "url": f"http://{shown}:{port}/", "pid": os.getpid()}
             ready({**planned.describe(), **address})
-            sys.stdout.flush()
             yield
 
         app.router.lifespan_context = lifespan
