@@ -32,6 +32,7 @@ class AuditConfig:
         burst_ms, burst_length: so many answers in a row, each within this time of the one before, are a burst.
         copy_units: units two annotators must share before they are compared.
         severity: distance from the others' ratings of the same items, in their standard error, that is flagged.
+        most: more than this share of the other raters must be that far from a flagged one, on the same side.
     """
 
     min_answers: int = 20
@@ -41,6 +42,7 @@ class AuditConfig:
     burst_length: int = 10
     copy_units: int = 20
     severity: float = 4.0
+    most: float = 0.75
 
 
 # --- coverage and rates -----------------------------------------------------------------------------
@@ -165,7 +167,8 @@ def annotator_table(answers: Answers, config: AuditConfig | None = None) -> list
     """Return a row an annotator: answers, the most common one, severity against others on the same units, and flags.
 
     Severity is the mean difference to the mean of the other raters of the same units, in points of the scale, with its
-    standard error. A constant responder gives one answer nearly always where everybody's answers make that unlikely.
+    standard error; who is flagged is also that far from most other raters, as one outlier moves a mean. A constant
+    responder gives one answer nearly always where everybody's answers make that unlikely.
     """
     config = config or AuditConfig()
     counts = answers.counts()
@@ -189,14 +192,29 @@ def annotator_table(answers: Answers, config: AuditConfig | None = None) -> list
             error = float(gap.std(ddof=1) / np.sqrt(len(gap))) if len(gap) > 1 else float("nan")
             row |= {"severity": float(gap.mean()), "severity_error": error, "n_shared": len(gap)}
             row["mean"] = float(values[code].mean())
-            if len(gap) >= config.min_answers and abs(gap.mean()) > config.severity * max(error, 1e-9):
-                row["flags"].append("severe" if gap.mean() < 0 else "lenient")
         if len(code) >= config.min_answers and shares[top] >= config.constant_share:
             misses = round(len(code) * (1 - shares[top]))
             if _tail(len(code), misses, float(pool[top])) < config.chance:
                 row["flags"].append("constant")
         rows.append(row)
+    _flag_severity([row for row in rows if row.get("n_shared", 0) >= config.min_answers], config)
     return rows
+
+
+def _flag_severity(rows: Sequence[dict[str, Any]], config: AuditConfig) -> None:
+    """Flag who is far from the mean of the others and, on the same side, from most of the other judged raters.
+
+        |s_r| > c e_r   and   #{q != r: sign(s_r) (s_r - s_q) > c e_r} > most (R - 1)
+
+    One outlier moves the mean that everybody is compared with, but not most raters; two camps are no outliers
+    of one another unless one has fewer than about a quarter of the raters.
+    """
+    severity_R = np.array([row["severity"] for row in rows])
+    for row in rows:
+        far, side = config.severity * max(row["severity_error"], 1e-9), np.sign(row["severity"])
+        beyond = int((side * (row["severity"] - severity_R) > far).sum())  # never itself: far is above 0
+        if abs(row["severity"]) > far and (beyond > config.most * (len(rows) - 1) or len(rows) == 1):
+            row["flags"].insert(0, "severe" if side < 0 else "lenient")
 
 
 def _tail(n: int, misses: int, p: float) -> float:

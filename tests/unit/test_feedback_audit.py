@@ -12,7 +12,7 @@ import pytest
 from align.cli import main
 from align.errors import DataError
 from align.feedback.aggregate import fit
-from align.feedback.agreement import all_coefficients
+from align.feedback.agreement import all_coefficients, answers_of_table
 from align.feedback.audit import (
     annotator_table,
     bursts,
@@ -195,6 +195,23 @@ def test_severity_is_recovered(clean: Simulation):
     truth = truth - (truth.sum() - truth) / (len(truth) - 1)
     assert np.abs(found - truth).max() < 0.4 and np.corrcoef(found, truth)[0, 1] > 0.95
     assert not any("constant" in row["flags"] for row in table)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "severity", "flagged"),
+    [
+        ([0, 0, 0, 2], [-2 / 3, -2 / 3, -2 / 3, 2], ["", "", "", "lenient"]),  # one outlier moves everybody's mean
+        ([0, 0, -2], [1, 1, -2], ["", "", "severe"]),
+        ([0, 2], [-2, 2], ["severe", "lenient"]),  # of two, either may be
+        ([0, 0, 0, 1, 1], [-0.5, -0.5, -0.5, 0.75, 0.75], ["", "", "", "", ""]),  # camps: neither is most
+    ],
+)
+def test_severity_flags_who_is_far_from_most_others(offsets: list[int], severity: list[float], flagged: list[str]):
+    labels = [[1 + unit % 5 + offset + 2 for offset in offsets] for unit in range(40)]
+    names = [f"r{r}" for r in range(len(offsets))]
+    table = annotator_table(answers_of_table(labels, names, categories=range(1, 10), ordered=True))
+    assert [row["severity"] for row in table] == pytest.approx(severity)
+    assert [",".join(row["flags"]) for row in table] == flagged
 
 
 def test_constant_and_coordinated_raters_are_named_and_nobody_else(dirty: Simulation, clean: Simulation):

@@ -465,11 +465,14 @@ def _consistency_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tie-band", type=float, default=0.0, metavar="X", help="ratings this close are a tie")
     parser.add_argument("--drop-identical", action="store_true", help="leave out pairs of equal responses")
     parser.add_argument(
-        "--elicitation", default="unknown", choices=("same_screen", "separate", "unknown"), help="how both were asked"
+        "--elicitation",
+        default="unknown",
+        choices=("same_screen", "separate", "unknown"),
+        help="how both were asked (default: unknown)",
     )
     parser.add_argument(
         "--ratings-of", dest="join", default="auto", choices=("auto", "annotator", "pooled"),
-        help="of a store: each annotator's rankings with its own ratings, or with everybody's mean",
+        help="of a store: each annotator's rankings with its own ratings, or with everybody's mean (default: auto)",
     )  # fmt: skip
     _common(parser)
 

@@ -264,7 +264,9 @@ def _reading_arguments(parser: argparse.ArgumentParser, policies: Sequence[str])
         " objects; rating=ann1|ann2 reads one answer an annotator)",
     )  # fmt: skip
     how.add_argument("--delimiter", default="", metavar="C", help="of CSV (default: a comma)")
-    how.add_argument("--default-key", default="quality", metavar="NAME", help="signal of rows that name none")
+    how.add_argument(
+        "--default-key", default="quality", metavar="NAME", help="signal of rows that name none (default: quality)"
+    )
     how.add_argument("--default-annotator", default="", metavar="NAME", help="annotator of rows that name none")
     how.add_argument("--default-source", default="human", metavar="WORD", help="user, human, ai or code")
     how.add_argument("--media", default="text", metavar="WORD", help="what responses are: text, image or video")
