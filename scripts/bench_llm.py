@@ -165,8 +165,9 @@ def our_step(
     from align.sitting import Sitting
     from align.tracking import RunLog
     from trainers import trainer_for
-    from trainers.language_model import Reference, load_language_model
+    from trainers.language_model import load_language_model
     from trainers.language_objective import microbatch
+    from trainers.language_reference import Reference
     from trainers.language_session import Session
     from trainers.language_trainer import AlignTrainer, Microbatches, training_arguments
 

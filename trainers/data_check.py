@@ -12,7 +12,7 @@ from align.language_config import LanguageConfig
 from align.preferences import PreferenceSet, load_preferences
 from align.rluf_config import RLUFConfig
 from align.seeding import permutation
-from trainers.language_model import load_processor
+from trainers.language_model import load_processor, over_positions
 from trainers.preference_data import encode, tokenise
 
 ROWS = 2000
@@ -61,7 +61,9 @@ def length_findings(config: LanguageConfig) -> list[Finding]:
         )  # fmt: skip
     except AlignError as error:
         return [Finding("error", "lengths", str(error).removesuffix("."), "", "data.max_length")]
-    return [_finding(found)]
+    long = over_positions(min(found["longest"], data.max_length), config.model.path)
+    beyond = [Finding("warning", "positions", long, "Lower data.max_length to that", "data.max_length")] if long else []
+    return [_finding(found), *beyond]
 
 
 def _finding(found: dict[str, Any]) -> Finding:

@@ -11,7 +11,9 @@ trainers/language_generation.py             answers to held-out prompts
 trainers/language_images.py                 images as a model's processor makes tensors of them
 trainers/language_engine.py                 DeepSpeed's settings
 trainers/language_fsdp.py                   FSDP2: a model and its optimizer, split over the processes
-trainers/language_model.py                  log-probs at completion tokens, the model before training
+trainers/language_model.py                  tokenizer, weights, adapters
+trainers/language_logps.py                  log-probs at completion tokens
+trainers/language_reference.py              the model before training
 trainers/preference_data.py                 tokens, and the plan of an epoch
 trainers/preference.py                      the objectives as pure functions
 """
@@ -45,8 +47,9 @@ from trainers.language_fsdp import shard_module
 from trainers.language_generation import Prompt, choose_prompts, read_prompts
 from trainers.language_images import has_images
 from trainers.language_measures import LanguageEvaluation
-from trainers.language_model import LogpCache, Reference, load_language_model, load_processor, reference_mode
+from trainers.language_model import load_language_model, load_processor, over_positions
 from trainers.language_objective import Objective, Online
+from trainers.language_reference import LogpCache, Reference, reference_mode
 from trainers.language_session import Session
 from trainers.language_trainer import AlignTrainer, training_arguments
 from trainers.preference import effective_sample_size
@@ -102,6 +105,8 @@ class LanguageRun:
                 cast(Online, objective).ask(training, self.tokens, self.tokenizer)
             self._require_images_everywhere()
             self.about = {**objective.prepare(self.tokens), "tokens": self._about_data()}
+            if long := over_positions(self.about["tokens"]["longest"], config.model.path):
+                self.about["warnings"] = [*self.about.get("warnings", ()), f"{long}. Lower data.max_length"]
             self._plan: tuple[int, Plan] | None = None
             self.per_epoch = len(self.plan(0).rows)
             self.steps = config.steps or config.epochs * self.per_epoch // self.accumulation

@@ -23,8 +23,8 @@ from trainers.language_objective import HeldOut
 from trainers.preference_data import Tokens, collate
 
 if TYPE_CHECKING:
-    from trainers.language_model import LogpCache
     from trainers.language_objective import Models, Objective
+    from trainers.language_reference import LogpCache
 
 FIRST_LOGPS = "evaluations/before.json"
 """Of a supervised run's folder: the log-prob of each held-out row before training, for changes on the same rows."""

@@ -14,7 +14,8 @@ from align.errors import ConfigError
 from align.launch import World
 from align.preferences import PreferenceSet
 from trainers.language_generation import Answer, Prompt
-from trainers.language_model import LogpCache, Reference, TokenLogps, completion_logps
+from trainers.language_logps import TokenLogps, completion_logps
+from trainers.language_reference import LogpCache, Reference
 from trainers.monitor import Verdict
 from trainers.preference_data import Tokens
 

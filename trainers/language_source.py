@@ -19,8 +19,9 @@ from align.prompts import read_rows
 from trainers.language import read_data
 from trainers.language_generation import Decoding, Prompt, as_given, choose_prompts, read_prompts
 from trainers.language_images import has_images
-from trainers.language_model import Reference, load_language_model, load_processor
+from trainers.language_model import load_language_model, load_processor
 from trainers.language_objective import Models
+from trainers.language_reference import Reference
 from trainers.sources import NAME_PROMPTS, Source, find_source
 
 BEFORE = "before"

@@ -32,8 +32,10 @@ from align.sparsity.sources import Source
 from align.sparsity.subnetwork import SubnetworkAdamW, read_places
 from trainers.language_engine import zero_stage
 from trainers.language_fsdp import load_optimizer, require_sharded, save_optimizer, set_weights, whole_weights
-from trainers.language_model import LogpCache, Reference, quiet, require_same_logps, weights_folder
+from trainers.language_logps import require_same_logps
+from trainers.language_model import quiet, weights_folder
 from trainers.language_objective import Models, Online, RowLosses, add_totals, microbatch
+from trainers.language_reference import LogpCache, Reference
 from trainers.sparsity import open_tracker
 
 if TYPE_CHECKING:

@@ -231,7 +231,8 @@ def _other_weights(folder: Path) -> float:
 def _language(config: Any) -> tuple[Job, dict[str, Any]]:
     from align.footprint import language_footprint, language_size, read_config
     from align.language_checks import describe_language_config
-    from trainers.language_model import reference_mode, resolve_language_model
+    from trainers.language_model import resolve_language_model
+    from trainers.language_reference import reference_mode
 
     model = config.model
     folder = resolve_language_model(model.path)

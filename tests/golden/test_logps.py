@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from align.errors import ModelError
-from trainers.language_model import (
+from trainers.language_logps import (
     TokenLogps,
     completion_logps,
     completion_mask,
-    frozen_copy,
     token_logps,
     tokens_at_once,
     with_completion_logps,
-    without_dropout,
 )
+from trainers.language_model import without_dropout
+from trainers.language_reference import frozen_copy
 from trainers.tiny_language import build_tiny
 
 

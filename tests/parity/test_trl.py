@@ -12,8 +12,10 @@ from align.config import load_config
 from align.launch import World
 from align.preferences import load_preferences
 from trainers.kto import KTOObjective
-from trainers.language_model import Reference, load_tokenizer, with_completion_logps
+from trainers.language_logps import with_completion_logps
+from trainers.language_model import load_tokenizer
 from trainers.language_objective import Models, Totals, microbatch
+from trainers.language_reference import Reference
 from trainers.preference import PooledDelta, bco, class_sums, udm_weights
 from trainers.preference_data import tokenise
 from trainers.tiny_language import build_tiny, toy_thumbs

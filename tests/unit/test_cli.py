@@ -68,6 +68,11 @@ ACTS = {name: parser for name, parser in SURFACE.items() if name not in ("align"
 """Those that do something by themselves."""
 
 
+def test_no_flag_takes_what_is_no_number():
+    taken = [(name, a.dest) for name, parser in SURFACE.items() for a in parser._actions if a.type is float]
+    assert taken == [], "float takes nan and inf; align.output has number, share and finite"
+
+
 def flags_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     return {name: action for action in parser._actions for name in action.option_strings if name.startswith("--")}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -16,8 +17,9 @@ from align.config import load_config
 from align.errors import ConfigError, DataError, GuardError
 from trainers import trainer_for
 from trainers.bco import BCOObjective
+from trainers.data_check import length_findings
 from trainers.kto import KTOObjective
-from trainers.language_model import LogpCache
+from trainers.language_reference import LogpCache
 from trainers.tiny_language import build_tiny, toy_thumbs
 
 
@@ -161,15 +163,15 @@ def test_what_is_not_finite_never_reaches_the_optimizer(model, tmp_path, where):
 
 
 def test_a_policy_that_is_not_its_reference_is_refused_before_the_first_update(model, tmp_path, monkeypatch):
-    from trainers import language_model
+    from trainers import language_reference
 
-    def moved(*args, copy=language_model.frozen_copy):
+    def moved(*args, copy=language_reference.frozen_copy):
         made = copy(*args)
         with torch.no_grad():
             made.lm_head.weight.add_(torch.randn_like(made.lm_head.weight) * 0.1)
         return made
 
-    monkeypatch.setattr(language_model, "frozen_copy", moved)
+    monkeypatch.setattr(language_reference, "frozen_copy", moved)
     with pytest.raises(GuardError, match="not the reference"):
         run(model, tmp_path / "run").train()
 
@@ -247,6 +249,20 @@ def test_class_weights_count_what_is_left_and_are_recorded(model, tmp_path):
     fixed = config(model, "kto", "objective.weight_desirable=1", "objective.weight_undesirable=1", "steps=1")
     trainer_for(fixed, out=tmp_path / "fixed", rows=(few, None)).train()
     assert "the paper advises 1 to 1.5" in (tmp_path / "fixed" / "warnings.jsonl").read_text()
+
+
+def test_rows_beyond_the_positions_of_a_model_are_told(model, tmp_path):
+    longest = max(run(model, tmp_path / "run").tokens.length)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Say: red", "completion": " red", "label": true}\n' * 2)
+    for positions, told in ((longest, 0), (2, 1)):
+        short = shutil.copytree(model, tmp_path / f"short_{positions}")
+        about = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": int(positions)}
+        (short / "config.json").write_text(json.dumps(about))
+        warnings = run(short, tmp_path / f"run_{positions}").about["warnings"]
+        expected = f"The longest row has {longest} tokens, and the model was made for 2"
+        assert sum(expected in warning for warning in warnings) == told
+        findings = length_findings(config(short, "kto", f"data.path={tmp_path / 'rows.jsonl'}"))
+        assert [f.code for f in findings if f.level == "warning"] == ["positions"] * told
 
 
 def test_microbatches_must_divide(model):

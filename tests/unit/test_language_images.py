@@ -25,7 +25,8 @@ from align.preferences import describe_preferences, load_preferences, prompt_key
 from align.weights import file_sha256
 from trainers import trainer_for
 from trainers.language_images import model_inputs
-from trainers.language_model import completion_logps, load_language_model, load_processor
+from trainers.language_logps import completion_logps
+from trainers.language_model import load_language_model, load_processor
 from trainers.preference_data import collate, tokenise
 from trainers.tiny_language import build_tiny
 

@@ -22,8 +22,9 @@ from rewards.suite import Judgement, Suite
 from trainers import trainer_for
 from trainers.language import LanguageRun
 from trainers.language_generation import Answer
-from trainers.language_model import Reference, load_language_model
+from trainers.language_model import load_language_model
 from trainers.language_objective import HeldOut, Models, microbatch
+from trainers.language_reference import Reference
 from trainers.rluf import Group, RLUFObjective, answer_scores, plan_updates
 from trainers.tiny_language import build_tiny, toy_thumbs
 

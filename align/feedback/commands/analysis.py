@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.errors import ConfigError
-from align.output import add_dry_run, add_json, add_out, add_seed, examples, give, table, whole
+from align.output import add_dry_run, add_json, add_out, add_seed, examples, give, number, table, whole
 
 if TYPE_CHECKING:
     from align.feedback.events import FeedbackEvent, Item
@@ -462,7 +462,7 @@ def _consistency_arguments(parser: argparse.ArgumentParser) -> None:
         "--duplicates", default="first", choices=("first", "last", "mean"), metavar="POLICY",
         help="answers that contradict each other in a file: first, last, mean (default: first)",
     )  # fmt: skip
-    parser.add_argument("--tie-band", type=float, default=0.0, metavar="X", help="ratings this close are a tie")
+    parser.add_argument("--tie-band", type=number, default=0.0, metavar="X", help="ratings this close are a tie")
     parser.add_argument("--drop-identical", action="store_true", help="leave out pairs of equal responses")
     parser.add_argument(
         "--elicitation",
@@ -497,9 +497,9 @@ def _audit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policies", type=Path, metavar="FILE", help="table of policy, offline, online to validate")
     gates = parser.add_argument_group("gates a signal must pass before anything is trained on it")
     gates.add_argument("--min-reacted", type=whole, default=200, metavar="N", help="reactions (default: 200)")
-    gates.add_argument("--min-coverage", type=float, default=0.001, metavar="X", help="a shown item (default: 0.001)")
+    gates.add_argument("--min-coverage", type=number, default=0.001, metavar="X", help="a shown item (default: 0.001)")
     gates.add_argument(
-        "--max-top-user-share", type=float, default=0.5, metavar="X", help="of the top 1 %% of users (default: 0.5)"
+        "--max-top-user-share", type=number, default=0.5, metavar="X", help="of the top 1 %% of users (default: 0.5)"
     )
     gates.add_argument("--no-outcome", action="store_true", help="do not ask for a correlation with an outcome")
     _common(parser)

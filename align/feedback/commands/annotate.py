@@ -52,7 +52,7 @@ def add(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--pairs-each", dest="pairs", type=whole, default=0, metavar="N", help="pairs a prompt at most (default: all)"
     )
     parser.add_argument(
-        "--p-flip", type=float, default=0.0, metavar="P", help="turn verdicts around with probability P"
+        "--p-flip", type=number, default=0.0, metavar="P", help="turn verdicts around with probability P"
     )
     parser.add_argument(
         "--api-key-env", metavar="NAME",
@@ -63,8 +63,8 @@ def add(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--tries", type=positive, metavar="N",
         help="attempts a question (default: 4; 1 for a local model, which would say the same again)",
     )  # fmt: skip
-    parser.add_argument("--timeout", type=float, metavar="S", help="seconds for one request (default: 60)")
-    parser.add_argument("--deadline", type=float, default=0.0, metavar="S", help="seconds in all (default: none)")
+    parser.add_argument("--timeout", type=number, metavar="S", help="seconds for one request (default: 60)")
+    parser.add_argument("--deadline", type=number, default=0.0, metavar="S", help="seconds in all (default: none)")
     parser.add_argument("--temperature", type=number, metavar="T", help="0 is greedy (default: 0)")
     parser.add_argument("--dtype", metavar="NAME", help="of a local model: fp32, bf16 or fp16 (default: fp32)")
     parser.add_argument(

@@ -8,7 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import ConfigError
-from align.output import add_dry_run, add_json, add_out, add_overwrite, add_seed, dry, give, positive, table
+from align.output import (
+    add_dry_run,
+    add_json,
+    add_out,
+    add_overwrite,
+    add_seed,
+    dry,
+    finite,
+    give,
+    number,
+    positive,
+    table,
+)  # fmt: skip
 
 EXAMPLES = """examples:
   align feedback match-prompts thumbs.jsonl --out matched.jsonl
@@ -29,10 +41,10 @@ def add(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--sample", type=positive, default=1024, metavar="N", help="rows of each class to fit on (default: 1024)"
     )
-    parser.add_argument("--low", type=float, default=0.5, metavar="W", help="least weight (default: 0.5)")
-    parser.add_argument("--high", type=float, default=10.0, metavar="W", help="largest weight (default: 10)")
+    parser.add_argument("--low", type=number, default=0.5, metavar="W", help="least weight (default: 0.5)")
+    parser.add_argument("--high", type=number, default=10.0, metavar="W", help="largest weight (default: 10)")
     parser.add_argument(
-        "--score-threshold", type=float, metavar="X", help="rows with a score and no label are up from here on"
+        "--score-threshold", type=finite, metavar="X", help="rows with a score and no label are up from here on"
     )
     add_seed(parser, 0)
     add_overwrite(parser, "replace the file")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.errors import ConfigError, DataError
-from align.output import add_dry_run, add_json, add_overwrite, examples, finite, give, table
+from align.output import add_dry_run, add_json, add_overwrite, examples, finite, give, number, table
 from align.registry import suggest
 
 if TYPE_CHECKING:
@@ -348,7 +348,9 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         "--to", required=True, choices=FORMS, metavar="LAYOUT", help=f"layout to write: {', '.join(FORMS)}"
     )
     parser.add_argument("--ties", default="drop", choices=("drop", "half", "keep"), help="of pairs (default: drop)")
-    parser.add_argument("--min-gap", type=float, default=0.0, metavar="X", help="ratings closer than this make no pair")
+    parser.add_argument(
+        "--min-gap", type=number, default=0.0, metavar="X", help="ratings closer than this make no pair"
+    )
     parser.add_argument("--zscore", action="store_true", help="ratings in standard deviations of their annotator")
     parser.add_argument("--drop-identical", action="store_true", help="leave out pairs of equal responses")
     parser.add_argument("--up-from", type=finite, metavar="X", help="thumbs up for ratings from X up")
