@@ -113,7 +113,8 @@ def test_llama_factory(tmp_path: Path):
     assert (items[0].prompt, items[0].input, items[0].response) == ("i", "on this", "o")
     assert [turn["content"] for turn in items[1].prompt] == ["s", "q", "a", "i"]
     assert [(e.kind, e.value) for e, _ in found.events] == [("binary", True), ("binary", False), ("exposure", None)]
-    assert "A cell cannot be read (FILE:1:kto_tag)" in refused(table(tmp_path, [{**rows[0], "kto_tag": "perhaps"}]))
+    said = refused(table(tmp_path, [{**rows[0], "kto_tag": "perhaps"}]))
+    assert "A cell cannot be read (FILE:1:kto_tag)" in said and "--columns rating=label --scale" in said
 
 
 def test_label_studio(tmp_path: Path):

@@ -26,6 +26,7 @@ DUPLICATES = {
     "all": "keep each as an answer of its own",
 }
 _MEND = "Correct it; `align feedback import --keep-going` takes the other rows"
+_RATED = "; a column of ratings is read by --columns rating=label --scale 1-5, or whatever its scale is"
 _SINGLE = ("rating", "label", "reaction", "text")
 KINDS_OF = {"rating": "ordinal", "label": "binary", "reaction": "reaction", "text": "text"}
 KINDS_OF |= {"preference": "pairwise", "ranks": "ranking"}
@@ -204,7 +205,8 @@ def _converted(row: Row, column: str, convert: Callable[[Any], Any], value: Any)
     try:
         return convert(value)
     except (ValueError, OverflowError) as error:
-        raise row.wrong(column, "A cell cannot be read", why=f"{error}, found {short(value)}", do=_MEND) from error
+        do = _MEND + (_RATED if convert is values.binary else "")
+        raise row.wrong(column, "A cell cannot be read", why=f"{error}, found {short(value)}", do=do) from error
 
 
 def _read(row: Row, column: str, convert: Callable[[Any], Any]) -> Any:
