@@ -320,7 +320,11 @@ def test_an_interrupt_ends_with_130(tmp_path: Path):
         with contextlib.suppress(OSError):
             writer = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
         time.sleep(0.01)
-    time.sleep(0.3)  # until it waits for what never comes
+    waited = 0
+    while waited < 30 and time.monotonic() < deadline:  # until it sleeps, as what it reads never comes
+        state = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        waited = waited + 1 if state == "S" else 0
+        time.sleep(0.01)
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=30)
     os.close(writer)
