@@ -132,6 +132,17 @@ def unknown_rewards(config: Any, parts: Collection[str], known: Collection[str])
     ]
 
 
+def heldout_gates(config: Any) -> list[Finding]:
+    """Findings on held-out rewards that are told to be gates."""
+    return [
+        Finding(
+            "error", "heldout_gate", f"The held-out reward {reward.name!r} has role: gate, and nothing to close",
+            "Remove it; held-out rewards are only measured", f"heldout_rewards.{i}.role",
+        )
+        for i, reward in enumerate(config.heldout_rewards) if reward.role == "gate"
+    ]  # fmt: skip
+
+
 def mask_findings(config: Any, *, files: bool) -> list[Finding]:
     """Say why a mask cannot be kept to: adapters move every weight of their layers; or that it is not there."""
     mask = config.sparsity.mask

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from align.checks import Finding, errors_first, judged, mask_findings, model_folder, unknown_rewards
+from align.checks import Finding, errors_first, heldout_gates, judged, mask_findings, model_folder, unknown_rewards
 from align.errors import AlignError
 from align.offline_config import OfflineConfig
 from align.published import is_builtin
@@ -101,12 +101,7 @@ def _evaluation(config: OfflineConfig) -> list[Finding]:
             "Without heldout_rewards the run is judged by how it tells held-out rows apart, not by what it makes", "",
             "heldout_rewards",
         ))  # fmt: skip
-    for i, reward in enumerate(config.heldout_rewards):
-        if reward.role == "gate":
-            found.append(Finding(
-                "error", "heldout_gate", f"The held-out reward {reward.name!r} has role: gate, and nothing to close",
-                "Remove it; held-out rewards are only measured", f"heldout_rewards.{i}.role",
-            ))  # fmt: skip
+    found += heldout_gates(config)
     return found
 
 

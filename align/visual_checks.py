@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from align.checks import (
     Finding,
     errors_first,
+    heldout_gates,
     judged,
     looks_around,
     mask_findings,
@@ -248,12 +249,7 @@ def _rewards(config: VisualConfig) -> list[Finding]:
                 "error", "heldout_is_trained", f"The held-out reward {reward.name!r} is also trained on",
                 "Give it other args (such as split: evaluator), or remove it", f"heldout_rewards.{i}.name",
             ))  # fmt: skip
-    for i, reward in enumerate(config.heldout_rewards):
-        if reward.role == "gate":
-            found.append(Finding(
-                "error", "heldout_gate", f"The held-out reward {reward.name!r} has role: gate, and nothing to close",
-                "Remove it; held-out rewards are only measured", f"heldout_rewards.{i}.role",
-            ))  # fmt: skip
+    found += heldout_gates(config)
     relative = [(i, r) for i, r in enumerate(config.rewards) if r.weight and any(map(looks_around, r.transform))]
     hidden = len(relative) == sum(bool(reward.weight) for reward in config.rewards)
     found += [
