@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.errors import ConfigError
-from align.output import add_dry_run, add_json, add_out, add_seed, examples, give, number, table, whole
+from align.output import add_dry_run, add_json, add_out, add_seed, examples, give, number, table, whole, words
 
 if TYPE_CHECKING:
     from align.feedback.events import FeedbackEvent, Item
@@ -118,16 +118,16 @@ def _table_agreement(options: argparse.Namespace) -> dict[str, Any]:
     )
     from align.feedback.columns import cell, label_cell, read_rows
 
-    raters = _words(options.raters)
+    raters = words(options.raters)
     renamed = _map(options.map)
     rows, clusters, joins = [], [], []
-    for place, row in read_rows(options.source, _words(options.columns)):
+    for place, row in read_rows(options.source, words(options.columns)):
         rows.append([_renamed(label_cell(cell(row, rater, place)), renamed) for rater in raters])
         if options.cluster:
             clusters.append(str(cell(row, options.cluster, place)))
         if options.judge:
             joins.append(label_cell(cell(row, options.join, place)))
-    categories = [label_cell(word) for word in _words(options.categories)] or categories_of(rows)
+    categories = [label_cell(word) for word in words(options.categories)] or categories_of(rows)
     answers = answers_of_table(rows, raters, categories=categories, ordered=options.ordered, clusters=clusters or None)
     counts = answers.counts()
     found: dict[str, Any] = {
@@ -162,8 +162,8 @@ def run_consistency(options: argparse.Namespace) -> int:
         joined = joined_of(events, items, within={"annotator": True, "pooled": False}.get(options.join))
     else:
         joined = join_files(
-            options.ratings, options.rankings, ratings_columns=_words(options.ratings_columns),
-            rankings_columns=_words(options.rankings_columns), duplicates=options.duplicates,
+            options.ratings, options.rankings, ratings_columns=words(options.ratings_columns),
+            rankings_columns=words(options.rankings_columns), duplicates=options.duplicates,
         )  # fmt: skip
     found = plain(
         consistency(
@@ -230,7 +230,7 @@ def run_winrate(options: argparse.Namespace) -> int:
             found |= both_protocols(rated, ranked)
     else:
         rows = [
-            read_rows(path, _words(columns))
+            read_rows(path, words(columns))
             for path, columns in (
                 (options.ratings, options.ratings_columns), (options.rankings, options.rankings_columns)
             )
@@ -381,15 +381,11 @@ def _require_key(source: Path, key: str | None, known: set[str]) -> None:
         )  # fmt: skip
 
 
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",")] if text else []
-
-
 def _map(text: str) -> dict[str, Any]:
     from align.feedback.columns import label_cell
 
     found = {}
-    for part in _words(text):
+    for part in words(text):
         name, mark, value = part.partition("=")
         if not mark:
             raise ConfigError("A map of labels is NAME=LABEL,...", where=f"--map {text}")
@@ -490,10 +486,14 @@ def _winrate_arguments(parser: argparse.ArgumentParser) -> None:
     _common(parser)
 
 
-def _audit_arguments(parser: argparse.ArgumentParser) -> None:
-    _source_argument(parser, optional=True)
+def _judged_by(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quality", default="", metavar="KEY", help="ratings that are the independent quality label")
     parser.add_argument("--outcome", default="", metavar="KEY", help="signal that is a user's delayed outcome")
+
+
+def _audit_arguments(parser: argparse.ArgumentParser) -> None:
+    _source_argument(parser, optional=True)
+    _judged_by(parser)
     parser.add_argument("--policies", type=Path, metavar="FILE", help="table of policy, offline, online to validate")
     gates = parser.add_argument_group("gates a signal must pass before anything is trained on it")
     gates.add_argument("--min-reacted", type=whole, default=200, metavar="N", help="reactions (default: 200)")
@@ -508,7 +508,6 @@ def _audit_arguments(parser: argparse.ArgumentParser) -> None:
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", type=Path, metavar="STORE", help="the store's file")
     add_out(parser, "the page (default: beside the store)")
-    parser.add_argument("--quality", default="", metavar="KEY", help="ratings that are the independent quality label")
-    parser.add_argument("--outcome", default="", metavar="KEY", help="signal that is a user's delayed outcome")
+    _judged_by(parser)
     _common(parser)
     add_dry_run(parser)
