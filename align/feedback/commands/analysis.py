@@ -70,7 +70,7 @@ def _needs_cli(options: argparse.Namespace) -> int:
 
 def run_agreement(options: argparse.Namespace) -> int:
     """Give every coefficient of a store, or of a table with a column a rater."""
-    from align.feedback.overview import agreement_of, plain
+    from align.feedback.overview import agreement_of, plain, telling_pairs
 
     if options.raters:
         found = _table_agreement(options)
@@ -91,11 +91,16 @@ def run_agreement(options: argparse.Namespace) -> int:
     rows = []
     for name, signal in found["signals"].items():
         rows.append((name, f"{signal['n_items_shared']} of {signal['n_items']} with two answers or more"))
-        for coefficient, c in signal["coefficients"].items():
+        coefficients = signal["coefficients"]
+        pairs, left = telling_pairs(coefficients)
+        for coefficient in (*(name for name in coefficients if ":" not in name), *pairs):
+            c = coefficients[coefficient]
             note = f"  {c['reason']}" if "reason" in c else ""
             ci = _interval(c["ci"])
             counted = f"n {c['n_items']}, raters {c['n_raters']}"
             rows.append((f"  {coefficient}", f"{_number(c['value'])}  {ci}  {counted}{note}"))
+        if left:
+            rows.append(("  of two", f"{left} more kappas, which --json has"))
         won = ", ".join(f"{category} {n}" for category, n in signal["majority"].items())
         rows.append(("  majority", won))
         if judge := signal.get("judge"):
