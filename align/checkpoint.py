@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.errors import AlignError, CheckpointError, first_line
+from align.errors import AlignError, CheckpointError, ConfigError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -429,6 +429,15 @@ def name_runs(folder: Path) -> str:
     runs = sorted(str(found.parent) for found in folder.glob("*/config.yaml") if (found.parent / "run.json").is_file())
     more = f", or {len(runs) - 5} more" if len(runs) > 5 else ""
     return f"Give a run in it: {', '.join(runs[:5])}{more}" if runs else ""
+
+
+def not_a_run(folder: str | Path, why: str) -> ConfigError:
+    """Return the refusal of what was given for a run folder; it names the runs within, where there are some."""
+    path = Path(folder)
+    if not path.is_dir():
+        why = "it is a file" if path.is_file() else "there is no such folder"
+    advice = name_runs(path) or "Give a folder that `align train` made, such as runs/NAME"
+    return ConfigError("This is not a run folder", where=str(folder), why=why, do=advice)
 
 
 def load_latest(root: str | Path) -> Checkpoint | None:

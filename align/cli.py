@@ -59,7 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     options = argparse.Namespace()
     try:
-        if arguments and not arguments[0].startswith("-"):
+        if not arguments:
+            sys.stderr.write(_parser().format_help())
+            return 2
+        if not arguments[0].startswith("-"):
             from align.registry import require_known
 
             require_known(arguments[0], _VERBS, "verb")

@@ -89,6 +89,23 @@ def _trained_rows(config: Any) -> tuple[int, int, int]:
     return steps, trained, 0
 
 
+def evaluation_ledger(config: VisualConfig) -> dict[str, float | int]:
+    """Return what a run's evaluations cost beside its training: before, after, and every `evaluation.every` steps.
+
+    `F_eq = samples x solver steps`, twice with classifier-free guidance.
+
+    Returns:
+        final_samples, of each of the two; between, how many lie between them, of `samples` each; feq_per_sample, feq.
+    """
+    evaluation = config.evaluation
+    between = max(0, config.steps - 1) // evaluation.every if evaluation.every else 0
+    each = evaluation.solver_steps * (1 if evaluation.guidance_scale == 1 else 2)
+    return {
+        "final_samples": evaluation.final_samples, "between": between, "samples": evaluation.samples,
+        "feq_per_sample": each, "feq": each * (2 * evaluation.final_samples + between * evaluation.samples),
+    }  # fmt: skip
+
+
 def clip_nats(config: DanceGRPOConfig, latent_dim: int) -> float:
     """Return `objective.clip_range` in nats of the whole latent: times `latent_dim` for a ratio of mean log-probs."""
     objective = config.objective

@@ -72,7 +72,7 @@ def _objective(config: OfflineConfig) -> list[Finding]:
         ))  # fmt: skip
     if config.batch_size < 16 and not is_builtin(config.model.path):
         found.append(Finding(
-            "warning", "small_batch", f"{config.batch_size} rows an update make noisy updates of a large model",
+            "warning", "small_batch", f"{config.batch_size} rows an update make noisy updates",
             "Raise batch_size to 64 or more; batch.tile bounds what is held at once", "batch_size",
         ))  # fmt: skip
     if config.model.train == "full":

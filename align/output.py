@@ -10,9 +10,12 @@ import sys
 from collections.abc import Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from align.errors import ConfigError
+
+if TYPE_CHECKING:
+    from align.config import RewardConfig
 
 _stdout: ContextVar[TextIO | None] = ContextVar("stdout", default=None)
 """Where results go while a verb runs; None outside."""
@@ -129,6 +132,26 @@ def add_config(parser: argparse.ArgumentParser, example: str) -> None:
     add_overrides(parser, example)
 
 
+def add_rewards(parser: argparse.ArgumentParser, what: str = "a reward; may be given again") -> None:
+    """Add `--reward NAME` and `--config FILE`, which `named_rewards` reads."""
+    parser.add_argument("--reward", action="append", metavar="NAME", help=what)
+    parser.add_argument(
+        "--config", metavar="FILE", help="a YAML file whose list `rewards` names more, with args; a recipe will do"
+    )
+
+
+def named_rewards(options: argparse.Namespace) -> list[RewardConfig]:
+    """Return the rewards that `--reward` and `--config` name, in this order.
+
+    Raises:
+        ConfigError: see `load_rewards`.
+    """
+    from align.config import RewardConfig, load_rewards
+
+    named = [RewardConfig(name=name) for name in options.reward or ()]
+    return [*named, *(load_rewards(options.config) if options.config else ())]
+
+
 def add_overwrite(parser: argparse.ArgumentParser, what: str) -> None:
     """Add `--overwrite`."""
     parser.add_argument("--overwrite", action="store_true", help=what)
@@ -152,6 +175,11 @@ def add_seed(parser: argparse.ArgumentParser, default: int | None = None) -> Non
     parser.add_argument(
         "--seed", type=whole, default=default, metavar="N", help=f"seed of every random draw (default: {shown})"
     )
+
+
+def words(text: str) -> list[str]:
+    """Parse names with commas between."""
+    return [word.strip() for word in text.split(",")] if text else []
 
 
 def whole(text: str) -> int:

@@ -18,7 +18,7 @@ from align.checks import (
     unknown_rewards,
 )
 from align.errors import AlignError
-from align.ledger import clip_nats, feq_ledger, trained_step_count
+from align.ledger import clip_nats, evaluation_ledger, feq_ledger, trained_step_count
 from align.published import BUILTIN, is_builtin, latent_dim, training_memory
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ def _training(config: VisualConfig) -> list[Finding]:
         ))  # fmt: skip
     if config.prompts_per_step < 16 and not is_builtin(config.model.path):
         found.append(Finding(
-            "warning", "few_prompts", f"{config.prompts_per_step} prompts a step make noisy updates of a large model",
+            "warning", "few_prompts", f"{config.prompts_per_step} prompts a step make noisy updates",
             "Use 32 prompts or more; 16 is the least that worked", "prompts_per_step",
         ))  # fmt: skip
     lr, full = config.optimizer.lr, config.model.train == "full"
@@ -338,6 +338,7 @@ def describe_visual_config(config: VisualConfig, findings: list[Finding]) -> dic
         "trainer": config.trainer,
         "steps": config.steps,
         "ledger": feq_ledger(config),
+        "evaluation": evaluation_ledger(config),
         "latent_dim": dim,
         "memory_gb": {n: round(held / 1e9, 1) for n in (1, 8) if (held := training_memory(config, n)) is not None},
         **_clip(config, dim),

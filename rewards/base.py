@@ -38,7 +38,7 @@ class RewardCard:
         components: the K names of its scores; empty where they depend on its arguments.
         direction: "higher" when more is better, "none" when it is not a quality.
         differentiable: whether gradients reach the pixels, through `differentiable(images, prompts)`.
-        licence: of its weights and data.
+        licence: of its weights and data, and of the code where it has none.
         size: of its weights.
         needs: packages beyond the core, by import name.
         weights: the published files it loads.
@@ -52,7 +52,7 @@ class RewardCard:
     components: tuple[str, ...] = ()
     direction: str = "higher"
     differentiable: bool = False
-    licence: str = "Apache-2.0"
+    licence: str = "unstated"
     size: str = "none"
     needs: tuple[str, ...] = ()
     weights: tuple[Weights, ...] = ()
@@ -282,7 +282,7 @@ def _is_place(name: str) -> bool:
 def _placed(name: str) -> tuple[RewardCard, Any]:
     found: Any = Registry("reward", entries={name: name}).get(name)
     about = (inspect.getdoc(found) or "a reward without a description").splitlines()[0]
-    unregistered = RewardCard(name, about, "unstated", "any", (name.rpartition(":")[2],), licence="unstated")
+    unregistered = RewardCard(name, about, "unstated", "any", (name.rpartition(":")[2],))
     return getattr(found, "card", unregistered), found
 
 

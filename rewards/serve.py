@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -24,7 +23,7 @@ from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
-from align.config import load_rewards
+from align.config import RewardConfig
 from align.errors import ConfigError, DataError
 from align.registry import suggest
 from align.stops import ending
@@ -74,17 +73,14 @@ def require_asked(asked: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
         require_arguments(name, args)
 
 
-def read_asked(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
-    """Return names and arguments of the list `rewards` in a YAML file or a recipe, which may be a training config.
+def asked_of(rewards: Sequence[RewardConfig]) -> list[tuple[str, dict[str, Any]]]:
+    """Return names and arguments of rewards as a configuration names them, which may be one of training.
 
-    Of a reward that the config takes from a server, this is the server: what concerns the client is left out.
-
-    Raises:
-        ConfigError: no such list, or an item that is not right.
+    Of a reward that it takes from a server, this is the server: what concerns the client is left out.
     """
     client = {"placement", *inspect.signature(RemoteReward).parameters} - {"args"}
     asked = []
-    for reward in load_rewards(path):
+    for reward in rewards:
         remote = reward.args.get("placement") == "remote"
         args = {key: value for key, value in reward.args.items() if not (remote and key in client)}
         asked.append((reward.name, args))

@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from align.commands.plan import describe_job, make_plan
+from align.commands.jobs import describe_job
+from align.commands.plan import make_plan
 from align.config import load_config
 from align.plan import held
 from align.run import describe_machine

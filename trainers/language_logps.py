@@ -23,6 +23,9 @@ LOGIT_BYTES = 256 << 20
 CPU_BYTES = 32 << 20
 """The same on a CPU where no gradient is needed: larger temporary memory would be mapped anew every time."""
 
+BLOCK_BYTES = 8 << 20
+"""What a CPU works on together, element by element: what is freed in larger blocks stays with the process in pieces."""
+
 Batch = Mapping[str, Any]
 
 
@@ -34,7 +37,7 @@ class _LogProb(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
-        blocks = logits.split(tokens_at_once(logits.shape[-1], logits.device))
+        blocks = logits.split(tokens_at_once(logits.shape[-1], logits.device, BLOCK_BYTES))
         normaliser = torch.cat([block.float().logsumexp(-1, keepdim=True) for block in blocks])
         ctx.save_for_backward(logits, normaliser, target)
         return logits.gather(-1, target[:, None]).float().sub_(normaliser)[:, 0]
@@ -42,7 +45,7 @@ class _LogProb(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         logits, normaliser, target = ctx.saved_tensors
-        size, outer = tokens_at_once(logits.shape[-1], logits.device), gradients[0][:, None]
+        size, outer = tokens_at_once(logits.shape[-1], logits.device, BLOCK_BYTES), gradients[0][:, None]
         parts = (whole.split(size) for whole in (logits, normaliser, target[:, None], outer))
         for block, shift, ids, scale in zip(*parts, strict=True):
             found = (block.float() - shift).exp_().mul_(-scale)
@@ -50,9 +53,9 @@ class _LogProb(torch.autograd.Function):
         return logits, None
 
 
-def tokens_at_once(vocabulary: int, device: torch.device) -> int:
-    """Return how many tokens' logits are worked on together where they are not kept for a gradient."""
-    return max(1, (CPU_BYTES if device.type == "cpu" else LOGIT_BYTES) // (4 * vocabulary))
+def tokens_at_once(vocabulary: int, device: torch.device, on_cpu: int = CPU_BYTES) -> int:
+    """Return how many tokens' logits are worked on together: those of `on_cpu` bytes there, else of `LOGIT_BYTES`."""
+    return max(1, (on_cpu if device.type == "cpu" else LOGIT_BYTES) // (4 * vocabulary))
 
 
 def token_logps(hidden: Tensor, target: Tensor, head: Callable[[Tensor], Tensor], chunk: int) -> Tensor:

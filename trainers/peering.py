@@ -50,8 +50,8 @@ from rewards.fit_split import split_rows
 from rewards.outputs import sample_of
 from rewards.scoring import score_sources
 from rewards.sources import Source
+from trainers.best_of import best_first, curve
 from trainers.candidates import read_candidates
-from trainers.selection import best_first, curve
 
 RANDOM = "random"
 

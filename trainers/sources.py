@@ -8,7 +8,6 @@ from typing import Any
 
 from align import checkpoint
 from align.config import load_config
-from align.errors import ConfigError
 from align.recipes import list_recipes
 
 NAME_PROMPTS = "Give a file with --prompts FILE, or to `align sample` a --prompt TEXT"
@@ -65,6 +64,6 @@ def find_source(source: str | Path) -> Source:
             return Source(name, True, config)
     pipeline = (path / "model_index.json").is_file()
     known = (path / "adapter_config.json").is_file() or (path / "config.json").is_file()
-    if not (pipeline or known) and (runs := checkpoint.name_runs(path)):
-        raise ConfigError("This is not a run folder", where=name, why="it holds runs, and is none", do=runs)
+    if not (pipeline or known) and checkpoint.name_runs(path):
+        raise checkpoint.not_a_run(path, "it holds runs, and is none")
     return Source(name, name == "tiny" or (known and not pipeline), bare=True)

@@ -7,7 +7,19 @@ import sys
 from typing import Any
 
 from align.errors import ConfigError
-from align.output import add_action, add_dry_run, add_json, dry, give, positive, table, whole, word
+from align.output import (
+    add_action,
+    add_dry_run,
+    add_json,
+    add_rewards,
+    dry,
+    give,
+    named_rewards,
+    positive,
+    table,
+    whole,
+    word,
+)
 
 
 def rewards(options: argparse.Namespace) -> int:
@@ -36,10 +48,10 @@ def rewards(options: argparse.Namespace) -> int:
 
 def _serve(options: argparse.Namespace) -> int:
     try:
-        from rewards.serve import read_asked, require_asked, serve
+        from rewards.serve import asked_of, require_asked, serve
     except ModuleNotFoundError as error:
         raise ConfigError("Serving needs more packages", why=str(error), do="pip install 'align[server]'") from error
-    asked = [*((name, {}) for name in options.reward or ()), *(read_asked(options.config) if options.config else ())]
+    asked = asked_of(named_rewards(options))
     require_asked(asked)
     if options.dry_run:
         return dry(options, "serve", {"rewards": [name for name, _ in asked], "at": f"{options.host}:{options.port}"})
@@ -73,10 +85,7 @@ def rewards_arguments(parser: argparse.ArgumentParser) -> None:
         actions, "serve", "let other machines use rewards of this one",
         "align rewards serve --reward hpsv2.1 --reward aesthetic --port 8765",
     )  # fmt: skip
-    serve.add_argument("--reward", action="append", metavar="NAME", help="a reward; may be given again")
-    serve.add_argument(
-        "--config", metavar="FILE", help="a YAML file whose list `rewards` names more, with args; a recipe will do"
-    )
+    add_rewards(serve)
     serve.add_argument(
         "--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on (default: 127.0.0.1)"
     )

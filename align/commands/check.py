@@ -144,6 +144,7 @@ def _visual_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("updates", f"{ledger['updates_per_step']} of each rollout"),
         ("cost", cost + (f" + {ledger['free_forwards']:g}" if ledger["free_forwards"] else "")),
         ("trains", f"{ledger['trained_steps']} {what}"),
+        ("measures", _evaluation(found)),
         *_memory_row(found["memory_gb"]),
     ]  # fmt: skip
     if reverse:
@@ -152,6 +153,14 @@ def _visual_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         whole = "" if nats is None else f"; {nats:.3g} nats over {found['latent_dim']} dimensions"
         rows.append(("clip", f"{found['clip_range']:g} nats {unit}{whole}"))
     return rows
+
+
+def _evaluation(found: dict[str, Any]) -> str:
+    told, ledger = found["evaluation"], found["ledger"]
+    between = f", {told['between']} x {told['samples']} on the way" if told["between"] else ""
+    trained = ledger["feq_per_sample"] * ledger["samples_per_step"] * found["steps"]
+    share = f" = {told['feq'] / trained:.2g} of training's" if trained else ""
+    return f"2 x {told['final_samples']} samples{between}, {told['feq_per_sample']} F_eq each{share}"
 
 
 def _memory_row(memory: dict[int, float]) -> list[tuple[str, str]]:

@@ -14,7 +14,21 @@ from typing import Any
 from align.commands import rewards
 from align.commands.dry import require_rewards, require_source
 from align.errors import AlignError, ConfigError
-from align.output import add_dry_run, add_json, add_out, add_seed, dry, give, number, positive, share, table, word
+from align.output import (
+    add_dry_run,
+    add_json,
+    add_out,
+    add_rewards,
+    add_seed,
+    dry,
+    give,
+    named_rewards,
+    number,
+    positive,
+    share,
+    table,
+    word,
+)
 
 IMAGE_FLAGS = {
     "sampler": "sampler", "eta": "eta", "solver_steps": "steps", "guidance_scale": "guidance",
@@ -63,9 +77,7 @@ def evaluate(options: argparse.Namespace) -> int:
     """Measure a model of images with rewards, a language model on held-out rows, or rewards on feedback."""
     if rewards.is_asked(options):
         return rewards.evaluate(options)
-    from align.config import load_rewards
-
-    named = [*(options.reward or ()), *(load_rewards(options.config) if options.config else ())]
+    named = named_rewards(options)
     call: dict[str, Any] = {"samples": options.samples, "rewards": named or None}
     language = _is_language(options)
     if language:
@@ -80,7 +92,7 @@ def evaluate(options: argparse.Namespace) -> int:
         require_rewards(named)
         plan = _rows_plan(options.data) if options.data else _prompts_plan(options.prompts, options.chat)
         if named:
-            call["rewards"] = [reward if isinstance(reward, str) else reward.name for reward in named]
+            call["rewards"] = [reward.name for reward in named]
         return dry(options, "evaluate", {"source": options.source, "prompts": plan, **call})
     if not language:
         from trainers import evaluate as evaluate_images
@@ -332,12 +344,11 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples", type=positive, metavar="N",
         help="images in all (default: 256), or answers (default: 64 with rewards, else evaluation.prompts)",
     )  # fmt: skip
-    parser.add_argument(
-        "--reward", action="append", metavar="NAME",
-        help="a reward; may be given again (default: of images the held-out ones, of text none); without SOURCE, "
-        "rewards are measured on feedback",
-    )  # fmt: skip
-    parser.add_argument("--config", metavar="FILE", help="a YAML file whose list `rewards` names more, with args")
+    add_rewards(
+        parser,
+        "a reward; may be given again (default: of images the held-out ones, of text none); without SOURCE, rewards "
+        "are measured on feedback",
+    )
     texts = _add_text(parser)
     texts.add_argument(
         "--data", metavar="FILE", help="rows to measure, of feedback for rewards (default: the run's held-out ones)"

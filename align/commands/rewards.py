@@ -10,7 +10,7 @@ from textwrap import shorten
 from typing import Any
 
 from align.errors import ConfigError
-from align.output import dry, give, table
+from align.output import dry, give, named_rewards, table
 
 OWN = ("images", "key", "reaction", "benchmark", "scores")
 _TAKEN = {"source", "reward", "config", "data", "out", "dry_run", "json", "run", "flags", "verb", *OWN}
@@ -86,11 +86,10 @@ def _is_fit(source: str) -> bool:
 def _named(options: argparse.Namespace) -> list[Any]:
     """Return the rewards to be evaluated as a configuration names them; refuse those that cannot be built."""
     from align.commands.dry import require_rewards
-    from align.config import RewardConfig, load_rewards
+    from align.config import RewardConfig
 
     named = [] if options.source is None else [RewardConfig(name="fitted", args={"path": str(options.source)})]
-    named += [RewardConfig(name=name) for name in options.reward or ()]
-    named += load_rewards(options.config) if options.config else ()
+    named += named_rewards(options)
     if not named:
         raise ConfigError(
             "Nothing is named to be evaluated", do="Give SOURCE, --reward NAME, --config FILE, or --benchmark NAME"

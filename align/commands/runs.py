@@ -105,16 +105,11 @@ def run_config(folder: Path, overrides: Sequence[str] = ()) -> Any:
     Raises:
         ConfigError: it is none.
     """
-    from align.checkpoint import name_runs
+    from align.checkpoint import not_a_run
     from align.config import load_config
 
     if not (folder / "config.yaml").is_file():
-        absent = "it is a file" if folder.is_file() else "there is no such folder"
-        raise ConfigError(
-            "This is not a run folder", where=str(folder),
-            why="it has no config.yaml" if folder.is_dir() else absent,
-            do=name_runs(folder) or "Give a folder that `align train` made, such as runs/NAME",
-        )  # fmt: skip
+        raise not_a_run(folder, "it has no config.yaml")
     return load_config(folder / "config.yaml", overrides)
 
 

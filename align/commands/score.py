@@ -6,16 +6,26 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from align.output import add_batch_size, add_dry_run, add_json, add_out, add_overwrite, dry, give, table
+from align.output import (
+    add_batch_size,
+    add_dry_run,
+    add_json,
+    add_out,
+    add_overwrite,
+    add_rewards,
+    dry,
+    give,
+    named_rewards,
+    table,
+)
 
 
 def score(options: argparse.Namespace) -> int:
     """Score images or texts of files."""
     from align.commands.dry import require_rewards
-    from align.config import load_rewards
     from rewards.scoring import plan_scores, score_files
 
-    rewards = [*(options.reward or ()), *(load_rewards(options.config) if options.config else ())]
+    rewards = named_rewards(options)
     call = {"prompts": options.prompts, "images": options.images, "image_column": options.image_column}
     call |= {"completion_column": options.completion_column, "overwrite": options.overwrite}
     out = options.out or Path("scores.parquet")
@@ -44,8 +54,7 @@ def _scores_text(found: dict[str, Any]) -> str:
 
 def score_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `align score`."""
-    parser.add_argument("--reward", action="append", metavar="NAME", help="a reward; may be given again")
-    parser.add_argument("--config", metavar="FILE", help="a YAML file whose list `rewards` names more, with args")
+    add_rewards(parser)
     parser.add_argument(
         "--prompts", metavar="FILE", help="a txt, JSONL, CSV or Parquet file: a row an image, or completions"
     )

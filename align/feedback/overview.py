@@ -20,6 +20,9 @@ from align.feedback.judging import judge_card
 from align.feedback.signals import SignalGates, select_signal
 from align.feedback.views import ANSWERS, answers_of, comparisons_of, joined_of, shown_of, signals
 
+FEWEST_SHARED = 5
+"""Units that two raters must share for their kappa to be worth reading."""
+
 GROUPS = ("user", "position", "policy", "time")
 RATED = ("binary", "reaction", "ordinal")
 
@@ -66,6 +69,21 @@ def agreement_of(
             "categories": list(answers.categories),
         }  # fmt: skip
     return found
+
+
+def telling_pairs(coefficients: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], int]:
+    """Return the names of the kappas of two raters that are worth reading, and how many are left out.
+
+    All of them where three raters or fewer make them; else, of the unweighted ones of raters who share `FEWEST_SHARED`
+    units, the four highest and the four lowest.
+    """
+    names = [name for name in coefficients if ":" in name]
+    if len({name.partition(":")[2] for name in names}) <= 3:
+        return names, 0
+    told = [n for n in names if n.startswith("cohen:") and coefficients[n]["n_items"] >= FEWEST_SHARED]
+    told.sort(key=lambda name: -(coefficients[name]["value"] or 0))
+    shown = told if len(told) <= 8 else [*told[:4], *told[-4:]]
+    return shown, len(names) - len(shown)
 
 
 def exposures_of(

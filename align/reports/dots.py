@@ -13,6 +13,8 @@ from align.reports.charts import Axis
 from align.reports.page import count, finite, percent
 
 WIDTH, ROW, TOP, BOTTOM = 520, 25, 8, 30
+LETTER, WIDEST = 6.5, 300
+"""Pixels of a letter of a label, and of the widest column of labels."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def dot_chart(
         low, high: ends of the axis; by default what the intervals need.
         share: values are shares, labelled in percent.
         reference: a dashed line at a value, with its label.
-        left: pixels for the labels.
+        left: pixels for the labels; more where they need it, up to `WIDEST`.
 
     Returns:
         an empty Markup when there is nothing to draw.
@@ -55,7 +57,8 @@ def dot_chart(
     least, most = min(ends), max(ends)
     margin = 0.06 * (most - least) or 0.1
     start, stop = least - margin if low is None else min(low, least), most + margin if high is None else max(high, most)
-    right = 66
+    right, longest = 66, max(len(row.label) for row in shown)
+    left = max(left, min(WIDEST, math.ceil(12 + LETTER * longest)))
     x = Axis(start, stop, left, WIDTH - right)
     foot = TOP + ROW * len(shown)
     body = []
@@ -80,9 +83,11 @@ def dot_chart(
 
 
 def _row(row: Dot, x: Axis, y: float, left: int) -> str:
-    room = int((left - 12) / 6.5)
-    label = row.label if len(row.label) <= room else row.label[: room - 1] + "…"
-    parts = [f'<text class="name" x="{left - 12}" y="{y + 4:.1f}" text-anchor="end">{escape(label)}</text>']
+    room = int((left - 12) / LETTER)
+    label = escape(row.label)
+    if len(row.label) > room:
+        label = Markup(f"{escape(row.label[: room - 1])}…<title>{label}</title>")
+    parts = [f'<text class="name" x="{left - 12}" y="{y + 4:.1f}" text-anchor="end">{label}</text>']
     a, b = finite(row.low), finite(row.high)
     if a is not None and b is not None:
         d = f"M{x(a):.1f} {y:.1f}H{x(b):.1f}M{x(a):.1f} {y - 4:.1f}v8M{x(b):.1f} {y - 4:.1f}v8"

@@ -13,7 +13,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from align.feedback.overview import overview
+from align.feedback.overview import FEWEST_SHARED, overview, telling_pairs
 from align.feedback.store import Store
 from align.reports.advice import advise
 from align.reports.dots import Dot, dot_chart, interval_of, matrix_chart, share_bar
@@ -23,8 +23,6 @@ Row = dict[str, Any]
 
 LEVELS = {"krippendorff_nominal": "alpha, nominal", "krippendorff_ordinal": "alpha, ordinal"}
 LEVELS |= {"krippendorff_interval": "alpha, interval", "fleiss": "Fleiss' kappa"}
-FEWEST_SHARED = 5
-"""Units two raters must share for their kappa to be drawn."""
 
 BIASES = {
     "p_longer": "the longer one",
@@ -135,17 +133,14 @@ def _number(text: str) -> int:
 
 
 def _agreement(signal: str, entry: Row) -> Row:
-    rows, pairs = [], []
-    for name, c in entry["coefficients"].items():
-        kind, _, raters = name.partition(":")
-        low, high = c["ci"]
-        dot = Dot(LEVELS.get(name, raters.replace(":", " · ")), c["value"], low, high, f"n {count(c['n_items'])}")
-        if raters and kind == "cohen" and c["n_items"] >= FEWEST_SHARED:
-            pairs.append(Dot(dot.label, dot.value, dot.low, dot.high, dot.note, 1))
-        elif not raters:
-            rows.append(dot)
-    pairs.sort(key=lambda dot: -(dot.value or 0))
-    shown = pairs if len(pairs) <= 8 else [*pairs[:4], *pairs[-4:]]
+    coefficients = entry["coefficients"]
+    told, left = telling_pairs(coefficients)
+    pairs = [n for n in told if n.startswith("cohen:") and coefficients[n]["n_items"] >= FEWEST_SHARED]
+    rows = []
+    for name in (*(name for name in coefficients if ":" not in name), *pairs):
+        c, raters = coefficients[name], name.partition(":")[2]
+        label = LEVELS.get(name, raters.replace(":", " · "))
+        rows.append(Dot(label, c["value"], *c["ci"], f"n {count(c['n_items'])}", int(bool(raters))))
     reasons = [
         f"{LEVELS.get(name, name)}: {c['reason']}"
         for name, c in entry["coefficients"].items()
@@ -154,8 +149,8 @@ def _agreement(signal: str, entry: Row) -> Row:
     return {
         "name": signal,
         "n": entry["n_items"], "shared": entry["n_items_shared"], "raters": entry["n_raters"], "reasons": reasons,
-        "chart": dot_chart([*rows, *shown], low=0.0, high=1.0, reference=(0.0, "chance")),
-        "hidden": len(pairs) - len(shown),
+        "chart": dot_chart(rows, low=0.0, high=1.0, reference=(0.0, "chance")),
+        "hidden": left,
         "majority": share_bar(
             [(k, n, 6 if k == "none" else i % 6) for i, (k, n) in enumerate(entry["majority"].items())]
         ),

@@ -11,8 +11,9 @@ from typing import Any
 
 from markupsafe import Markup
 
+from align.checkpoint import not_a_run
 from align.config_sources import leaves
-from align.errors import AlignError, ConfigError
+from align.errors import AlignError
 from align.reports.charts import Series
 from align.reports.glossary import explain
 from align.reports.page import Sheet, finite, load_sheet
@@ -52,9 +53,7 @@ def read_run(run_dir: str | Path) -> RunFiles:
     """
     files = RunFiles(Path(run_dir))
     if not any((files.directory / name).is_file() for name in ("run.json", "config.yaml", "metrics.jsonl")):
-        there = files.directory.is_dir()
-        why = "it has no run.json, config.yaml or metrics.jsonl" if there else "there is no such folder"
-        raise ConfigError("This is not a run folder", where=str(run_dir), why=why)
+        raise not_a_run(run_dir, "it has no run.json, config.yaml or metrics.jsonl")
     files.record = _json(files, "run.json")
     files.summary = _json(files, "summary.json") if (files.directory / "summary.json").is_file() else {}
     files.sparsity = _json(files, "sparsity.json") if (files.directory / "sparsity.json").is_file() else {}

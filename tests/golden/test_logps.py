@@ -7,6 +7,7 @@ import torch
 
 from align.errors import ModelError
 from trainers.language_logps import (
+    BLOCK_BYTES,
     TokenLogps,
     completion_logps,
     completion_mask,
@@ -97,7 +98,7 @@ def test_gradients_over_several_blocks_of_rows_are_those_of_log_softmax(dtype):
     draw = torch.Generator().manual_seed(0)
     logits = torch.randn(20, 1_000_000, generator=draw).to(dtype).requires_grad_()
     target, outer = torch.randint(0, 1_000_000, (20,), generator=draw), torch.randn(20, generator=draw)
-    assert tokens_at_once(1_000_000, logits.device) < 10  # several blocks
+    assert tokens_at_once(1_000_000, logits.device, BLOCK_BYTES) < 10  # several blocks
     expected = logits.detach().float().softmax(-1).mul_(-outer[:, None])
     expected.scatter_add_(-1, target[:, None], outer[:, None])
     found = token_logps(logits, target, lambda part: part * 1, 20)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from align.errors import ConfigError
-from trainers.selection import Rule, best_first, best_of_weights, curve, expected_best, kl_bound, label, mine_pairs
+from trainers.best_of import Rule, best_first, best_of_weights, curve, expected_best, kl_bound, label, mine_pairs
 
 NAN = float("nan")
 

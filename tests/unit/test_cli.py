@@ -146,7 +146,6 @@ def test_the_walk_sees_a_flag_of_two_meanings():
     ("arguments", "sentence"),
     [
         (["trian"], "Unknown verb 'trian'. Did you mean 'train'?"),
-        ([], "required: VERB"),
         (["train"], "required: CONFIG"),
         (["train", "nope.yaml"], "There is no such file (nope.yaml)"),
         (["train", "digits/dance"], "Did you mean 'digits/dance_grpo'?"),
@@ -205,12 +204,21 @@ def test_bad_prompt_files_are_refused_by_check(capsys, tmp_path: Path):
     assert code == 0 and "2 in" in out and "1 prompts repeat" in out
 
 
+def test_without_a_verb_the_verbs_are_shown(capsys):
+    code, out, err = run(capsys)
+    assert code == 2 and out == ""
+    assert all(f"\n    {verb}" in err for verb in ("train", "demo", "check"))
+
+
 def test_check_says_cost_updates_and_findings(capsys):
     code, out, _ = run(
         capsys, "check", "digits/dance_grpo", "rewards=[{name: digits/legibility}]", "heldout_rewards=[]"
     )
     assert code == 0
-    assert "22 F_eq a sample = 10 + 6 x 2" in out and "updates  2 of each rollout" in out and "will be exploited" in out
+    assert (
+        "22 F_eq a sample = 10 + 6 x 2" in out and "updates   2 of each rollout" in out and "will be exploited" in out
+    )
+    assert "measures  2 x 2000 samples, 5 x 256 on the way, 20 F_eq each = 0.5 of training's" in out
     code, out, _ = run(capsys, "check", "digits/dance_grpo", "group_size=1", "rewards.0.name=digits/legible")
     assert code == 2 and "nothing to be compared with" in out and "'digits/legible'" in out
 

@@ -70,7 +70,7 @@ def test_a_rollout_holds_whole_what_is_split():
     ("recipe", "offered"), [("digits/full", True), ("digits/nft", False), ("digits/diffusion_kto", False)]
 )
 def test_engines_that_split_weights_are_offered_where_they_exist(recipe, offered):
-    from align.commands.plan import describe_job
+    from align.commands.jobs import describe_job
     from align.config import load_config
 
     job, _ = describe_job(load_config(recipe, ["model.path=digits/random"]))  # of the same shape, and not pretrained

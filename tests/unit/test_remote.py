@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from served import Scripted
 
+from align.config import load_rewards
 from align.diffusion.digits_data import load_split, prompt_for
 from align.errors import ConfigError, RewardError
 from align.types import Samples, Video
@@ -31,7 +32,7 @@ from rewards.base import score_safely
 from rewards.panel import Panel
 from rewards.remote import RemoteReward, remote_rewards, wait_until_healthy
 from rewards.roster import entry_of
-from rewards.serve import build_served, read_asked, serving
+from rewards.serve import asked_of, build_served, serving
 from rewards.streaming import ScoreStream
 from rewards.wire import pack_item, unpack_items
 
@@ -765,10 +766,10 @@ def test_a_file_names_what_is_served(tmp_path):
         "steps: 3\nrewards:\n- {name: jpeg, weight: 2}\n"
         "- {name: digits/ink_band, args: {placement: remote, url: 'http://x:1', retries: 1, split: evaluator}}\n"
     )
-    assert read_asked(path) == [("jpeg", {}), ("digits/ink_band", {"split": "evaluator"})]
+    assert asked_of(load_rewards(path)) == [("jpeg", {}), ("digits/ink_band", {"split": "evaluator"})]
     path.write_text("rewards: [{name: jpeg, arg: {}}]")
     with pytest.raises(ConfigError, match="Did you mean 'rewards.0.args'"):
-        read_asked(path)
+        load_rewards(path)
 
 
 # --- the command ------------------------------------------------------------------------------------

@@ -23,8 +23,9 @@ from rewards.panel import Panel
 from rewards.scoring import score_files
 from tests.people import write_rows
 from trainers import sample_completions
+from trainers.best_of import Rule, combined
 from trainers.candidates import read_candidates
-from trainers.selection import Mining, Rule, combined, panel_of, select
+from trainers.selection import Mining, panel_of, select
 
 HERE = "tests.unit.test_selection"
 CALLS: list[str] = []

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.errors import ConfigError
-from align.output import add_dry_run, add_json, add_out, add_seed, examples, give, number, table, whole
+from align.output import add_dry_run, add_json, add_out, add_seed, examples, give, number, table, whole, words
 
 if TYPE_CHECKING:
     from align.feedback.events import FeedbackEvent, Item
@@ -70,7 +70,7 @@ def _needs_cli(options: argparse.Namespace) -> int:
 
 def run_agreement(options: argparse.Namespace) -> int:
     """Give every coefficient of a store, or of a table with a column a rater."""
-    from align.feedback.overview import agreement_of, plain
+    from align.feedback.overview import agreement_of, plain, telling_pairs
 
     if options.raters:
         found = _table_agreement(options)
@@ -91,11 +91,16 @@ def run_agreement(options: argparse.Namespace) -> int:
     rows = []
     for name, signal in found["signals"].items():
         rows.append((name, f"{signal['n_items_shared']} of {signal['n_items']} with two answers or more"))
-        for coefficient, c in signal["coefficients"].items():
+        coefficients = signal["coefficients"]
+        pairs, left = telling_pairs(coefficients)
+        for coefficient in (*(name for name in coefficients if ":" not in name), *pairs):
+            c = coefficients[coefficient]
             note = f"  {c['reason']}" if "reason" in c else ""
             ci = _interval(c["ci"])
             counted = f"n {c['n_items']}, raters {c['n_raters']}"
             rows.append((f"  {coefficient}", f"{_number(c['value'])}  {ci}  {counted}{note}"))
+        if left:
+            rows.append(("  of two", f"{left} more kappas, which --json has"))
         won = ", ".join(f"{category} {n}" for category, n in signal["majority"].items())
         rows.append(("  majority", won))
         if judge := signal.get("judge"):
@@ -118,16 +123,16 @@ def _table_agreement(options: argparse.Namespace) -> dict[str, Any]:
     )
     from align.feedback.columns import cell, label_cell, read_rows
 
-    raters = _words(options.raters)
+    raters = words(options.raters)
     renamed = _map(options.map)
     rows, clusters, joins = [], [], []
-    for place, row in read_rows(options.source, _words(options.columns)):
+    for place, row in read_rows(options.source, words(options.columns)):
         rows.append([_renamed(label_cell(cell(row, rater, place)), renamed) for rater in raters])
         if options.cluster:
             clusters.append(str(cell(row, options.cluster, place)))
         if options.judge:
             joins.append(label_cell(cell(row, options.join, place)))
-    categories = [label_cell(word) for word in _words(options.categories)] or categories_of(rows)
+    categories = [label_cell(word) for word in words(options.categories)] or categories_of(rows)
     answers = answers_of_table(rows, raters, categories=categories, ordered=options.ordered, clusters=clusters or None)
     counts = answers.counts()
     found: dict[str, Any] = {
@@ -162,8 +167,8 @@ def run_consistency(options: argparse.Namespace) -> int:
         joined = joined_of(events, items, within={"annotator": True, "pooled": False}.get(options.join))
     else:
         joined = join_files(
-            options.ratings, options.rankings, ratings_columns=_words(options.ratings_columns),
-            rankings_columns=_words(options.rankings_columns), duplicates=options.duplicates,
+            options.ratings, options.rankings, ratings_columns=words(options.ratings_columns),
+            rankings_columns=words(options.rankings_columns), duplicates=options.duplicates,
         )  # fmt: skip
     found = plain(
         consistency(
@@ -230,7 +235,7 @@ def run_winrate(options: argparse.Namespace) -> int:
             found |= both_protocols(rated, ranked)
     else:
         rows = [
-            read_rows(path, _words(columns))
+            read_rows(path, words(columns))
             for path, columns in (
                 (options.ratings, options.ratings_columns), (options.rankings, options.rankings_columns)
             )
@@ -381,15 +386,11 @@ def _require_key(source: Path, key: str | None, known: set[str]) -> None:
         )  # fmt: skip
 
 
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",")] if text else []
-
-
 def _map(text: str) -> dict[str, Any]:
     from align.feedback.columns import label_cell
 
     found = {}
-    for part in _words(text):
+    for part in words(text):
         name, mark, value = part.partition("=")
         if not mark:
             raise ConfigError("A map of labels is NAME=LABEL,...", where=f"--map {text}")
@@ -490,10 +491,14 @@ def _winrate_arguments(parser: argparse.ArgumentParser) -> None:
     _common(parser)
 
 
-def _audit_arguments(parser: argparse.ArgumentParser) -> None:
-    _source_argument(parser, optional=True)
+def _judged_by(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quality", default="", metavar="KEY", help="ratings that are the independent quality label")
     parser.add_argument("--outcome", default="", metavar="KEY", help="signal that is a user's delayed outcome")
+
+
+def _audit_arguments(parser: argparse.ArgumentParser) -> None:
+    _source_argument(parser, optional=True)
+    _judged_by(parser)
     parser.add_argument("--policies", type=Path, metavar="FILE", help="table of policy, offline, online to validate")
     gates = parser.add_argument_group("gates a signal must pass before anything is trained on it")
     gates.add_argument("--min-reacted", type=whole, default=200, metavar="N", help="reactions (default: 200)")
@@ -508,7 +513,6 @@ def _audit_arguments(parser: argparse.ArgumentParser) -> None:
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", type=Path, metavar="STORE", help="the store's file")
     add_out(parser, "the page (default: beside the store)")
-    parser.add_argument("--quality", default="", metavar="KEY", help="ratings that are the independent quality label")
-    parser.add_argument("--outcome", default="", metavar="KEY", help="signal that is a user's delayed outcome")
+    _judged_by(parser)
     _common(parser)
     add_dry_run(parser)

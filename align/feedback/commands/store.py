@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.errors import ConfigError, DataError
-from align.output import add_dry_run, add_json, add_overwrite, examples, finite, give, number, table
+from align.output import add_dry_run, add_json, add_overwrite, examples, finite, give, number, table, words
 from align.registry import suggest
 
 if TYPE_CHECKING:
@@ -204,8 +204,8 @@ def _convert(options: argparse.Namespace, events: Sequence[FeedbackEvent], items
         )  # fmt: skip
     if options.to == "unpaired":
         return protocols.to_unpaired(
-            events, items, up_from=options.up_from, down_to=options.down_to, up=_words(options.up) or (),
-            down=_words(options.down) or (), duplicates=policy,
+            events, items, up_from=options.up_from, down_to=options.down_to, up=words(options.up),
+            down=words(options.down), duplicates=policy,
         )  # fmt: skip
     if options.to == "scores":
         return protocols.to_scores(events, items, zscore=options.zscore, duplicates=policy)
@@ -293,16 +293,12 @@ def _filter_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--since", default="", metavar="TIME", help="only from this time on, e.g. 2025-01-31")
 
 
-def _words(text: str) -> list[str] | None:
-    return [word.strip() for word in text.split(",")] if text else None
-
-
 def _filters(options: argparse.Namespace) -> dict[str, Any]:
     from align.feedback.events import KINDS, SOURCES
     from align.feedback.exchange.values import milliseconds
 
-    filters: dict[str, Any] = {name: _words(getattr(options, f"only_{name}")) for name in ("key", "kind", "annotator")}
-    filters["source"] = _words(options.only_source)
+    names = ("key", "kind", "annotator", "source")
+    filters: dict[str, Any] = {name: words(getattr(options, f"only_{name}")) or None for name in names}
     for name, known in (("kind", KINDS), ("source", SOURCES)):
         for word in filters[name] or ():
             if word not in known:
