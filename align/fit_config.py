@@ -25,11 +25,16 @@ class FitDataConfig(Section):
     key: str | None = Field(
         default=None, description="The signal to fit, such as love or quality; null is all of them."
     )
+    ratings_key: str | None = Field(
+        default=None, description="The signal of the ratings, where it is not `key`; null is `key`."
+    )
     protocols: tuple[Literal["thumb", "rating", "comparison", "ranking"], ...] | None = Field(
         default=None, min_length=1, description="What kinds of answers are fitted to; null is all of them."
     )
     reaction: str = Field(
-        default="", description="The reaction that counts as a thumb up, such as love; empty is none."
+        default="",
+        description="The reaction that counts as a thumb up, such as love; thumbs are then left out, unless `key` is"
+        " theirs alone. Empty is none.",
     )
     silence: Literal["ignore", "negative", "unlabelled"] = Field(
         default="ignore",

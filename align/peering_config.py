@@ -29,7 +29,12 @@ class PeeringDataConfig(Section):
     folder: str | None = Field(
         default=None, description="Where paths of images begin; null is the folder of the file that names them."
     )
-    key: str | None = Field(default=None, description="The signal of both protocols; null is all of them.")
+    key: str | None = Field(
+        default=None, description="The signal of both protocols; null is any, where ratings are of one alone."
+    )
+    ratings_key: str | None = Field(
+        default=None, description="The signal of the ratings, where it is not `key`; null is `key`."
+    )
     heldout: Float = Field(
         default=0.3, gt=0, lt=1, description="Share of the prompts held out from both fits, for all that is reported."
     )
@@ -88,7 +93,8 @@ def fit_config_of(config: PeeringConfig, name: str, paths: tuple[str, ...]) -> F
     return FitConfig(
         name=name, seed=config.seed, steps=config.steps, batch_size=config.batch_size, model=config.model,
         data=FitDataConfig(
-            paths=paths, media=data.media, folder=data.folder, key=data.key, protocols=PROTOCOLS.get(name)
+            paths=paths, media=data.media, folder=data.folder, key=data.key, ratings_key=data.ratings_key,
+            protocols=PROTOCOLS.get(name),
         ),
         split=FitSplitConfig(by=("prompt",), heldout=data.heldout, calibration=0.0), objective=config.objective,
         calibration="none", optimizer=config.optimizer, checkpoint=config.checkpoint,

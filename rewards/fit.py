@@ -30,7 +30,7 @@ from align.sharding import FSDP2Engine, deepspeed_engine
 from align.types import StepStats
 from rewards.fit_answers import Answers, batch_loss, pack, starting_effects
 from rewards.fit_card import calibration_notes, fit_card, fit_receipt, latent_values, write_artefact
-from rewards.fit_data import FitData, Observation, load_data, thin, warnings_on
+from rewards.fit_data import FitData, Observation, gate_notes, load_data, thin, warnings_on
 from rewards.fit_latent import Latent, classifier_latent, frozen_latent, trained_parameters
 from rewards.fit_people import leave_out_people
 from rewards.fit_split import parts_of
@@ -107,7 +107,7 @@ def fit_reward(
         left |= people_left_out
         train_rows, share, thinned = thin(parts["train"], config)
         notes = [*warnings_on(train_rows, config), *trim_notes]
-    notes += calibration_notes(parts["calibration"], config)
+    notes += [*calibration_notes(parts["calibration"], config), *gate_notes(data.signals)]
     users = {name: i for i, name in enumerate(sorted({row.user for row in train_rows if row.user}))}
     train = pack(train_rows, places, users, config)
     levels = next((row.value[1] for rows in parts.values() for row in rows if row.kind == "rating"), 0)

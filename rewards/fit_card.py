@@ -53,6 +53,7 @@ def fit_card(
         "data": {
             "hashes": data.hashes, "observations": data.counts(), "notes": {k: n for k, n in data.notes.items() if n},
         },
+        "signals": [report.as_dict() for report in data.signals],
         "split": {name: _part_counts(rows) for name, rows in parts.items()},
         "read": data.read,
         "trained_on": len(train),

@@ -17,9 +17,10 @@ import numpy as np
 
 from align.errors import DataError
 from align.feedback.events import FeedbackEvent, Item
-from align.feedback.exchange import Reading, Row, read_feedback, read_table
+from align.feedback.exchange import UNRANKED, Reading, Row, read_feedback, read_table
+from align.feedback.signals import SignalReport, gates_not_held, select_signal
 from align.feedback.store import Store
-from align.feedback.views import shown_of
+from align.feedback.views import Shown, of_key, shown_of
 from align.fit_config import FitConfig, FitDataConfig
 from align.seeding import uniform
 from rewards.plove import keep_negatives
@@ -60,6 +61,7 @@ class FitData:
     Args:
         notes: counts of what is unusual about rows that are there.
         left_out: counts of answers that are not among the rows, by reason.
+        signals: thumbs or reactions that are fitted, where what was shown is known, measured against the gates.
     """
 
     items: dict[str, Item] = field(default_factory=dict)
@@ -68,6 +70,7 @@ class FitData:
     hashes: dict[str, str] = field(default_factory=dict)
     notes: Counter[str] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
+    signals: list[SignalReport] = field(default_factory=list)
 
     @property
     def read(self) -> int:
@@ -120,6 +123,7 @@ def read_said(path: Path, media: str) -> tuple[dict[str, Item], list[FeedbackEve
             return store.items(), list(store.current()), Counter()
     read = read_feedback(path, Reading(media=media, duplicates="last"))
     said, left_out = read.standing(), Counter(read.skipped)
+    del left_out[UNRANKED]  # they are no answers
     answers = sum(event.kind != "exposure" for event, _ in read.events)
     left_out["superseded or taken back"] += answers - sum(event.kind != "exposure" for event in said)
     return read.items, said, left_out
@@ -150,34 +154,60 @@ def observe(events: Sequence[FeedbackEvent], data: FitData, config: FitDataConfi
 
 def _observed(events: Sequence[FeedbackEvent], data: FitData, config: FitDataConfig) -> list[Observation]:
     rows = []
+    thumb = thumb_kind(events, config)
     for event in events:
         if event.kind == "exposure":
             continue
-        made = _observation(event, data.items, config)
+        made = _observation(event, data.items, config, thumb)
         if isinstance(made, Observation):
             rows.append(made)
             data.notes["both bad, read as ties"] += event.value == "both_bad"
         else:
             data.left_out[made] += 1
+    shown = _shown_by_key(events, data, config, thumb)
+    data.signals += _measured(shown, config, thumb)
     if config.silence != "ignore":
-        rows += _silent(events, data, config, rows)
+        rows += _silent(events, shown, data, config, rows)
     return rows
 
 
-def _observation(event: FeedbackEvent, items: Mapping[str, Item], config: FitDataConfig) -> Observation | str:
-    """Return what an answer says of the latent, or why it is left out."""
+def thumb_kind(events: Iterable[FeedbackEvent], config: FitDataConfig) -> str:
+    """Return what is read as thumbs: "reaction" where one is fitted, else "binary".
+
+    A thumb up is no love, and a thumb down says nothing of it. Where a reaction is fitted, thumbs are so only if
+    `data.key` is theirs and not the reaction's.
+    """
+    if not config.reaction:
+        return "binary"
+    own = {
+        event.kind for event in events
+        if event.key == config.key and (event.kind == "binary" or _is_reaction(event, config))
+    }  # fmt: skip
+    return "binary" if own == {"binary"} else "reaction"
+
+
+def _is_reaction(event: FeedbackEvent, config: FitDataConfig) -> bool:
+    return event.kind == "reaction" and bool(config.reaction) and event.value == config.reaction
+
+
+def _observation(
+    event: FeedbackEvent, items: Mapping[str, Item], config: FitDataConfig, thumb: str
+) -> Observation | str:
+    """Return what an answer says of the latent, or why it is left out; `thumb` is of `thumb_kind`."""
     if event.tombstone:
         return "superseded or taken back"
-    if config.key is not None and event.key != config.key:
+    if not of_key(event, config.key, config.ratings_key):
         return "of other signals"
     if any(item not in items for item in event.items):
         return "about outputs that are not there"
     if len({items[item].prompt_id for item in event.items}) > 1:
         return "across prompts"
     value: Any = event.value
+    if event.kind == "binary" and thumb != "binary":
+        return f"thumbs, which say nothing of {config.reaction}"
     if event.kind == "binary":
         kind, value = "thumb", float(value)
-    elif event.kind == "reaction" and config.reaction and value == config.reaction:
+    elif _is_reaction(event, config):
         kind, value = "thumb", 1.0
     elif event.kind == "ordinal" and event.scale:
         low, high = event.scale
@@ -191,23 +221,58 @@ def _observation(event: FeedbackEvent, items: Mapping[str, Item], config: FitDat
     return Observation(kind, event.items, value, items[event.items[0]].prompt_id, event.annotator, event.ts)
 
 
+def _shown_by_key(
+    events: Sequence[FeedbackEvent], data: FitData, config: FitDataConfig, thumb: str
+) -> dict[str, Shown]:
+    """Return what was shown, with the thumbs or reactions that came back, for each key of them."""
+    if not any(e.kind == "exposure" or e.exposure == "shown" for e in events):
+        return {}
+    keys = {
+        e.key for e in events
+        if e.kind == thumb and config.key in (None, e.key) and (thumb == "binary" or _is_reaction(e, config))
+    }  # fmt: skip
+    if thumb == "reaction":
+        events = [*events, *_shown_by_thumbs(events)]
+    name = config.reaction if thumb == "reaction" else ""
+    asked = sorted(keys) or [config.key or ""] * (config.silence != "ignore")
+    return {key: shown_of(events, data.items, key, thumb, positive=name) for key in asked}
+
+
+def _shown_by_thumbs(events: Iterable[FeedbackEvent]) -> list[FeedbackEvent]:
+    """The exposures that only a thumb tells of: it says that its output was shown, and was not logged when it was."""
+    logged, told = set(), {}
+    for event in events:
+        if event.kind == "exposure":
+            logged |= {(event.annotator, item) for item in event.items}
+        elif event.kind == "binary" and event.exposure == "shown" and not event.tombstone:
+            told[event.annotator, event.items[0], event.session] = event
+    return [
+        replace(event, kind="exposure", value=None, key="shown", identifier="", id="")
+        for (user, item, _), event in told.items() if (user, item) not in logged
+    ]  # fmt: skip
+
+
+def _measured(shown: Mapping[str, Shown], config: FitDataConfig, thumb: str) -> list[SignalReport]:
+    if config.protocols is not None and "thumb" not in config.protocols:
+        return []
+    ending = f":{config.reaction}" if thumb == "reaction" else "/binary"
+    return [select_signal(f"{key}{ending}", one) for key, one in shown.items() if one.reacted_N.any()]
+
+
 def _silent(
-    events: Sequence[FeedbackEvent], data: FitData, config: FitDataConfig, rows: Sequence[Observation]
-) -> list[Observation]:
+    events: Sequence[FeedbackEvent], shown_by_key: Mapping[str, Shown], data: FitData, config: FitDataConfig,
+    rows: Sequence[Observation],
+) -> list[Observation]:  # fmt: skip
     """What was shown and not answered: silence, or a negative."""
-    exposures = sum(e.kind == "exposure" or e.exposure == "shown" for e in events)
-    if not exposures:
+    if not shown_by_key:
         raise DataError(
             "Silence is known only where what was shown was logged", where=f"data.silence {config.silence}",
             why=f"none of {len(events)} events is an exposure",
             do="Log exposures, or use silence: ignore with thumbs up and down",
         )  # fmt: skip
-    kind = "reaction" if config.reaction else "binary"
-    keys = sorted({e.key for e in events if e.kind == kind and (config.key is None or e.key == config.key)})
     answered = {(row.user, row.items[0]) for row in rows if row.kind == "thumb"}
     found: dict[tuple[str, str, int], Observation] = {}  # by person, output, and how many times it was shown before
-    for key in keys or [config.key or ""]:
-        shown = shown_of(events, data.items, key, kind, positive=config.reaction)
+    for shown in shown_by_key.values():
         data.notes["answers without an exposure"] += shown.unknown
         silent = ~shown.reacted_N
         who = list(zip(shown.user_N[silent].tolist(), shown.item_N[silent].tolist(), strict=True))
@@ -273,7 +338,7 @@ def _require_one_scale(rows: Sequence[Observation]) -> None:
         raise DataError(
             "Ratings on different scales cannot be fitted together",
             why=", ".join(f"{n} of {levels} levels" for levels, n in sorted(scales.items())),
-            do="Choose one signal with data.key",
+            do="Choose one signal with data.key, or data.ratings_key where the others have another",
         )  # fmt: skip
 
 
@@ -315,6 +380,16 @@ def thin(rows: Sequence[Observation], config: FitConfig) -> tuple[list[Observati
         chosen = sorted(drawn)
     share = config.data.negative_share if any(down) else 1.0
     return [rows[i] for i in chosen], share, left
+
+
+def gate_notes(signals: Iterable[SignalReport]) -> list[str]:
+    """Return a warning of each signal that does not pass the gates; one that is unproven has none."""
+    return [
+        f"The signal {report.key} does not pass the gates of what may be trained on: "
+        f"{'; '.join(gates_not_held(report, measured=True))}"
+        for report in signals
+        if report.verdict == "fail"
+    ]
 
 
 def warnings_on(rows: Sequence[Observation], config: FitConfig) -> list[str]:

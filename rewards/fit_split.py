@@ -132,6 +132,6 @@ def parts_of(config: FitConfig, data: FitData) -> tuple[FitData, dict[str, list[
         hashes = {n if n not in data.hashes else f"{n}, held out": digest for n, digest in other.hashes.items()}
         data = FitData(
             data.items | other.items, data.rows + other.rows, data.folders | other.folders, data.hashes | hashes,
-            data.notes + other.notes, data.left_out + other.left_out,
+            data.notes + other.notes, data.left_out + other.left_out, data.signals,
         )  # fmt: skip
     return data, parts, dropped

@@ -34,7 +34,7 @@ from align.feedback.overview import plain
 from align.feedback.protocol_world import ProtocolWorld
 from align.feedback.protocols import PairRow, to_pairs
 from align.feedback.store import Store
-from align.feedback.views import joined_of, model_of, signed_pairs, text_of
+from align.feedback.views import joined_of, model_of, of_key, one_rating, signed_pairs, text_of
 from align.feedback.winrate import both_protocols
 from align.groupstats import bootstrap_mean
 from align.peering_config import PROTOCOLS, SIMULATED, PeeringConfig, fit_config_of, require_peering
@@ -104,7 +104,8 @@ def peer(
         rewards[name] = get_reward("fitted", path=str(directory / name), output="score")
     said = read_outputs(paths, config)
     found: dict[str, Any] = {"name": config.name, "simulated": world is not None, "seed": config.seed}
-    found["consistency"] = consistency(joined_of(said.events, said.items, key=config.data.key), seed=config.seed)
+    joined = joined_of(said.events, said.items, key=config.data.key, ratings_key=config.data.ratings_key)
+    found["consistency"] = consistency(joined, seed=config.seed)
 
     def score(outputs: Outputs, names: Sequence[str], where: str) -> dict[str, np.ndarray]:
         sources = [_source(outputs, name) for name in names]
@@ -122,7 +123,7 @@ def peer(
     scores = score(pool, names, "candidates")
     picks = pick(pool, scores, config)
     more = read_outputs(config.selection.answers, config).events if config.selection.answers else []
-    ask = _ask_world(world) if world else ask_events([*said.events, *more], config.data.key)
+    ask = _ask_world(world) if world else ask_events([*said.events, *more], config.data.key, config.data.ratings_key)
     found["selection"] = play(picks, ask)
     found["selection"] |= _what_was_picked(pool, picks, scores, world)
     write_picks(directory / "picks.jsonl", pool, picks)
@@ -156,7 +157,7 @@ def split_prompts(config: PeeringConfig, paths: Sequence[str]) -> tuple[set[str]
     """Return the prompts that the rewards were fitted on, and those held out from both: a prompt's part is its hash's.
 
     Raises:
-        DataError: one of the two protocols is not there.
+        DataError: one of the two protocols is not there, or ratings are of several keys.
     """
     fit = fit_config_of(config, "both", tuple(paths))
     loaded = load_data(paths, fit.data)
@@ -167,6 +168,11 @@ def split_prompts(config: PeeringConfig, paths: Sequence[str]) -> tuple[set[str]
                 f"There are no {name}", where=", ".join(paths), why=", ".join(f"{n} {k}s" for k, n in kinds.items()),
                 do="Rate and rank the same outputs, see `align feedback serve`",
             )  # fmt: skip
+    data = config.data
+    one_rating(
+        read_outputs(paths, config).events, data.key if data.ratings_key is None else data.ratings_key,
+        do="Choose one with data.key, or with data.ratings_key where rankings have another",
+    )  # fmt: skip
     parts, _ = split_rows(loaded.rows, fit.split, config.seed)
     train, heldout = ({loaded.rows[i].prompt for i in parts[part]} for part in ("train", "heldout"))
     return train, heldout
@@ -200,7 +206,8 @@ def _accuracy(
     """Return how often each reward agrees with each protocol, on pairs of held-out prompts."""
     rows: dict[str, list[PairRow]] = {}
     for protocol, kinds in (("ratings", ("ordinal",)), ("rankings", ("pairwise", "ranking"))):
-        events = [e for e in said.events if e.kind in kinds and (config.data.key is None or e.key == config.data.key)]
+        asked = config.data.key, config.data.ratings_key
+        events = [e for e in said.events if e.kind in kinds and of_key(e, *asked)]
         pairs = to_pairs(events, said.items, ties="keep", duplicates="last").rows
         rows[protocol] = [p for p in pairs if said.items[p.chosen].prompt_id in heldout]
     names = sorted({name for part in rows.values() for pair in part for name in (pair.chosen, pair.rejected)})
@@ -298,12 +305,12 @@ def _ask_world(world: ProtocolWorld) -> Asked:
     return ask
 
 
-def ask_events(events: Iterable[FeedbackEvent], key: str | None) -> Asked:
+def ask_events(events: Iterable[FeedbackEvent], key: str | None, ratings_key: str | None = None) -> Asked:
     """Look answers up: mean ratings of the two outputs, and the mean of what comparisons of the two said."""
     rated: dict[str, list[float]] = {}
     compared: dict[tuple[str, str], list[float]] = {}
     for event in events:
-        if key is not None and event.key != key:
+        if not of_key(event, key, ratings_key):
             continue
         if event.kind == "ordinal":
             rated.setdefault(event.items[0], []).append(float(event.value))

@@ -78,14 +78,19 @@ def fit_arguments(parser: argparse.ArgumentParser) -> None:
 
 def plan_fit(config: Any) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """Return what a fit would learn from, and the same as people read it."""
-    from rewards.fit_data import load_data
+    from align.feedback.overview import plain
+    from rewards.fit_data import gate_notes, load_data
     from rewards.fit_split import parts_of
 
     data = load_data(config.data.paths, config.data)
     data, parts, dropped = parts_of(config, data)
-    found = {"observations": data.counts(), "parts": {name: len(rows) for name, rows in parts.items()}}
+    found: dict[str, Any] = {
+        "observations": data.counts(), "parts": {name: len(rows) for name, rows in parts.items()},
+        "signals": plain([report.as_dict() for report in data.signals]),
+    }  # fmt: skip
     rows = [(kind, str(n)) for kind, n in found["observations"].items()]
     rows += [(name, f"{n} rows") for name, n in found["parts"].items()]
+    rows += [("warning", text) for text in gate_notes(data.signals)]
     return {**found, "between_parts": dropped}, rows
 
 

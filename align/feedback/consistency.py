@@ -84,7 +84,7 @@ class Joined:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-class _Merged:
+class Merged:
     """Values under a key with a policy for repeats: the first, the last, or the mean of them."""
 
     def __init__(self, policy: str) -> None:
@@ -95,6 +95,7 @@ class _Merged:
         self.duplicates, self.clashed, self.examples = 0, set(), []
 
     def add(self, key: Any, value: float, place: str) -> None:
+        """Take one more value under a key, and where it stands."""
         at = self.places.setdefault(key, len(self.value))
         if at == len(self.value):
             for column, entry in ((self.first, value), (self.value, value), (self.count, 1)):
@@ -110,6 +111,19 @@ class _Merged:
             self.value[at] = value
         elif self.policy == "mean":
             self.value[at] += (value - self.value[at]) / self.count[at]
+
+    def get(self, key: Any) -> float:
+        """Return what counts under a key, NaN where there is nothing."""
+        return self.value[self.places[key]] if key in self.places else float("nan")
+
+
+def repeats(rated: Merged, ranked: Merged) -> dict[str, Any]:
+    """Return the notes of a join on ratings and rankings that were given again."""
+    return {
+        "duplicate_ratings": rated.duplicates, "conflicting_ratings": len(rated.clashed),
+        "duplicate_rankings": ranked.duplicates, "conflicting_rankings": len(ranked.clashed),
+        "conflicts": rated.examples + ranked.examples, "duplicates_policy": rated.policy,
+    }  # fmt: skip
 
 
 def join_files(
@@ -134,14 +148,14 @@ def join_rows(ratings: Iterable[Row], rankings: Iterable[Row], *, duplicates: st
     Raises:
         DataError: a row without one of these fields, or a cell that cannot be read.
     """
-    rated, missing = _Merged(duplicates), 0
+    rated, missing = Merged(duplicates), 0
     for place, row in ratings:
         value = number_cell(cell(row, "rating", place), "rating", place)
         if np.isnan(value):
             missing += 1
             continue
         rated.add(_key(row, "response", place), value, place)
-    ranked, items, prompts = _Merged(duplicates), {}, {}
+    ranked, items, prompts = Merged(duplicates), {}, {}
     about: list[array[Any]] = [array("l") for _ in range(3)]
     keys: list[str] = []
     unread = 0
@@ -162,15 +176,12 @@ def join_rows(ratings: Iterable[Row], rankings: Iterable[Row], *, duplicates: st
             for column, index in zip(about, entry, strict=True):
                 column.append(index)
     prompt_N, a_N, b_N = (np.frombuffer(column, dtype=np.int_).copy() for column in about)
-    known = np.array([rated.value[rated.places[k]] if k in rated.places else np.nan for k in keys] or [0.0])
+    known = np.array([rated.get(k) for k in keys] or [0.0])
     sign = np.sign(np.array(ranked.value))
     both = _both_orders(a_N, b_N, sign)
     notes = {
         "ratings": len(rated.value), "ratings_missing": missing, "preferences_missing": unread,
-        "duplicate_ratings": rated.duplicates, "conflicting_ratings": len(rated.clashed),
-        "duplicate_rankings": ranked.duplicates, "conflicting_rankings": len(ranked.clashed),
-        "conflicts": rated.examples + ranked.examples, "duplicates_policy": duplicates,
-        "identical_pairs": int((a_N == b_N).sum()), **both,
+        **repeats(rated, ranked), "identical_pairs": int((a_N == b_N).sum()), **both,
     }  # fmt: skip
     ranking = np.where(sign > 0, A, np.where(sign < 0, B, EQUAL))
     return Joined(prompt_N, a_N, b_N, known[a_N], known[b_N], ranking, notes=notes)

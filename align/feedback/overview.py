@@ -18,7 +18,7 @@ from align.feedback.consistency import consistency
 from align.feedback.events import FeedbackEvent, Item
 from align.feedback.judging import judge_card
 from align.feedback.signals import SignalGates, select_signal
-from align.feedback.views import ANSWERS, answers_of, comparisons_of, joined_of, shown_of, signals
+from align.feedback.views import ANSWERS, answers_of, comparisons_of, joined_of, rating_keys, shown_of, signals
 
 FEWEST_SHARED = 5
 """Units that two raters must share for their kappa to be worth reading."""
@@ -234,14 +234,28 @@ def _keys(events: Sequence[FeedbackEvent], judge: str) -> list[str]:
 def overview(
     events: Sequence[FeedbackEvent], items: Mapping[str, Item], *, draws: int = 1000, seed: int = 0, **options: Any
 ) -> dict[str, Any]:
-    """Return all of it: who said what, agreement, consistency, strengths, and the audit (whose options these are)."""
-    joined = joined_of(people_of(events), items)
-    joined = joined if np.isfinite(joined.rating_a_N + joined.rating_b_N).any() else joined_of(events, items)
-    compared = consistency(joined, draws=draws, seed=seed) if len(joined.a_N) else {}
+    """Return all of it: who said what, agreement, consistency, strengths, and the audit (whose options these are).
+
+    Ratings of several keys are several ratings: then `consistency` is empty, and `consistency_by_key` has each.
+    """
+    keys: list[Any] = [key for key in rating_keys(events) if key != options.get("outcome")] or [None]
+    compared = {key: _consistency(events, items, key, draws, seed, alone=len(keys) == 1) for key in keys}
     return plain({
         "who": who_said_what(events, items),
         "agreement": agreement_of(events, items, draws=draws, seed=seed),
-        "consistency": compared,
+        "consistency": compared[keys[0]] if len(keys) == 1 else {},
+        "consistency_by_key": compared if len(keys) > 1 else {},
         "strengths": strengths_of(events, items, bootstrap=0, seed=seed),
         **audit(events, items, seed=seed, **options),
     })  # fmt: skip
+
+
+def _consistency(
+    events: Sequence[FeedbackEvent], items: Mapping[str, Item], key: str | None, draws: int, seed: int, *, alone: bool
+) -> dict[str, Any]:
+    """Return how far the ratings of a key agree with its rankings; with all where it is `alone`, or has none."""
+    own = not alone and any(e.kind in ("pairwise", "ranking") and e.key == key for e in events)
+    how: dict[str, Any] = {"key": key if own else None, "ratings_key": key}
+    joined = joined_of(people_of(events), items, **how)
+    joined = joined if np.isfinite(joined.rating_a_N + joined.rating_b_N).any() else joined_of(events, items, **how)
+    return consistency(joined, draws=draws, seed=seed) if len(joined.a_N) else {}

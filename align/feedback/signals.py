@@ -98,6 +98,15 @@ def select_signal(
     return SignalReport(key, n, count, coverage, base, corr, ci, share, verdict, tuple(checks))
 
 
+def gates_not_held(report: SignalReport, *, measured: bool = False) -> list[str]:
+    """Return the gates that a signal does not pass, in words; with `measured` only those that were measured."""
+    return [
+        f"{gate['gate']} is {gate['measured']:.3g}, asked {gate['asked']}"
+        for gate in report.gates
+        if not gate["holds"] and not (measured and gate["holds"] is None)
+    ]
+
+
 def require_trainable(report: SignalReport, *, override: bool = False) -> None:
     """Refuse to train on a signal that did not pass, unless that is overridden.
 
@@ -106,11 +115,8 @@ def require_trainable(report: SignalReport, *, override: bool = False) -> None:
     """
     if report.verdict == "pass" or override:
         return
-    failed = [
-        f"{gate['gate']} is {gate['measured']:.3g}, asked {gate['asked']}" for gate in report.gates if not gate["holds"]
-    ]
     raise DataError(
-        f"The signal {report.key!r} is not to be trained on", why="; ".join(failed),
+        f"The signal {report.key!r} is not to be trained on", why="; ".join(gates_not_held(report)),
         do="Collect more, or override it knowingly; it can always be audited",
     )  # fmt: skip
 

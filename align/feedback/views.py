@@ -13,7 +13,7 @@ import numpy as np
 from align.errors import DataError
 from align.feedback.aggregate import Comparisons
 from align.feedback.agreement import Answers
-from align.feedback.consistency import EQUAL, A, B, Joined
+from align.feedback.consistency import EQUAL, A, B, Joined, Merged, repeats
 from align.feedback.events import FeedbackEvent, Item
 
 ANSWERS = ("binary", "reaction", "ordinal", "pairwise", "ranking")
@@ -49,9 +49,52 @@ def signed_pairs(event: FeedbackEvent) -> list[tuple[str, str, int]]:
     return [(a, b, (s > r) - (s < r)) for (a, r), (b, s) in combinations(ranked, 2)]
 
 
+def of_key(event: FeedbackEvent, key: str | None, ratings_key: str | None = None) -> bool:
+    """Whether an event is of the signal `key`, or a rating of `ratings_key` where ratings have another; None is any."""
+    asked = key if ratings_key is None or event.kind != "ordinal" else ratings_key
+    return asked is None or event.key == asked
+
+
 def _in_time(events: Iterable[FeedbackEvent], kinds: Sequence[str], key: str | None) -> list[FeedbackEvent]:
-    kept = (e for e in events if e.kind in kinds and not e.tombstone and (key is None or e.key == key))
+    kept = (e for e in events if e.kind in kinds and not e.tombstone and of_key(e, key))
     return sorted(kept, key=lambda e: e.ts)
+
+
+def rating_keys(events: Iterable[FeedbackEvent], key: str | None = None) -> dict[str, int]:
+    """Return how many ratings each key has, in order of the keys; of `key` alone where it is given."""
+    rated = (e for e in events if e.kind == "ordinal" and not e.tombstone and of_key(e, key))
+    return dict(sorted(Counter(e.key for e in rated).items()))
+
+
+def one_rating(
+    events: Iterable[FeedbackEvent], key: str | None = None,
+    do: str = "Choose one with --key, or with --ratings-key where rankings have another",
+) -> list[FeedbackEvent]:  # fmt: skip
+    """Return the ratings of one signal, in order of time.
+
+    Args:
+        do: what to do about several.
+
+    Raises:
+        DataError: they are of several keys, or on several scales.
+    """
+    rated = _in_time(events, ("ordinal",), key)
+    keys = rating_keys(rated)
+    if len(keys) > 1:
+        raise DataError(
+            "Ratings of several signals are not one rating",
+            why=", ".join(f"{n} have the key {name}" for name, n in keys.items()), do=do,
+        )  # fmt: skip
+    _require_one_scale({event.scale for event in rated if event.scale}, next(iter(keys), ""))
+    return rated
+
+
+def _require_one_scale(scales: set[tuple[int, int]], key: str) -> None:
+    if len(scales) > 1:
+        raise DataError(
+            "Ratings on different scales cannot be compared", where=key, why=f"found {sorted(scales)}",
+            do="Give each scale a key of its own, and choose one with --key",
+        )  # fmt: skip
 
 
 # --- agreement --------------------------------------------------------------------------------------
@@ -76,11 +119,7 @@ def answers_of(events: Iterable[FeedbackEvent], items: Mapping[str, Item], key: 
         else:
             said[event.items[0], event.annotator] = event.value
             scales |= {event.scale} if event.scale else set()
-    if len(scales) > 1:
-        raise DataError(
-            "Ratings on different scales cannot be compared", where=key, why=f"found {sorted(scales)}",
-            do="Give each scale a key of its own",
-        )  # fmt: skip
+    _require_one_scale(scales, key)
     if kind == "ordinal":
         low, high = next(iter(scales)) if scales else (1, 1)
         categories: tuple[Any, ...] = tuple(range(low, high + 1))
@@ -106,43 +145,61 @@ def _known(unit: Any, items: Mapping[str, Item]) -> bool:
 
 
 def joined_of(
-    events: Iterable[FeedbackEvent], items: Mapping[str, Item], *, key: str | None = None, within: bool | None = None
-) -> Joined:
+    events: Iterable[FeedbackEvent], items: Mapping[str, Item], *, key: str | None = None,
+    ratings_key: str | None = None, within: bool | None = None, duplicates: str = "first",
+) -> Joined:  # fmt: skip
     """Return every ranked pair with the ratings of its two items.
 
     Args:
+        key: of the rankings, and of the ratings; None is any.
+        ratings_key: of the ratings, where it is another.
         within: join answers of the same annotator only; or (false) everyone's rankings with mean ratings. None does
             the first where any annotator gave both.
+        duplicates: what counts of the answers that one annotator gave to one question in several sessions: the first,
+            the last, or the mean. Rankings without an annotator are nobody's repeats.
+
+    Raises:
+        DataError: ratings of several keys, or on several scales.
     """
     events = list(events)
-    ranked = _in_time(events, ("pairwise", "ranking"), key)
-    rated: dict[tuple[str, str], float] = {}
-    for event in _in_time(events, ("ordinal",), key):
-        rated[event.annotator, event.items[0]] = float(event.value)
+    rated, ranked, swapped = Merged(duplicates), Merged(duplicates), Merged(duplicates)
+    for event in one_rating(events, key if ratings_key is None else ratings_key):
+        rated.add((event.annotator, event.items[0]), float(event.value), event.id)
+    compared = _in_time(events, ("pairwise", "ranking"), key)
     if within is None:
-        raters = {annotator for annotator, _ in rated}
-        within = any(event.annotator in raters for event in ranked)
+        raters = {annotator for annotator, _ in rated.places}
+        within = any(event.annotator in raters for event in compared)
     pooled: dict[str, list[float]] = {}
-    for (_, item), value in rated.items():
-        pooled.setdefault(item, []).append(value)
+    for annotator, item in rated.places:
+        pooled.setdefault(item, []).append(rated.get((annotator, item)))
     means = {item: float(np.mean(values)) for item, values in pooled.items()}
     ids: dict[str, int] = {}
     prompts: dict[str, int] = {}
-    rows, across = [], 0
-    for event in ranked:
+    rows: list[tuple[float, ...]] = []
+    across = 0
+    for nth, event in enumerate(compared):
         for a, b, sign in signed_pairs(event):
             if a not in items or b not in items or items[a].prompt_id != items[b].prompt_id:
                 across += 1
                 continue
-            found = [rated.get((event.annotator, i), np.nan) if within else means.get(i, np.nan) for i in (a, b)]
+            question = (event.annotator or nth, event.key, a, b)
+            ranked.add(question, float(sign), event.id)
+            swapped.add(question, float(event.tie_origin == "position_swap"), event.id)
+            if len(ranked.value) == len(rows):
+                continue
+            found = [rated.get((event.annotator, i)) if within else means.get(i, np.nan) for i in (a, b)]
             prompt = prompts.setdefault(items[a].prompt_id, len(prompts))
-            places = [ids.setdefault(i, len(ids)) for i in (a, b)]
-            rows.append((prompt, *places, *found, (EQUAL, A, B)[sign], event.tie_origin == "position_swap"))
-    table = np.array(rows, dtype=np.float64).reshape(-1, 7)
-    whole = [table[:, i].astype(np.int64) for i in (0, 1, 2, 5)]
+            rows.append((prompt, *(ids.setdefault(i, len(ids)) for i in (a, b)), *found))
+    table = np.array(rows, dtype=np.float64).reshape(-1, 5)
+    prompt_N, a_N, b_N = (table[:, i].astype(np.int64) for i in range(3))
+    sign_N = np.sign(np.array(ranked.value))
+    ranking_N = np.where(sign_N > 0, A, np.where(sign_N < 0, B, EQUAL))
     joined_by = "annotator" if within else "mean rating of each item"
-    notes = {"joined_by": joined_by, "ratings": len(rated), "outside_prompts": across}
-    return Joined(*whole[:3], table[:, 3], table[:, 4], whole[3], table[:, 6] > 0, notes)
+    notes = {
+        "joined_by": joined_by, "ratings": len(rated.value), "outside_prompts": across, **repeats(rated, ranked)
+    }  # fmt: skip
+    swap_N = np.array(swapped.value) == 1
+    return Joined(prompt_N, a_N, b_N, table[:, 3], table[:, 4], ranking_N, swap_N, notes)
 
 
 def comparisons_of(
@@ -174,13 +231,23 @@ def comparisons_of(
 
 
 def wins_of(
-    events: Iterable[FeedbackEvent], items: Mapping[str, Item], ours: str, theirs: str, *, key: str | None = None
-) -> tuple[dict[str, float], dict[str, float], set[str]]:
-    """Return wins by ratings and wins by rankings for each prompt, and the models the answers are about."""
+    events: Iterable[FeedbackEvent], items: Mapping[str, Item], ours: str, theirs: str, *, key: str | None = None,
+    ratings_key: str | None = None,
+) -> tuple[dict[str, float], dict[str, float], set[str]]:  # fmt: skip
+    """Return wins by ratings and wins by rankings for each prompt, and the models the answers are about.
+
+    Args:
+        ratings_key: of the ratings, where it is another than `key`.
+
+    Raises:
+        DataError: ratings of several keys, or on several scales.
+    """
+    events = list(events)
     scores: dict[tuple[str, str], list[float]] = {}
     ranked: dict[str, list[float]] = {}
     models: set[str] = set()
-    for event in _in_time(events, ("ordinal", "pairwise", "ranking"), key):
+    given = one_rating(events, key if ratings_key is None else ratings_key)
+    for event in [*given, *_in_time(events, ("pairwise", "ranking"), key)]:
         if any(item not in items for item in event.items):
             continue
         models.update(model_of(items[item]) for item in event.items)

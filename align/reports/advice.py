@@ -42,7 +42,8 @@ def _item(level: str, text: str) -> Row:
 def _all(found: Row) -> Iterator[Row]:
     yield from _abuse(found["people"])
     yield from _agreement(found)
-    yield from _consistency(found["consistency"])
+    for key, compared in {"": found["consistency"], **found["consistency_by_key"]}.items():
+        yield from _consistency(compared, key)
     yield from _bias(found["bias"])
     yield from _exposures(found)
     yield from _judges(found["judges"])
@@ -103,11 +104,12 @@ def _agreement(found: Row) -> Iterator[Row]:
         yield _item("open", f"Too few shared answers to read alpha ({', '.join(few)}): collect more overlap.")
 
 
-def _consistency(found: Row) -> Iterator[Row]:
+def _consistency(found: Row, key: str) -> Iterator[Row]:
     if not found.get("n"):
         return
     level = "mixed" if (found["flip_rate"] or 0) > 0.2 or found["inconsistency"] > 0.4 else "good"
-    told = f"Ratings and rankings differ on {percent(found['inconsistency'])} of {count(found['n'])} pairs"
+    what = f"Ratings of {key}" if key else "Ratings"
+    told = f"{what} and rankings differ on {percent(found['inconsistency'])} of {count(found['n'])} pairs"
     split = f"{percent(found['flips'] / found['n'])} contradict, the others are ties on one side"
     yield _item(level, f"{told}: {split}. Choose one protocol to train on, and report win rates under both.")
 

@@ -71,7 +71,11 @@ def context(found: Row, name: str) -> Row:
         "tiles": _tiles(found),
         "signals": [_signal(row) for row in found["who"]["signals"]],
         "agreement": [_agreement(signal, entry) for signal, entry in found["agreement"].items()],
-        "consistency": _consistency(found["consistency"]),
+        "consistencies": [
+            {**one, "key": key}
+            for key, compared in {"": found["consistency"], **found["consistency_by_key"]}.items()
+            if (one := _consistency(compared))
+        ],
         "strengths": _strengths(found["strengths"]),
         "bias": _bias(found["bias"]),
         "exposures": [_exposure(signal, entry) for signal, entry in found["exposures"].items()],

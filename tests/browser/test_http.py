@@ -425,6 +425,32 @@ def test_a_product_token_is_good_once(serve: Any):
     assert [e.value for e in again.events()] == [True]
 
 
+def test_what_was_said_can_be_taken_back(serve: Any):
+    served = serve({"kind": "thumbs"}, ROWS)
+    secret = tokens.load_secret(str(served.store) + ".key")
+
+    def post(session: str = "c1", **body: Any) -> tuple[int, str]:
+        token = tokens.mint_token(secret, ITEM, user="u-17", session=session)
+        return product(served, "feedback", token=token, item=CONTENT, **body)
+
+    assert post(thumb=True, reactions=["love", "sad"], comment="Nice.") == (200, "")
+    assert post(session="c2", thumb=True) == (200, "")
+    assert post(retract=["thumb", "love", "comment"]) == (200, "")
+    assert [(e.key, e.session) for e in served.events()] == [("sad", "c1"), ("thumb", "c2")]
+    assert post(retract=["sad"], reactions=["love"]) == (200, ""), "one reaction for another"
+    assert post(thumb=False) == (200, "")
+    assert sorted((e.key, e.value) for e in served.events() if e.session == "c1") == [
+        ("love", "love"),
+        ("thumb", False),
+    ]
+    assert post(retract=["love"], reactions=["love"]) == (400, "love is said and taken back at once.")
+    assert post(retract=["<b>"])[0] == post(retract=[])[0] == post(retract="love")[0] == 400
+    few = tokens.mint_token(secret, ITEM, user="u-17", session="c1", allow=("binary",))
+    assert product(served, "feedback", token=few, retract=["love"])[1] == "This may not be used for reaction."
+    spent = tokens.mint_token(secret, ITEM, user="u-17", session="c1")
+    assert [product(served, "feedback", token=spent, retract=["love"])[0] for _ in range(2)] == [200, 409]
+
+
 def test_a_token_used_many_times_at_once_is_used_once(serve: Any):
     served = serve({"kind": "thumbs"}, ROWS, limits=FREE)
     token = tokens.mint_token(tokens.load_secret(str(served.store) + ".key"), ITEM, user="u-17")

@@ -166,7 +166,7 @@ def test_a_products_page_posts_its_own_thumbs(serve: Any, chromium: Chromium, si
     served = serve({"kind": "thumbs"}, ROWS, product_origins=[origin])
     item = Item("How tall is a giraffe?", "About five metres.")
     secret = load_secret(str(served.store) + ".key")
-    tokens = [mint_token(secret, item, user="u-17", policy="v9", position=2, propensity=0.5) for _ in range(2)]
+    tokens = [mint_token(secret, item, user="u-17", policy="v9", position=2, propensity=0.5) for _ in range(7)]
     (folder / "index.html").write_text(
         f"<script src='{served.url}static/align-feedback.js'></script><script>const tokens = {json.dumps(tokens)};"
         f"const f = AlignFeedback({{endpoint: '{served.url}', token: () => tokens.shift()}});</script>"
@@ -182,6 +182,16 @@ def test_a_products_page_posts_its_own_thumbs(serve: Any, chromium: Chromium, si
     # The user changes their mind: the new token's answer replaces the first.
     assert chromium.run("f.send({thumb: false, reactions: ['sad'], comment: 'Taller!'})") == {"stored": 3}
     assert said(served) == [("binary", "thumb", False), ("reaction", "sad", "sad"), ("text", "comment", "Taller!")]
+    # A set button that is pressed again is taken back; pressed once more, it is set.
+    chromium.run("f.thumb(false)")
+    assert said(served) == [("reaction", "sad", "sad"), ("text", "comment", "Taller!")]
+    chromium.run("f.thumb(false)")
+    chromium.run("f.react('sad')")
+    assert said(served) == [("text", "comment", "Taller!"), ("binary", "thumb", False)]
+    chromium.run("f.retract('comment', 'thumb')")
+    assert said(served) == []
+    chromium.run("f.thumb(false)")
+    assert said(served) == [("binary", "thumb", False)]
     assert chromium.complaints() == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from align.feedback.consistency import (
     read_preference,
 )
 from align.feedback.events import FeedbackEvent, Item
+from align.feedback.overview import overview
 from align.feedback.store import Store
 from align.feedback.views import joined_of
+from align.reports.feedback import write_report
 
 RATING_COLUMNS = ("prompt", "input", "response", "rating")
 RANKING_COLUMNS = ("prompt", "input", "response_a", "response_b", "preference")
@@ -251,6 +254,87 @@ def test_answers_are_joined_within_an_annotator_where_one_gave_both(tmp_path: Pa
     with Store.open(tmp_path / "s.db") as store:
         store.add(items=items.values(), events=events)
     assert run(tmp_path, str(tmp_path / "s.db"))["matrix"] == found["matrix"]
+
+
+def two_ratings(folder: Path) -> tuple[Path, dict[str, Item], list[FeedbackEvent]]:
+    """Ratings of accuracy, then of kindness, which turn x and y round; a comparison of quality."""
+    items = {item.id: item for item in (Item("p", side, metadata={"model": side}) for side in ("x", "y"))}
+    x, y = items
+    events = [
+        FeedbackEvent("ordinal", (item,), value, scale=(1, 7), annotator="ann", key=key, ts=ts, id=f"{key}{item}")
+        for ts, (key, values) in enumerate((("accuracy", (6, 2)), ("kindness", (3, 5))), start=1)
+        for item, value in zip((x, y), values, strict=True)
+    ]
+    events.append(FeedbackEvent("pairwise", (x, y), "a", annotator="ann", ts=9))
+    with Store.open(folder / "two.db") as store:
+        store.add(items.values(), events)
+    return folder / "two.db", items, events
+
+
+def test_ratings_of_several_keys_are_refused_until_one_is_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path, items, events = two_ratings(tmp_path)
+    winrate = ["feedback", "winrate", str(path), "--candidate", "x", "--baseline", "y"]
+    for verb in (["feedback", "consistency", str(path)], winrate):
+        assert main(verb) == 2
+        told = capsys.readouterr().err
+        assert (
+            "2 have the key accuracy, 2 have the key kindness" in told and "--key" in told and "--ratings-key" in told
+        )
+    assert run(tmp_path, str(path), "--key", "accuracy")["n"] == 0, "the comparison has another key"
+    assert run(tmp_path, str(path), "--ratings-key", "accuracy")["matrix"][1] == [0, 1, 0]
+    assert run(tmp_path, str(path), "--key", "quality", "--ratings-key", "kindness")["flips"] == 1
+    out = tmp_path / "out.json"
+    assert main([*winrate, "--ratings-key", "kindness", "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert (found["ratings"]["loss"], found["rankings"]["win"], "items" in found["strengths"]) == (1, 1, False)
+    assert main([*winrate, "--ratings-key", "quality"]) == 2, "nothing is rated under that key"
+    scales = [*events[:2], replace(events[3], key="accuracy", scale=(1, 5), identifier="", id="")]
+    with pytest.raises(DataError, match=r"different scales.*accuracy.*\(1, 5\), \(1, 7\).*--key"):
+        joined_of(scales, items)
+
+
+def test_a_report_shows_the_ratings_of_each_key(tmp_path: Path):
+    path, items, events = two_ratings(tmp_path)
+    page, found = write_report(path, draws=20)
+    assert found["consistency"] == {} and list(found["consistency_by_key"]) == ["accuracy", "kindness"]
+    assert [c["flips"] for c in found["consistency_by_key"].values()] == [0, 1]
+    text = page.read_text(encoding="utf-8")
+    assert "Ratings of accuracy" in text and "Ratings of kindness and rankings differ on 100" in text
+    own = overview([*events, FeedbackEvent("pairwise", events[-1].items, "b", key="kindness", annotator="ann")], items)
+    assert [c["n"] for c in own["consistency_by_key"].values()] == [2, 1], "a key's own rankings, or all of them"
+    told = overview(events, items, outcome="kindness")
+    assert told["consistency"]["consistent"] == 1 and told["consistency_by_key"] == {}
+
+
+@pytest.mark.parametrize(
+    ("policy", "matrix", "swaps"),
+    [
+        ("first", [[0, 0, 0], [0, 1, 0], [0, 0, 0]], 0),
+        ("last", [[0, 0, 0], [0, 0, 0], [1, 0, 0]], 1),
+        ("mean", [[0, 1, 0], [0, 0, 0], [0, 0, 0]], 0),
+    ],
+)
+def test_repeats_of_another_session_count_once(tmp_path: Path, policy: str, matrix: list[list[int]], swaps: int):
+    items = {item.id: item for item in (Item("p", side) for side in ("x", "y"))}
+    x, y = items
+    about = {"annotator": "ann", "key": "quality"}
+    events = [
+        FeedbackEvent("ordinal", (item,), value, scale=(1, 7), session=session, ts=ts, **about)
+        for ts, session, values in ((1, "s1", (6, 2)), (2, "s2", (2, 6)))
+        for item, value in zip((x, y), values, strict=True)
+    ]
+    events.append(FeedbackEvent("pairwise", (x, y), "a", session="s1", ts=1, **about))
+    events.append(FeedbackEvent("pairwise", (x, y), "tie", session="s2", ts=2, tie_origin="position_swap", **about))
+    with Store.open(tmp_path / "s.db") as store:
+        store.add(items.values(), events)
+    found = run(tmp_path, str(tmp_path / "s.db"), "--duplicates", policy)
+    assert (found["matrix"], found["ranking_ties_by_position_swap"]) == (matrix, swaps)
+    notes = found["notes"]
+    assert [notes[f"conflicting_{what}"] for what in ("ratings", "rankings")] == [2, 1] and len(notes["conflicts"]) == 3
+    assert [notes[f"duplicate_{what}"] for what in ("ratings", "rankings")] == [2, 1]
+    assert notes["duplicates_policy"] == policy
+    anyone = [replace(e, annotator="", identifier="", id="") for e in events if e.kind == "pairwise"]
+    assert len(joined_of(anyone, items).a_N) == 2, "two answers of nobody named are two"
 
 
 def test_winrate_under_both_protocols(tmp_path: Path):

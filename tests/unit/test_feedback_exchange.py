@@ -15,6 +15,7 @@ from align.feedback.exchange import export_events, import_file, read_feedback, v
 from align.feedback.exchange.layouts import FIELDS
 from align.feedback.exchange.rows import Reading
 from align.feedback.store import Store
+from rewards.fit_data import read_said
 
 
 def table(folder: Path, rows: list[dict], name: str = "f.jsonl") -> Path:
@@ -302,15 +303,33 @@ def test_reactions_keep_what_they_do_not_know():
 @pytest.mark.parametrize(
     ("given", "ranks"),
     [([1, 2, 3], [1, 2, 3]), ([1, 1, 2], [1, 1, 2]), (["1.5", 1.5, 3], [1, 1, 3]), ([2, 2, 9], [1, 1, 3]),
-     ([1.0, "2"], [1, 2]), ([3, 3], [1, 1])],
+     ([1.0, "2"], [1, 2]), ([3, 3], [1, 1]), ([3, None, 1], [2, None, 1]), ([2, "", 3], [1, None, 2])],
 )  # fmt: skip
 def test_ranks(given, ranks):
     assert values.ranks(given) == ranks
 
 
+@pytest.mark.parametrize("name", ["f.jsonl", "f.parquet"])
+def test_of_a_partial_ranking_the_ranked_are_kept_and_the_rest_is_counted(tmp_path: Path, name: str):
+    words = ["x", "y", "z"]
+    rows = [
+        {"prompt": f"p{i}", "responses": words, "ranks": ranks} for i, ranks in enumerate([[3, None, 1], [1, 2, 3]])
+    ]
+    path = table(tmp_path, rows, name)
+    assert [(v, *shown) for _, v, *shown in said(path)] == [((2, 1), "x", "z"), ((1, 2, 3), "x", "y", "z")]
+    assert read_feedback(path).skipped == {"responses without a rank": 1}
+    read, _, left_out = read_said(path, "text")
+    assert len(read) == 6 and not +left_out, "a response without a rank is no answer that was left out"
+    none = {"prompt": "q", "responses": words, "ranks": [None] * 3}
+    assert "There is no answer" in refused(table(tmp_path, [*rows, none], f"none_{name}"))
+    assert len(read_feedback(tmp_path / f"none_{name}", Reading(missing="skip")).events) == 2
+    one = {"prompt": "q", "responses": words, "ranks": [None, 1, None]}
+    assert "expected ranks of two responses or more" in refused(table(tmp_path, [*rows, one], f"one_{name}"))
+
+
 def test_ranks_from_the_other_end_and_ranks_that_are_none():
     assert values.ranks([0.1, 0.9, 0.9], best_is_high=True) == [3, 1, 1]
-    for wrong in ([0, 1], ["x", 1], [None, 1], [True, 2]):
+    for wrong in ([0, 1], ["x", 1], [None, 1], [None, 3, None], [True, 2]):
         with pytest.raises(ValueError, match="expected"):
             values.ranks(wrong)
 

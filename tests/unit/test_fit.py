@@ -164,6 +164,56 @@ def test_love_is_calibrated_from_exposures_of_which_few_negatives_were_kept(tmp_
     assert raw["mean_probability"] == pytest.approx(raw["base_rate"], abs=0.04), "also without a calibration"
 
 
+def both_buttons(thumb: str, love: str) -> list[FeedbackEvent]:
+    """A thumb up alone, love alone, both, a thumb down, and silence; a thumb up that no exposure was logged for."""
+    events = []
+    said = [(True, ""), (None, "love"), (True, "love"), (False, ""), (None, ""), (True, "")]
+    for n, (up, reaction) in enumerate(said):
+        about = {"annotator": f"u{n}", "session": "s", "exposure": "shown", "ts": START + n, "items": (ITEMS[0].id,)}
+        events += [FeedbackEvent("exposure", key="shown", **about)] * (n < 5)
+        if up is not None:
+            events.append(FeedbackEvent("binary", value=up, key=thumb, **about))
+        if reaction:
+            events.append(FeedbackEvent("reaction", value=reaction, key=love, **about))
+    return events
+
+
+@pytest.mark.parametrize(
+    ("keys", "key", "ups", "downs"),
+    [
+        (("thumb", "love"), None, "12", "0345"),
+        (("thumb", "love"), "love", "12", "0345"),
+        (("quality", "quality"), "quality", "12", "0345"),
+        (("thumb", "love"), "thumb", "025", "134"),
+    ],
+)
+def test_a_thumb_is_no_love(tmp_path, keys, key, ups, downs):
+    own = {"paths": [store(tmp_path, both_buttons(*keys))], "key": key, "reaction": "love", "silence": "negative"}
+    data = load_data(own["paths"], config("x", data=own).data)
+    said = {up: "".join(sorted(row.user[1:] for row in data.rows if row.value == up)) for up in (1, 0)}
+    assert said == {1: ups, 0: downs}, "who was shown it and gave a thumb alone did not love it"
+    left = {what: n for what, n in data.left_out.items() if n}
+    other = {"of other signals": 2 if key == "thumb" else 4}
+    assert left == (other if key in ("thumb", "love") else {"thumbs, which say nothing of love": 4})
+
+
+def test_a_signal_that_fails_the_gates_is_warned_of_and_is_in_the_card(tmp_path, capsys):
+    few, many = (thumbs(ITEMS, QUALITY, users=users, shown=40) for users in (4, 40))
+    path = store(tmp_path, few)
+    result = fit.fit_reward(config(path, "steps=2"), tmp_path / "few")
+    (signal,) = result.card["signals"]
+    assert signal["key"] == "thumb/binary" and signal["verdict"] == "fail" and signal["n_shown"] == 160
+    (note,) = [text for text in result.card["warnings"] if "gates" in text]
+    assert "thumb/binary" in note and "n_reacted is 160, asked >= 200" in note and "outcome" not in note
+    assert main(["fit", "fit/thumbs", f"data.paths.0={path}", "--dry-run"]) == 0
+    assert note in capsys.readouterr().out
+    result = fit.fit_reward(config(store(tmp_path, many, name="many.db"), "steps=2"), tmp_path / "many")
+    assert result.card["signals"][0]["verdict"] == "unproven" and result.card["warnings"] == []
+    unlogged = [replace(e, exposure="unknown", id="") for e in few if e.kind != "exposure"]
+    result = fit.fit_reward(config(store(tmp_path, unlogged, name="un.db"), "steps=2"), tmp_path / "un")
+    assert result.card["signals"] == [] == [text for text in result.card["warnings"] if "gates" in text]
+
+
 def test_effects_of_people_are_fitted_and_scored_at_nobody(tmp_path):
     said = thumbs(ITEMS, QUALITY, users=60, shown=50, spread=1.5)
     path = store(tmp_path, said)

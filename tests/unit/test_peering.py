@@ -147,6 +147,20 @@ def test_one_protocol_alone_is_refused(tmp_path):
     assert not (tmp_path / "run" / "ratings").exists(), "nothing is fitted first"
 
 
+def test_ratings_of_several_keys_are_refused_before_anything_is_fitted(tmp_path):
+    items = own_store(tmp_path, ProtocolWorld(seed=5), 20, 3)
+    with Store.open(tmp_path / "own.db") as store:
+        rated = [e for e in store.current() if e.kind == "ordinal"]
+        store.add(items, [replace(e, key="kindness", identifier="", id="") for e in rated])
+    paths = f"data.paths=[{tmp_path / 'own.db'}]"
+    with pytest.raises(DataError, match=r"120 have the key kindness, 120 have the key quality.*data.ratings_key"):
+        peer(config(paths), tmp_path / "run")
+    assert not (tmp_path / "run" / "ratings").exists(), "nothing is fitted first"
+    told = fit_config_of(config(paths, "data.key=quality", "data.ratings_key=kindness"), "both", (paths[12:-1],))
+    data = load_data(told.data.paths, told.data)
+    assert data.counts()["rating"] == 120 and data.left_out["of other signals"] == 120 and data.counts()["comparison"]
+
+
 def test_a_fit_can_be_told_which_answers_it_reads(tmp_path):
     own_store(tmp_path, ProtocolWorld(seed=5), 10, 3)
     mine = config()

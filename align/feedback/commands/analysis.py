@@ -164,7 +164,8 @@ def run_consistency(options: argparse.Namespace) -> int:
         )
     if options.source:
         events, items = load(options.source, options)
-        joined = joined_of(events, items, within={"annotator": True, "pooled": False}.get(options.join))
+        within = {"annotator": True, "pooled": False}.get(options.join)
+        joined = joined_of(events, items, within=within, duplicates=options.duplicates)
     else:
         joined = join_files(
             options.ratings, options.rankings, ratings_columns=words(options.ratings_columns),
@@ -356,33 +357,38 @@ def _audit_text(found: Mapping[str, Any]) -> str:
 def load(source: Path, options: argparse.Namespace) -> tuple[list[FeedbackEvent], Mapping[str, Item]]:
     """Return the current events and items of a store, or of a table that `import` would read."""
     from align.feedback.columns import ENDINGS
+    from align.feedback.views import of_key
 
     key, kind = getattr(options, "key", "") or None, getattr(options, "kind", "") or None
+    ratings_key = getattr(options, "ratings_key", "") or None
     if Path(source).suffix.lower() in ENDINGS:
         from align.feedback.exchange import read_feedback
 
         found = read_feedback(source)
+        said, items = found.standing(), found.items
         _require_key(source, key, {e.key for e, _ in found.events})
-        events = [e for e, _ in found.events if key in (None, e.key) and kind in (None, e.kind)]
-        return events, found.items
-    from align.feedback.store import Store
+    else:
+        from align.feedback.store import Store
 
-    with Store.open(source, create=False) as store:
-        events = list(store.current(key=key, kind=kind))
-        if key and not events:
-            _require_key(source, key, {e.key for e in store.current()})
-        return events, store.items()
+        with Store.open(source, create=False) as store:
+            said, items = list(store.current(key=None if ratings_key else key, kind=kind)), store.items()
+            if key and not any(e.key == key for e in said):
+                _require_key(source, key, {e.key for e in store.current()})
+    _require_key(source, ratings_key, {e.key for e in said if e.kind == "ordinal"}, "--ratings-key", "no ratings")
+    return [e for e in said if of_key(e, key, ratings_key) and kind in (None, e.kind)], items
 
 
-def _require_key(source: Path, key: str | None, known: set[str]) -> None:
+def _require_key(
+    source: Path, key: str | None, known: set[str], flag: str = "--key", none: str = "no feedback"
+) -> None:
     from align.feedback.views import BOOKKEEPING
 
     if key and key not in known:
         names = sorted(name for name in known if not name.endswith(BOOKKEEPING))
         raise ConfigError(
             f"Nothing has the key {key!r}", where=str(source),
-            why=f"the keys are {', '.join(names)}" if names else "it holds no feedback",
-            do="Choose one of them, or leave --key out" if names else "Import some",
+            why=f"the keys are {', '.join(names)}" if names else f"it holds {none}",
+            do=f"Choose one of them, or leave {flag} out" if names else "Import some",
         )  # fmt: skip
 
 
@@ -449,6 +455,10 @@ def _agreement_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _files(parser: argparse.ArgumentParser, ratings: str, rankings: str) -> None:
+    parser.add_argument(
+        "--ratings-key", default="", metavar="NAME",
+        help="only these ratings, where rankings have another key (default: --key)",
+    )  # fmt: skip
     files = parser.add_argument_group("two files instead of a store: CSV, TSV, JSON, JSONL or Parquet")
     files.add_argument("--ratings", type=Path, metavar="FILE", help=f"with the columns {ratings}")
     files.add_argument("--ratings-columns", default="", metavar="NAMES", help="its columns, where it has no header")
@@ -461,7 +471,7 @@ def _consistency_arguments(parser: argparse.ArgumentParser) -> None:
     _files(parser, "prompt, input, response, rating", "prompt, input, response_a, response_b, preference")
     parser.add_argument(
         "--duplicates", default="first", choices=("first", "last", "mean"), metavar="POLICY",
-        help="answers that contradict each other in a file: first, last, mean (default: first)",
+        help="answers that contradict each other, in a file or a store: first, last, mean (default: first)",
     )  # fmt: skip
     parser.add_argument("--tie-band", type=number, default=0.0, metavar="X", help="ratings this close are a tie")
     parser.add_argument("--drop-identical", action="store_true", help="leave out pairs of equal responses")

@@ -25,6 +25,9 @@ DUPLICATES = {
     "last": "keep the last",
     "all": "keep each as an answer of its own",
 }
+UNRANKED = "responses without a rank"
+"""Reason of what is skipped that is no answer: responses of a row in which others are ranked."""
+
 _MEND = "Correct it; `align feedback import --keep-going` takes the other rows"
 _RATED = "; a column of ratings is read by --columns rating=label --scale 1-5, or whatever its scale is"
 _SINGLE = ("rating", "label", "reaction", "text")
@@ -103,9 +106,14 @@ def events_of(
     given = {name: value for name, value in answers.items() if value is not MISSING}
     events = []
     for name, value in given.items():
+        about_ids = ids
+        if name == "ranks" and None in value:
+            skipped[UNRANKED] += value.count(None)
+            about_ids = tuple(i for i, rank in zip(ids, value, strict=True) if rank is not None)
+            value = tuple(rank for rank in value if rank is not None)
         # Several answers in one row share its id and identifier, which are for one answer each.
         apart = {part: f"{about[part]}:{name}" for part in ("id", "identifier") if about[part] and len(given) > 1}
-        events.append(_event(row, name, KINDS_OF[name], ids, value, {**about, **apart}, how))
+        events.append(_event(row, name, KINDS_OF[name], about_ids, value, {**about, **apart}, how))
     if not events:
         unsaid = next(iter(answers), "")
         events = _unanswered(row, unsaid, shown, ids, about, how, skipped)
@@ -243,7 +251,7 @@ def _value(row: Row, name: str, count: int, how: Reading, order: Sequence[int]) 
         if not isinstance(value, (list, tuple)) or len(value) != count:
             raise row.wrong(name, "Ranks are not one for every response", why=f"found {short(value)} for {count}")
         found = _converted(row, name, lambda v: values.ranks(v, best_is_high=how.best_is_high), value)
-        return tuple(found[i] for i in order)
+        return MISSING if all(rank is None for rank in found) else tuple(found[i] for i in order)
     convert = {
         "rating": values.whole, "label": values.binary, "reaction": values.reaction, "preference": values.preference,
     }.get(name, lambda v: MISSING if values.is_missing(v) else values.text(v))  # fmt: skip

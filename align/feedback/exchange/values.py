@@ -179,24 +179,29 @@ def reaction(value: Any) -> str:
     return _REACTION.get(word, word)
 
 
-def ranks(values: Sequence[Any], *, best_is_high: bool = False) -> list[int]:
+def ranks(values: Sequence[Any], *, best_is_high: bool = False) -> list[int | None]:
     """Return one rank a response, 1 the best: 1 + the number of responses that stand strictly before it.
 
-    Whole ranks that are valid as they are stay so; shared ranks such as 1.5, 1.5 become 1, 1.
+    Whole ranks that are valid as they are stay so; shared ranks such as 1.5, 1.5 become 1, 1. A response without a rank
+    has None, and the others are ranked among themselves.
 
     Raises:
-        ValueError: a value that is no number, or ranks that start below 1.
+        ValueError: a value that is no number, one rank alone, or ranks that start below 1.
     """
-    if any(is_missing(value) for value in values):
-        raise ValueError("expected a rank for every response")
-    numbers = [number_of(value) for value in values]
+    numbers = {place: number_of(value) for place, value in enumerate(values) if not is_missing(value)}
+    if len(numbers) == 1:
+        raise ValueError("expected ranks of two responses or more")
     if best_is_high:
-        numbers = [-number for number in numbers]
-    elif min(numbers, default=1) < 1:
+        numbers = {place: -number for place, number in numbers.items()}
+    elif min(numbers.values(), default=1) < 1:
         raise ValueError("expected ranks from 1, the best")
-    elif all(n == int(n) for n in numbers) and min(numbers) == 1 and max(numbers) <= len(numbers):
-        return [int(number) for number in numbers]
-    return [1 + sum(other < number for other in numbers) for number in numbers]
+    given = list(numbers.values())
+    stay = not best_is_high and all(n == int(n) for n in given) and min(given, default=1) == 1
+    if stay and max(given, default=1) <= len(given):
+        found = {place: int(number) for place, number in numbers.items()}
+    else:
+        found = {place: 1 + sum(other < number for other in given) for place, number in numbers.items()}
+    return [found.get(place) for place in range(len(values))]
 
 
 def milliseconds(value: Any) -> int:

@@ -2,11 +2,12 @@
 
     POST /exposure  {"token": ..., "item"?: {...}}
     POST /feedback  {"token": ..., "thumb"?: true, "reactions"?: ["love"], "comment"?: "...", "latency_ms"?: 900,
-                     "item"?: {...}}
+                     "retract"?: ["thumb", "sad", "comment"], "item"?: {...}}
 
 `item` is {"prompt", "response", "input"?, "media"?}, needed once where the store does not hold the item yet; it must
-hash to the id that the token was minted for. A token is good for one post to each of the two. That it was used is seen
-in the store itself: the first event of a post has an id made of the token's name.
+hash to the id that the token was minted for. `retract` takes back what the same user said of the item in the same
+session: a tombstone each, as undo on the annotation page leaves. A token is good for one post to each of the two. That
+it was used is seen in the store itself: the first event of a post has an id made of the token's name.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from align.feedback.server.tokens import ProductToken, read_token
 from align.feedback.store import Writer
 
 LONGEST_COMMENT = 20_000
-MOST_REACTIONS = 8
+MOST_NAMES = 8
 
 
 class ProductEndpoint:
@@ -74,36 +75,42 @@ class ProductEndpoint:
 
 def _answers(said: Mapping[str, Any], token: ProductToken, name: str, now: int) -> list[FeedbackEvent]:
     thumb, comment = _typed(said, "thumb", bool, None), _typed(said, "comment", str, "").strip()
-    reactions = _typed(said, "reactions", list, [])
+    reactions, retract = _names(said, "reactions", "A reaction"), _names(said, "retract", "What is taken back")
     latency = _typed(said, "latency_ms", int, None)
     if latency is not None and not 0 <= latency < 10**10:
         raise DataError("latency_ms is a time in milliseconds")
-    if len(comment) > LONGEST_COMMENT or len(reactions) > MOST_REACTIONS:
-        raise DataError(
-            "This is too long", why=f"at most {MOST_REACTIONS} reactions and {LONGEST_COMMENT:,} characters"
-        )
-    if not all(isinstance(r, str) and r.isascii() and r.isidentifier() and r == r.lower() for r in reactions):
-        raise DataError("A reaction is a name in lower case")
-    parts = [("binary", "thumb", thumb)] if thumb is not None else []
-    parts += [("reaction", reaction, reaction) for reaction in dict.fromkeys(reactions)]
-    parts += [("text", "comment", comment)] if comment else []
-    if not parts:
-        raise DataError("Nothing was said", do="Give thumb, reactions or comment")
-    if refused := next((kind for kind, _, _ in parts if kind not in token.allow), None):
+    if len(comment) > LONGEST_COMMENT:
+        raise DataError("This is too long", why=f"at most {LONGEST_COMMENT:,} characters")
+    parts: dict[tuple[str, str], Any] = {} if thumb is None else {_part("thumb"): thumb}
+    parts |= {("reaction", reaction): reaction for reaction in reactions}
+    parts |= {_part("comment"): comment} if comment else {}
+    taken_back = [_part(name) for name in retract]
+    if both := [key for kind, key in taken_back if (kind, key) in parts]:
+        raise DataError(f"{both[0]} is said and taken back at once")
+    if not parts and not taken_back:
+        raise DataError("Nothing was said", do="Give thumb, reactions, comment or retract")
+    if refused := next((kind for kind, _ in (*parts, *taken_back) if kind not in token.allow), None):
         raise DataError(f"This may not be used for {refused}")
+    told = [(kind, key, {"value": value, "latency_ms": latency}) for (kind, key), value in parts.items()]
+    told += [(kind, key, {"tombstone": True}) for kind, key in taken_back]
     return [
-        FeedbackEvent(
-            kind,
-            (token.item,),
-            value,
-            key=key,
-            latency_ms=latency,
-            ts=now,
-            id=name if i == 0 else "",
-            **_common(token),
-        )
-        for i, (kind, key, value) in enumerate(parts)
+        FeedbackEvent(kind, (token.item,), key=key, ts=now, id=name if i == 0 else "", **what, **_common(token))
+        for i, (kind, key, what) in enumerate(told)
     ]
+
+
+def _names(said: Mapping[str, Any], field: str, what: str) -> list[str]:
+    names = _typed(said, field, list, [])
+    if len(names) > MOST_NAMES:
+        raise DataError("This is too long", why=f"at most {MOST_NAMES} names in {field}")
+    if not all(isinstance(n, str) and n.isascii() and n.isidentifier() and n == n.lower() for n in names):
+        raise DataError(f"{what} is a name in lower case")
+    return list(dict.fromkeys(names))
+
+
+def _part(name: str) -> tuple[str, str]:
+    """Return the kind and the key of the answer that is posted under a name."""
+    return {"thumb": "binary", "comment": "text"}.get(name, "reaction"), name
 
 
 def _exposures(said: Mapping[str, Any], token: ProductToken, name: str, now: int) -> list[FeedbackEvent]:
