@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.checks import Finding, errors_first, judged, mask_findings
-from align.errors import AlignError, ConfigError
+from align.errors import AlignError, ConfigError, ModelError
 from align.language_config import BCOConfig, DPOConfig, KTOConfig, LanguageConfig, SFTConfig
 from align.rluf_checks import check_rluf
 from align.rluf_config import RLUFConfig
+from align.weights import require_whole
 
 if TYPE_CHECKING:
     from align.preferences import PreferenceSet
@@ -225,6 +226,10 @@ def _class_weights(config: KTOConfig, up: int, down: int) -> list[Finding]:
 
 def _model_folder(path: str) -> list[Finding]:
     folder = Path(path)
+    try:
+        require_whole(folder)
+    except ModelError as error:
+        return [Finding("error", "model", error.what, error.do, "model.path")]
     if path == "tiny" or (folder / "config.json").is_file():
         return []
     if folder.is_dir():

@@ -284,6 +284,19 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         raise ModelError("A safetensors file cannot be read", where=str(path), why=str(error)[:200]) from error
 
 
+def require_whole(folder: str | Path) -> None:
+    """Refuse adapters where a model to train is asked for: transformers loads them into a model of its own making.
+
+    Raises:
+        ModelError: the folder holds adapters.
+    """
+    if (Path(folder) / "adapter_config.json").is_file():
+        raise ModelError(
+            "A model to train cannot be adapters alone", where=str(folder),
+            do="Merge them first: `align export RUN --to full --out MODEL`, then model.path: MODEL",
+        )  # fmt: skip
+
+
 def require_inert(folder: str | Path) -> None:
     """Refuse a folder of transformers, diffusers or PEFT that their loaders should not be given.
 

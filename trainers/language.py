@@ -108,7 +108,12 @@ class LanguageRun:
             if long := over_positions(self.about["tokens"]["longest"], config.model.path):
                 self.about["warnings"] = [*self.about.get("warnings", ()), f"{long}. Lower data.max_length"]
             self._plan: tuple[int, Plan] | None = None
-            self.per_epoch = len(self.plan(0).rows)
+            epoch = self.plan(0)
+            self.per_epoch = len(epoch.rows)
+            self.about["epoch"] = {
+                "microbatches": self.per_epoch, "left_out": epoch.left_out, "same_prompt": epoch.same_prompt,
+                "single_class": epoch.single_class, "same_rows": self._fixed,
+            }  # fmt: skip
             self.steps = config.steps or config.epochs * self.per_epoch // self.accumulation
 
     @property
@@ -172,11 +177,15 @@ class LanguageRun:
             config, objective = self.config, self.objective
             made = plan_epoch(
                 self.tokens, microbatch=config.microbatch, batch_size=config.batch_size, seed=config.seed, epoch=epoch,
-                paired=objective.paired, oversample=objective.oversample,
-                fixed=self.reference == "precomputed" and objective.mismatched,
+                paired=objective.paired, oversample=objective.oversample, fixed=self._fixed,
             )  # fmt: skip
             self._plan = (epoch, made)
         return self._plan[1]
+
+    @property
+    def _fixed(self) -> bool:
+        """Whether every epoch has the microbatches of the first: log-probs of mismatched pairs are computed once."""
+        return self.reference == "precomputed" and self.objective.mismatched
 
     @meeting()
     def train(self) -> RunResult:

@@ -13,7 +13,7 @@ from torch import nn
 
 from align.errors import ModelError, first_line
 from align.language_config import LanguageModelConfig
-from align.weights import require_inert
+from align.weights import require_inert, require_whole
 from trainers.language_images import has_images
 from trainers.language_logps import sees, with_completion_logps
 from trainers.tiny_language import tiny_model
@@ -142,12 +142,13 @@ def load_language_model(config: LanguageModelConfig, *, seed: int) -> nn.Module:
     the language model trains, unless `train_vision`.
 
     Raises:
-        ModelError: not a language model, or adapters that fit no layer of it.
+        ModelError: not a language model, adapters without one, or adapters that fit no layer of it.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     folder, lora = resolve_language_model(config.path), config.train == "lora"
     half = lora and config.dtype == "bf16"
+    require_whole(folder)
     require_inert(folder)
     try:
         with quiet():

@@ -332,12 +332,12 @@ def plan_epoch(
     Args:
         tokens: the rows.
         microbatch: G, rows at once over all processes.
-        batch_size: rows of an optimizer step, a multiple of G; what fills none is left to other epochs.
+        batch_size: rows of an optimizer step, a multiple of G; what fills none is left out of this epoch.
         seed, epoch: of every draw.
         paired: units are pairs.
         oversample: repeat rows of the smaller class until both are equal.
-        fixed: keep the composition of epoch 0 and reshuffle only the order of its microbatches, as log-probs of
-            mismatched pairs that were computed once require.
+        fixed: keep the composition of epoch 0, what it leaves out included, and reshuffle only the order of its
+            microbatches, as log-probs of mismatched pairs that were computed once require.
 
     Raises:
         DataError: fewer rows than an optimizer batch.

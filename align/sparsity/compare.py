@@ -388,9 +388,11 @@ def notes(result: dict[str, Any]) -> list[str]:
         return [*found, "The two are bit-identical: nothing was trained, or nothing was large enough to be stored."]
     still = result["untouched"]
     if still["tensors"]:
+        n, at_rest = result["parameters"], still["parameters"]
         found.append(
-            f"{still['tensors']} tensors ({100 * still['parameters'] / result['parameters']:.1f} % of the weights) did "
-            "not change at all; the null is taken tensor by tensor, and expects no change in them."
+            f"{still['tensors']} tensors ({100 * at_rest / n:.1f} % of the weights) did not change at all, and "
+            f"{100 * _share(round(result['bit_identical'] * n) - at_rest, n - at_rest):.2f} % of the others are "
+            "bit-identical; the null is taken tensor by tensor, and expects no change in those at rest."
         )
     dense, from_master = (result[f"expected_bit_identical_if_dense{k}"] for k in ("", "_unaligned"))
     if FORMATS[result["dtype"]].bits == 16:

@@ -230,6 +230,7 @@ def test_auto_class_weights():
     assert auto_class_weights(900, 100, ratio=4 / 3) == pytest.approx((1.0, 6.75))
     assert auto_class_weights(100, 1000) == (10.0, 1.0)
     assert auto_class_weights(100, 1000, ratio=1.5) == pytest.approx((15.0, 1.0))
+    assert auto_class_weights(100, 1000, ratio=4 / 3) == pytest.approx((13.3333, 1.0), abs=1e-4)
     assert auto_class_weights(900, 100, weight_U=1.0) == pytest.approx((0.1111, 1.0), abs=1e-4)
     assert auto_class_weights(900, 100, weight_U=1.0, ratio=1.5) == pytest.approx((0.1667, 1.0), abs=1e-4)
     assert auto_class_weights(5, 5, weight_D=0.0, weight_U=2.0) == (0.0, 2.0)

@@ -187,6 +187,9 @@ def test_precomputed_log_probs_train_as_live_ones_and_are_kept(model, tmp_path):
         run(model, tmp_path / f"{trainer}_live", trainer, "reference.mode=copy", "steps=3").train()
         run(model, tmp_path / f"{trainer}_kept", trainer, "reference.mode=precomputed", cache, "steps=3").train()
         same(weights(tmp_path / f"{trainer}_live", 3), weights(tmp_path / f"{trainer}_kept", 3))
+        epochs = [json.loads((tmp_path / f"{trainer}_{k}" / "run.json").read_text())["epoch"] for k in ("live", "kept")]
+        assert [e["same_rows"] for e in epochs] == [False, trainer == "kto"]
+        assert epochs[0]["left_out"] == epochs[1]["left_out"] < 16
     again = run(model, tmp_path / "again", "dpo", "reference.mode=precomputed", cache, "steps=1")
     from trainers.language_model import load_language_model
 

@@ -8,10 +8,14 @@ import shutil
 import numpy as np
 import pytest
 
+from align.checks import check_config
 from align.cli import main
 from align.config import load_config, save_config
 from align.errors import ConfigError, DataError, ModelError
+from align.language_config import LanguageModelConfig
 from trainers import evaluate_language, find_source, sample_completions, sample_images, trainer_for
+from trainers.language_export import export_language
+from trainers.language_model import load_language_model
 from trainers.language_source import find_language, load_asked, open_language
 from trainers.tiny_language import build_tiny, toy_thumbs
 
@@ -216,6 +220,18 @@ def test_what_cannot_be_done_is_said(made, tmp_path):
     with pytest.raises(ModelError, match="do not say which model"):
         open_language(find_language(broken))
     assert not list(tmp_path.glob("o*"))
+
+
+def test_adapters_alone_are_no_model_to_train_and_merged_they_are(made, tmp_path):
+    """Read as a model they would be made anew at random by LoRA, or leave nothing to train without it."""
+    adapters = made / "bco" / "checkpoints" / "step_000004"
+    for train in ("lora", "full"):
+        with pytest.raises(ModelError, match="cannot be adapters alone.*--to full"):
+            load_language_model(LanguageModelConfig(path=str(adapters), train=train), seed=0)
+    found = check_config(load_config("kto/smoke", [f"model.path={adapters}"]), files=True)
+    assert [(f.key, "--to full" in f.do) for f in found if f.level == "error"] == [("model.path", True)]
+    export_language(made / "bco", to="full", out=tmp_path / "merged")
+    load_language_model(LanguageModelConfig(path=str(tmp_path / "merged"), train="full"), seed=0)
 
 
 def test_a_source_is_found_by_what_it_is(made):

@@ -106,6 +106,8 @@ def test_a_pipeline_and_one_component_of_it(tmp_path, pair):
     assert found["parameters"] == sum(v.numel() for v in first.values()) + 9
     part = compare(tmp_path / "pipe-base", tmp_path / "pipe-tuned" / "transformer").as_dict()
     assert part["parameters"] == found["parameters"] - 9 and part["coverage"] == 1
+    share = f"{100 * part['bit_identical']:.2f} % of the others are bit-identical"
+    assert part["bit_identical"] < found["bit_identical"] and any(share in note for note in found["notes"])
 
 
 def test_a_lora_adapter_is_compared_merged(tmp_path):
