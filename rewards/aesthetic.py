@@ -16,8 +16,9 @@ from pathlib import Path
 from torch import Tensor
 
 from align.errors import ModelError
+from align.hub import locate
 from align.types import Samples, Scores
-from align.weights import load_tensors, locate, weights_sha256
+from align.weights import load_tensors, weights_sha256
 from rewards.base import REWARDS, RewardCard, identity_of
 from rewards.media import clip_pixels, problems, require_media, score_samples, stacked
 from rewards.placement import Placement

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from align.errors import AlignError, ConfigError, RewardError
+from align.hub import Weights
 from align.registry import Registry, suggest
 from align.stops import Overdue, cut, time_limit
 from align.types import Samples, Scores
-from align.weights import Weights
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from align.weights import Weights
+from align.hub import Weights
 from rewards.base import RewardCard, register
 
 _DIGITS = {"licence": "CC BY 4.0 (UCI digits)", "needs": ("torch", "sklearn")}

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from align.errors import ConfigError, DataError, ModelError
+from align.hub import download_folder
 from align.registry import suggest
 from align.types import Samples
-from align.weights import download_folder, file_sha256, weights_sha256
+from align.weights import file_sha256, weights_sha256
 from rewards.base import RewardCard, identity_of
 from rewards.chats import as_turns, completion_text, require_texts
 from rewards.folders import load_whole, read_model_config

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from align.errors import ModelError
+from align.hub import locate
 from align.types import Samples, Scores
-from align.weights import load_into, load_tensors, locate, weights_sha256, without_storage
+from align.weights import load_into, load_tensors, weights_sha256, without_storage
 from rewards.base import REWARDS, RewardCard, identity_of
 from rewards.media import clip_pixels, require_media, score_samples, stacked
 from rewards.placement import Placement

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from align.errors import ConfigError, DataError, ModelError, first_line
-from align.weights import download_folder, file_sha256, weights_sha256
+from align.hub import download_folder
+from align.weights import file_sha256, weights_sha256
 from rewards.chats import Turn, read_turns
 from rewards.folders import load_whole, read_model_config
 from rewards.placement import Placement

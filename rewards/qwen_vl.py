@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from align.errors import ConfigError, DataError, ModelError, first_line
-from align.weights import Weights, load_into, locate, without_storage
+from align.hub import Weights, locate
+from align.weights import load_into, without_storage
 from rewards.media import normalise, resize
 from rewards.placement import Placement
 from rewards.tokens import load_tokenizer
@@ -258,7 +259,7 @@ def find_checkpoint(weights: Weights, path: str | None, own: bool) -> Path:
     """Return the file of weights: the published one, checked against its hash, or at `path` one of one's own.
 
     Raises:
-        ModelError: see `align.weights.locate`.
+        ModelError: see `align.hub.locate`.
     """
     return locate(replace(weights, bytes=0, sha256="") if own and path is not None else weights, path)
 

@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from align.errors import ConfigError, DataError, ModelError
+from align.hub import Weights, locate
 from align.registry import suggest
 from align.types import Samples, Scores
-from align.weights import Weights, load_into, load_tensors, locate, weights_sha256
+from align.weights import load_into, load_tensors, weights_sha256
 from rewards.base import REWARDS, RewardCard, identity_of
 from rewards.media import clip_pixels, pixel_problem, require_media, score_samples, stacked
 from rewards.placement import Placement
@@ -321,7 +322,7 @@ def find_weights(weights: Weights, path: str | None, architecture: str | None) -
 
     Raises:
         ConfigError: an architecture without a path.
-        ModelError: see `align.weights.locate`.
+        ModelError: see `align.hub.locate`.
     """
     if architecture is None:
         return locate(weights, path)

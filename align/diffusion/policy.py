@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from align.config import LoraConfig, ModelConfig
 from align.diffusion.families import FAMILIES, Conditioning, Family, Size, device_of
 from align.errors import ModelError, first_line
+from align.hub import download_pipeline
 from align.published import is_hub_name
 from align.registry import suggest
 from align.seeding import seed as derive_seed
 from align.textfiles import read_json
 from align.types import ImagePrompt, Prompt
-from align.weights import download_pipeline, require_inert
+from align.weights import require_inert
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

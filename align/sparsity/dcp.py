@@ -15,7 +15,7 @@ from align.errors import ModelError
 from align.sparsity.formats import TORCH_NAMES
 from align.sparsity.pieces import Files, tiles
 from align.sparsity.sources import Entry, Source
-from align.weights import outline, outline_of_pickle
+from align.unpickling import outline, outline_of_pickle
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 INERT = (

@@ -17,7 +17,7 @@ from align.checkpoint import pieces_in
 from align.errors import ModelError
 from align.sparsity.formats import FORMATS, ITEM_BYTES, TORCH_NAMES
 from align.sparsity.sources import Entry, Source, mapped, open_safetensors
-from align.weights import Placed
+from align.unpickling import Placed
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from align.errors import ModelError
 from align.sparsity.formats import TORCH_NAMES
 from align.sparsity.pieces import Files, Piece, joined, rounded
 from align.sparsity.sources import Entry, Source, set_aliases_apart
-from align.weights import Inert, Placed, outline
+from align.unpickling import Inert, Placed, outline
 
 INERT = (
     "deepspeed.runtime.fp16.loss_scaler.LossScaler", "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",

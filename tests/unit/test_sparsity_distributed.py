@@ -18,7 +18,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
-from align import weights
+from align import unpickling
 from align.cli import main
 from align.errors import ModelError
 from align.reports.sparsity import write_report
@@ -28,7 +28,7 @@ from align.sparsity.formats import FORMATS
 from align.sparsity.masks import overlap
 from align.sparsity.pieces import Files
 from align.sparsity.sources import open_source
-from align.weights import Placed, outline, outline_of_pickle
+from align.unpickling import Placed, outline, outline_of_pickle
 
 SAME = (
     "parameters",
@@ -157,7 +157,7 @@ def test_a_tensor_that_claims_more_than_its_file_holds(tmp_path, shape, stride, 
     assert values(open_source(tmp_path).entries["w"]).tolist() == list(range(100))
     for begin in (-5, 101):
         with pytest.raises(ValueError, match="outside of its storage"):
-            weights._Outline(b"", (), {})._place(("Float", (64, 400)), begin, (1,), (1,))
+            unpickling._Outline(b"", (), {})._place(("Float", (64, 400)), begin, (1,), (1,))
 
 
 def fsdp(out, state, columns):

@@ -18,15 +18,8 @@ import torch
 from safetensors.torch import save_file
 
 from align.errors import ModelError
-from align.weights import (
-    Weights,
-    file_sha256,
-    load_into,
-    load_tensors,
-    locate,
-    structure_sha256,
-    weights_sha256,
-)
+from align.hub import Weights, locate
+from align.weights import file_sha256, load_into, load_tensors, structure_sha256, weights_sha256
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 STATE = {"a": torch.arange(12.0).reshape(3, 4), "b.c": torch.ones(5).half(), "d": torch.full((2,), -1.0).bfloat16()}

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from align.errors import ModelError
-from align.weights import Weights, load_into, locate, without_storage
+from align.hub import Weights, locate
+from align.weights import load_into, without_storage
 
 
 class Table(nn.Module):
