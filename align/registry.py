@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from importlib.metadata import entry_points
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
-from align.errors import AlignError, ConfigError
+from align.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -89,19 +91,23 @@ class Registry(Generic[T]):
             raise ConfigError(f"Unknown {self.kind} {name!r}", do=suggest(name, self))
         entry = self._entries[name]
         if isinstance(entry, str):
-            module, _, attribute = entry.partition(":")
-            try:
-                loaded = getattr(importlib.import_module(module), attribute)
-            except AlignError:
-                raise
-            except (ImportError, AttributeError) as error:
-                raise ConfigError(
-                    f"The {self.kind} {name!r} cannot be loaded",
-                    where=entry,
-                    why=str(error),
-                    do="Start in the folder of that file, or put it on PYTHONPATH"
-                    if name == entry
-                    else "Install what it needs; `align doctor` lists what is missing",
-                ) from error
-            self._entries[name] = entry = loaded
+            self._entries[name] = entry = self._load(name, entry)
         return entry
+
+    def _load(self, name: str, entry: str) -> T:
+        module, _, attribute = entry.partition(":")
+        given = name == entry  # by its place, which may be a file of the folder at hand
+        if given and os.getcwd() not in sys.path:  # a console script has its own folder there
+            sys.path.append(os.getcwd())
+        what = f"The {self.kind} {name!r} cannot be loaded"
+        try:
+            home = importlib.import_module(module)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(
+                what, where=entry, why=str(error), do="Start in the folder of that file, or put it on PYTHONPATH"
+                if given else "Install what it needs; `align doctor` lists what is missing",
+            ) from error  # fmt: skip
+        if not hasattr(home, attribute):
+            public = [n for n in vars(home) if not n.startswith("_")]
+            raise ConfigError(what, where=entry, why=f"{module} has no {attribute!r}", do=suggest(attribute, public))
+        return cast(T, getattr(home, attribute))

@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import json
 import math
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,7 +143,7 @@ class Sitting:
             "step": self.step, "process": self.world.rank, "processes": self.world.size, "guard": error.what,
             "said": str(error), "doing": self.doing, "seed": self.config.seed,
             "reproduce": {
-                "command": f"align resume {self.directory}", "from_step": saved,
+                "command": f"align resume {shlex.quote(str(self.directory))}", "from_step": saved,
                 "why": f"all draws are functions of the seed: steps {saved + 1} to {self.step} are done again as they "
                 "were, unless a reward or a model outside of the run has changed",
             },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -145,10 +146,19 @@ def end(result: Any, speak: Callable[[], object]) -> int:
     return 0 if supervised() else ENDS.get(result.status, 0)
 
 
+def goes_on(directory: Path) -> str:
+    """Return what takes a stopped run up again: under several processes or DeepSpeed, what started it."""
+    from align.sitting import read_record
+
+    if read_record(directory).get("engine") in (None, "single"):
+        return f"`align resume {shlex.quote(str(directory))}` goes on"
+    return "the same command goes on, or `align resume` with the same --launch, --nproc, --deepspeed and --fsdp"
+
+
 def how_it_ended(result: Any) -> str:
     """Return how a run ended, and what to do about it."""
     if result.status == "stopped":
-        return f"stopped; `align resume {result.directory}` goes on"
+        return f"stopped; {goes_on(result.directory)}"
     if result.status == "hacked":
         return (
             f"stopped by the hack monitor at step {result.summary['steps']}; the checkpoint of that step is kept\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,8 @@ def train(options: argparse.Namespace) -> int:
     from align.run import require_directory
 
     if (Path(options.config) / "config.yaml").is_file():
-        raise ConfigError("This is a run", where=options.config, do=f"`align resume {options.config}` goes on with it")
+        run = shlex.quote(options.config)
+        raise ConfigError("This is a run", where=options.config, do=f"`align resume {run}` goes on with it")
     seed = [] if options.seed is None else [f"seed={options.seed}"]
     config = load_config(options.config, [*options.overrides, *seed])
     if config.trainer in ("fit", "peering"):

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from align.cli import _VERBS, _out_refuses, _parser, main
+from align.commands.engines import goes_on
 from align.errors import ConfigError
 from align.output import EXITS, give, run_verb
 
@@ -387,3 +388,14 @@ def test_stable_names_can_be_imported():
     for module, names in found:
         for name in names.split(", "):
             assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
+
+
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [("single", "`align resume '{0}'` goes on"), ("data_parallel", "the same command"), ("deepspeed_zero1", "--nproc")],
+)
+def test_a_stopped_run_says_a_command_that_goes_on(tmp_path: Path, engine: str, said: str):
+    folder = tmp_path / "my run"
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"engine": engine}))
+    assert said.format(folder) in goes_on(folder)

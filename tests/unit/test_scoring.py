@@ -458,7 +458,6 @@ def test_mistakes_are_one_sentence_and_code_2(made: Path, monkeypatch, capsys, a
 
 def test_a_reward_named_by_its_place_scores_what_its_card_says(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "of_mine.py").write_text(
         "from rewards import RewardCard, register\n\n\n"
         "@register(RewardCard('dark', '1 minus mean pixel', '0 to 1', media='image'))\n"
@@ -471,4 +470,6 @@ def test_a_reward_named_by_its_place_scores_what_its_card_says(tmp_path, monkeyp
     assert main(["rewards", "describe", "of_mine:dark"]) == 0
     assert "1 minus mean pixel" in capsys.readouterr().out
     assert main(["score", "--reward", "of_mine:drak", "--prompts", "made.jsonl", "--out", "t.jsonl"]) == 2
-    assert "no attribute 'drak'. Start in the folder of that file" in capsys.readouterr().err
+    assert "of_mine has no 'drak'. Did you mean 'dark'?" in capsys.readouterr().err
+    assert main(["score", "--reward", "of_yours:dark", "--prompts", "made.jsonl", "--out", "t.jsonl"]) == 2
+    assert "No module named 'of_yours'. Start in the folder of that file" in capsys.readouterr().err
