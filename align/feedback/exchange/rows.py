@@ -274,7 +274,11 @@ def _event(
     if kind == "ordinal":
         scale = _read(row, "scale", parse_scale) or how.scale
         if scale is None:
-            raise row.wrong(name, "A rating needs its scale", do="Say e.g. --scale 1-7")
+            raise row.wrong(
+                name,
+                "A rating needs its scale",
+                do="Import it with its scale, `align feedback import STORE FILE --scale 1-7`, or add a column scale",
+            )
     try:
         event = FeedbackEvent(kind=kind, items=items, value=value, scale=scale, **about)
     except DataError as error:
