@@ -81,7 +81,8 @@ def _reverse(config: DanceGRPOConfig) -> list[Finding]:
     shape = latent_shape(config)
     if sampler.initial_noise == "none" and shape is not None and len(shape) == 4 and shape[1] > 1:
         found.append(Finding(
-            "warning", "video_noise", "Videos of a prompt that start from different noises often end in a hacked reward",
+            "warning", "video_noise",
+            "Videos of a prompt that start from different noises often end in a hacked reward",
             "Set sampler.initial_noise: group", "sampler.initial_noise",
         ))  # fmt: skip
     if count == 0:
@@ -111,7 +112,8 @@ def _bounds(config: DanceGRPOConfig) -> list[Finding]:
             ))  # fmt: skip
     if objective.loss in ("guard", "guard_delta") and objective.clip_unit == "nats":
         found.append(Finding(
-            "error", "guard_nats", f"The ratio of {objective.loss} is multiplied by each step's std, so it is not in nats",
+            "error", "guard_nats",
+            f"The log-ratio of {objective.loss} is multiplied by each step's std, so it is not in nats",
             "Set objective.clip_unit: ratio, and a clip_range such as 2e-6", "objective.clip_unit",
         ))  # fmt: skip
     if objective.kl_form == "gaussian" and not objective.kl_weight:
@@ -256,10 +258,11 @@ def _advantage_clip(config: VisualConfig) -> list[Finding]:
     if config.group_size < 2 or advantage.clip < bound:
         return []
     whole = summed and any(reward.components is None for reward in config.rewards)
+    where = " where each reward gives one score" if whole else ""
     return [Finding(
         "note", "advantage_clip",
-        f"advantage.clip {advantage.clip:g} never binds{' where each reward gives one score' if whole else ''}: a group "
-        f"of {config.group_size} bounds the advantage by {bound:.3g}", "", "advantage.clip",
+        f"advantage.clip {advantage.clip:g} never binds{where}: a group of {config.group_size} bounds the advantage by "
+        f"{bound:.3g}", "", "advantage.clip",
     )]  # fmt: skip
 
 

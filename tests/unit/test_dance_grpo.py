@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 
 
 PROMPTS = ["a red cat", "a blue dog", "two dogs", "a cat", "four cats", "a red dog"]
-QUICK = ("steps=2", "prompts_per_step=1", "updates_per_step=1", "evaluation={every: 0, final_samples: 1, solver_steps: 2}")
+QUICK = ("steps=2", "prompts_per_step=1", "updates_per_step=1", "evaluation={every: 0, final_samples: 1}")
 
 
 def trainer(folder, out, *overrides, reward=None, **options):
