@@ -196,14 +196,14 @@ class ObjectiveConfig(Section):
     clip_range: Float = Field(
         default=1e-4,
         gt=0,
-        description="Ratios are clipped to 1 +- clip_range; in nats per latent dimension with a mean log-prob.",
+        description="Ratios are clipped to 1 +- clip_range; with loss clip and a mean log-prob, nats per dimension.",
     )
     clip_range_high: Float | None = Field(
         default=None, gt=0, description="How far ratios may rise, when that differs from how far they may fall."
     )
     clip_unit: Literal["ratio", "nats"] = Field(
         default="ratio",
-        description="Clip ranges bound the ratio as it is, or the log-prob of the whole latent in nats at any size.",
+        description="Clip ranges bound the ratio as it is, or with loss clip the whole latent's log-prob in nats.",
     )
     clip_share_target: Float | None = Field(
         default=None, gt=0, lt=1,
@@ -227,12 +227,12 @@ class AdvantageConfig(Section):
 
     ddof: Int = Field(default=1, ge=0, le=1, description="Delta degrees of freedom of the standard deviation.")
     eps: Float = Field(default=1e-4, ge=0, description="Added to the standard deviation, in reward units.")
-    scope: Literal["group", "global_std", "global"] = Field(
+    scope: Literal["group", "group_mean", "global_std", "global"] = Field(
         default="group",
-        description="Centre and scale per group, centre per group and scale over all, or both over all.",
+        description="Centre and scale per group, centre alone, centre per group and scale over all, or both over all.",
     )
     clip: Float | None = Field(
-        default=5.0, gt=0, description="Largest absolute advantage, in standard deviations; null is none."
+        default=5.0, gt=0, description="Largest absolute advantage, in stds unless scope is group_mean; null is none."
     )
     best_of: Int | None = Field(
         default=None, ge=2, description="Train on this many of each group, its best and worst halves; null is all."

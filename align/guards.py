@@ -108,7 +108,7 @@ def require_first_ratio(scaled: float, worst: float, tolerance: float, where: st
             where=where,
             why=f"before any update |ratio - 1| reaches {worst:.2e}, and at most {tolerance:.0e} is rounding",
             do="Rollout and replay differ: look for dropout, another autocast, a guidance order, a noise level off by "
-            "one, or latents stored below float32",
+            "one, or latents stored below float32; in bf16 also set batch.rollout and batch.tile to the same number",
         )
 
 

@@ -106,8 +106,13 @@ def evaluation_ledger(config: VisualConfig) -> dict[str, float | int]:
     }  # fmt: skip
 
 
-def clip_nats(config: DanceGRPOConfig, latent_dim: int) -> float:
-    """Return `objective.clip_range` in nats of the whole latent: times `latent_dim` for a ratio of mean log-probs."""
+def clip_nats(config: DanceGRPOConfig, latent_dim: int) -> float | None:
+    """Return `objective.clip_range` in nats of the whole latent: times `latent_dim` for a ratio of mean log-probs.
+
+    None for the other losses: the ratio of guard is multiplied by each step's std, and dppo clips none.
+    """
     objective = config.objective
+    if objective.loss != "clip":
+        return None
     of_mean = objective.logprob_reduction == "mean" and objective.clip_unit == "ratio"
     return objective.clip_range * (latent_dim if of_mean else 1)

@@ -19,7 +19,7 @@ from align.checks import (
 )
 from align.errors import AlignError
 from align.ledger import clip_nats, evaluation_ledger, feq_ledger, trained_step_count
-from align.published import BUILTIN, is_builtin, latent_dim, training_memory
+from align.published import BUILTIN, is_builtin, latent_dim, latent_shape, training_memory
 
 if TYPE_CHECKING:
     from align.config import DanceGRPOConfig, VisualConfig
@@ -77,10 +77,13 @@ def _reverse(config: DanceGRPOConfig) -> list[Finding]:
             "error", "reduction", f"The loss {config.objective.loss} is defined on means over latent entries",
             "Set objective.logprob_reduction: mean", "objective.logprob_reduction",
         ))  # fmt: skip
-    if config.objective.loss == "dppo" and config.objective.clip_share_target is not None:
+    found += _bounds(config)
+    shape = latent_shape(config)
+    if sampler.initial_noise == "none" and shape is not None and len(shape) == 4 and shape[1] > 1:
         found.append(Finding(
-            "error", "dppo_clip", "The loss dppo has no clip range to adapt",
-            "Set objective.clip_share_target to null, and objective.dppo_threshold", "objective.clip_share_target",
+            "warning", "video_noise",
+            "Videos of a prompt that start from different noises often end in a hacked reward",
+            "Set sampler.initial_noise: group", "sampler.initial_noise",
         ))  # fmt: skip
     if count == 0:
         short = sampler.solver_steps < 2
@@ -90,6 +93,32 @@ def _reverse(config: DanceGRPOConfig) -> list[Finding]:
             f"the {config.trained_steps.rule} rule is none, the last step never being trained",
             "Raise sampler.solver_steps to 2 or more" if short else "Raise trained_steps.fraction",
             "sampler.solver_steps" if short else "trained_steps.fraction",
+        ))  # fmt: skip
+    return found
+
+
+def _bounds(config: DanceGRPOConfig) -> list[Finding]:
+    """Findings on what bounds a step: settings that the loss does not read, or reads in another unit."""
+    objective, found = config.objective, []
+    clips = ("clip_range", "clip_range_high", "clip_unit", "clip_share_target")
+    unread = clips if objective.loss == "dppo" else ("dppo_threshold",)
+    for name in unread:
+        default = type(objective).model_fields[name].default
+        if getattr(objective, name) != default:
+            instead = "objective.dppo_threshold" if objective.loss == "dppo" else "objective.clip_range"
+            found.append(Finding(
+                "error", "loss_bound", f"The loss {objective.loss} does not read objective.{name}",
+                f"Leave it at {'null' if default is None else default}, and set {instead}", f"objective.{name}",
+            ))  # fmt: skip
+    if objective.loss in ("guard", "guard_delta") and objective.clip_unit == "nats":
+        found.append(Finding(
+            "error", "guard_nats",
+            f"The log-ratio of {objective.loss} is multiplied by each step's std, so it is not in nats",
+            "Set objective.clip_unit: ratio, and a clip_range such as 2e-6", "objective.clip_unit",
+        ))  # fmt: skip
+    if objective.kl_form == "gaussian" and not objective.kl_weight:
+        found.append(Finding(
+            "note", "kl_form", "objective.kl_form changes nothing without objective.kl_weight", "", "objective.kl_form"
         ))  # fmt: skip
     return found
 
@@ -201,15 +230,7 @@ def _training(config: VisualConfig) -> list[Finding]:
             "warning", "lr_low", f"lr {lr:g} is too low to move a full fine-tune; 1e-6 is known to fail",
             "Set optimizer.lr between 5e-6 and 2e-5", "optimizer.lr",
         ))  # fmt: skip
-    bound = advantage_bound(config.group_size, config.advantage.ddof)
-    if config.advantage.scope == "group" and config.advantage.clip is not None and config.group_size > 1:
-        weight = sum(abs(reward.weight) for reward in config.rewards)
-        if config.advantage.clip >= bound * weight:
-            found.append(Finding(
-                "note", "advantage_clip",
-                f"advantage.clip {config.advantage.clip:g} never binds: a group of {config.group_size} bounds the "
-                f"advantage by {bound * weight:.3g}", "", "advantage.clip",
-            ))  # fmt: skip
+    found += _advantage_clip(config)
     if config.updates_per_step > 1 and config.trainer == "dance_grpo":
         found.append(Finding(
             "note", "off_policy",
@@ -217,6 +238,32 @@ def _training(config: VisualConfig) -> list[Finding]:
             "off-policy by design", "", "updates_per_step",
         ))  # fmt: skip
     return found
+
+
+def _advantage_clip(config: VisualConfig) -> list[Finding]:
+    """Findings on the unit of `advantage.clip`, and on one that no advantage can reach."""
+    advantage, mode = config.advantage, config.combine.mode
+    if advantage.scope == "group_mean" and mode == "sum_of_advantages" and len(config.rewards) > 1:
+        return [Finding(
+            "warning", "unscaled", "Advantages that nothing is divided by add up in the rewards' own units",
+            "Bring the rewards to one unit, e.g. by transform: [{zscore: {mean: 0.2, std: 0.1}}], or scope: group",
+            "advantage.scope",
+        )]  # fmt: skip
+    read_otherwise = config.objective.loss in ("nft", "supervised")  # nft divides by it
+    if read_otherwise or advantage.scope != "group" or mode == "gdpo" or advantage.clip is None:
+        return []
+    summed = mode == "sum_of_advantages"
+    weights = [abs(r.weight) * sum(map(abs, (r.components or {"": 1.0}).values())) for r in config.rewards]
+    bound = advantage_bound(config.group_size, advantage.ddof) * (sum(weights) if summed else 1.0)
+    if config.group_size < 2 or advantage.clip < bound:
+        return []
+    whole = summed and any(reward.components is None for reward in config.rewards)
+    where = " where each reward gives one score" if whole else ""
+    return [Finding(
+        "note", "advantage_clip",
+        f"advantage.clip {advantage.clip:g} never binds{where}: a group of {config.group_size} bounds the advantage by "
+        f"{bound:.3g}", "", "advantage.clip",
+    )]  # fmt: skip
 
 
 def advantage_bound(group_size: int, ddof: int) -> float:
@@ -349,8 +396,11 @@ def describe_visual_config(config: VisualConfig, findings: list[Finding]) -> dic
 def _clip(config: Any, dim: int | None) -> dict[str, Any]:
     if config.trainer != "dance_grpo":
         return {}
+    objective, dppo = config.objective, config.objective.loss == "dppo"
     return {
-        "clip_range": config.objective.clip_range,
+        "loss": objective.loss,
+        "clip_range": None if dppo else objective.clip_range,
         "clip_nats": None if dim is None else clip_nats(config, dim),
-        "logprob_reduction": config.objective.logprob_reduction,
+        "dppo_threshold": objective.dppo_threshold if dppo else None,
+        "logprob_reduction": objective.logprob_reduction,
     }

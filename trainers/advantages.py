@@ -3,6 +3,7 @@
 The only place advantages are made. With r a reward of one component and valid members only:
 
     group       A = (r - group mean) / (group std + eps)
+    group_mean  A = r - group mean, in the reward's unit (Dr. GRPO, arXiv 2503.20783)
     global_std  A = (r - group mean) / (std over all groups + eps)
     global      A = (r - mean over all) / (std over all + eps)
 
@@ -39,8 +40,8 @@ def normalise(
     Raises:
         ConfigError: an unknown scope.
     """
-    if scope not in ("group", "global_std", "global"):
-        raise ConfigError(f"Unknown advantage scope {scope!r}", do="Choose group, global_std or global")
+    if scope not in ("group", "group_mean", "global_std", "global"):
+        raise ConfigError(f"Unknown advantage scope {scope!r}", do="Choose group, group_mean, global_std or global")
     kept = valid & (valid.sum(1, keepdims=True) >= 2)
     mean = masked_mean(values, kept) if scope == "global" else masked_mean(values, kept, axis=1)[:, None]
     std = (
@@ -48,11 +49,12 @@ def normalise(
         if scope == "group"
         else masked_std(values, kept, ddof=ddof)
     )
+    scale = np.ones(1) if scope == "group_mean" else std + eps
     centred = np.where(kept, values - mean, 0.0)
     # Equal values can leave a rounding residue in their mean; it must not be blown up to full scale.
     flat = np.abs(centred) <= 1e-12 * np.maximum(1.0, np.abs(np.nan_to_num(values)))
     scaled = np.divide(
-        centred, std + eps, out=np.zeros_like(centred), where=np.broadcast_to(std + eps > 0, centred.shape) & ~flat
+        centred, scale, out=np.zeros_like(centred), where=np.broadcast_to(scale > 0, centred.shape) & ~flat
     )
     return scaled, kept
 
@@ -79,7 +81,7 @@ def group_advantages(
         weights: one a component, in the order of `scores.names`.
         mode: "gdpo" z-scores the weighted sum over all members kept, with the same ddof and eps.
         clip: bound on |A| after the weighted sum, None for none. It can bind only below the largest
-            possible value, (G - 1) / sqrt(G) for ddof 1 and sqrt(G - 1) for ddof 0, times the weights.
+            possible value, in scope "group" (G - 1) / sqrt(G) for ddof 1 and sqrt(G - 1) for ddof 0, times the weights.
         best_of: keep this many members of each group, see `extremes`; None keeps all.
         recentre: subtract the mean advantage of the members kept, group by group.
 

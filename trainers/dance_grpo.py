@@ -5,7 +5,7 @@ Where this differs from the paper
    same; several released implementations are not.
 2. The objective has no KL term by default, as in the paper's experiments. `objective.kl_weight` adds the
    distance to the model before training, by default that of the model's output, which no sampler enters.
-3. The last solver step is deterministic, is never trained, and its x0 estimate is what gets decoded.
+3. The last solver step is deterministic, is never trained, and what it lands on gets decoded: a flow's x0 estimate.
 4. `log p_old` is the number the rollout stored. It is never recomputed, and the first update of every
    rollout is refused unless the ratio is 1.
 5. Samples of one rollout are shuffled across prompts before they are split into updates.
@@ -120,15 +120,24 @@ class DanceGRPO(OnlineRun):
         mean_v, std = (getattr(table, n)[tile.step].to(reference.device) for n in ("mean_v", "std"))
         return gaussian_kl(replayed.output, reference, mean_v, std)
 
-    def before_update(self, stats: StepStats, step: int) -> None:
-        """Stop all processes when the first ratio is not 1 on one of them."""
+    def before_update(self, run: Run, stats: StepStats, step: int) -> None:
+        """Stop all processes when the first ratio is not 1 on one of them; say once where rounding alone is clipped."""
         config = self.config
         nats = math.prod(self.policy.latent_shape) if config.objective.logprob_reduction == "sum" else 1
-        found = self.world.gather((stats.first_ratio_scaled, stats.first_ratio_error))
-        scaled, worst = (functools.reduce(max_or_nan, column) for column in zip(*found, strict=True))
+        clipped = sum(stats.sums.get(f"clip_share_{side}", 0.0) for side in ("low", "high"))
+        found = self.world.gather((stats.first_ratio_scaled, stats.first_ratio_error, clipped, stats.count))
+        scaled, worst = (functools.reduce(max_or_nan, column) for column in list(zip(*found, strict=True))[:2])
         guards.require_first_ratio(
             scaled, worst, guards.FIRST_RATIO_TOLERANCE[config.model.dtype] * nats, f"step {step}"
         )
+        share = sum(row[2] for row in found) / max(1, sum(row[3] for row in found))
+        if share > 0.01 and not run.counters.get("rounding_clipped"):
+            run.counters["rounding_clipped"] = 1.0
+            run.log.warn(
+                step, "warning", "rounding",
+                f"rounding alone clips {share:.0%} of the terms before any update: set batch.rollout and batch.tile to "
+                "the same number, or widen the bound",
+            )  # fmt: skip
 
     def clip_bounds(self, run: Run) -> tuple[float, float]:
         """Return how far ratios may fall and rise in the step at hand."""
@@ -142,17 +151,21 @@ class DanceGRPO(OnlineRun):
     def after_step(self, run: Run, stats: StepStats, step: int) -> dict[str, float]:
         """Return what the clip was in this step; adapt it for the next one where that is asked for."""
         low, high = self.clip_bounds(run)
-        dim = math.prod(self.policy.latent_shape) if self.config.objective.logprob_reduction == "mean" else 1
-        target = self.config.objective.clip_share_target
+        loss, target = self.config.objective.loss, self.config.objective.clip_share_target
         if target is not None:
             clipped = stats.mean("clip_share_low") + stats.mean("clip_share_high")
             run.counters["clip_scale"] = adapt_clip(run.counters.get("clip_scale", 1.0), clipped, target)
         window = self.window(step)
-        where = {} if window is None else {"window_start": float(window.start)}
-        return {"clip_low": low, "clip_high": high, "clip_nats": high * dim, **where}
+        found = {} if window is None else {"window_start": float(window.start)}
+        if loss != "dppo":
+            found |= {"clip_low": low, "clip_high": high}
+        if loss == "clip":
+            mean = self.config.objective.logprob_reduction == "mean"
+            found["clip_nats"] = high * (math.prod(self.policy.latent_shape) if mean else 1)
+        return found
 
     def ledger(self, table: StepTable | None = None) -> dict[str, float]:
-        """Return what one sample costs in denoiser forwards, and the clip range in nats."""
+        """Return what one sample costs in denoiser forwards, and the clip range, in nats too where it has them."""
         found = super().ledger(table)
-        return {**found, "clip_range": self.config.objective.clip_range,
-                "clip_nats": clip_nats(self.config, int(found["latent_dim"]))}  # fmt: skip
+        nats = clip_nats(self.config, int(found["latent_dim"]))
+        return found if nats is None else {**found, "clip_range": self.config.objective.clip_range, "clip_nats": nats}

@@ -143,7 +143,7 @@ class OnlineRun:
         """Return the loss of every row of a tile `[N]`, and its statistics; `first`: no update was taken yet."""
         raise NotImplementedError
 
-    def before_update(self, stats: StepStats, step: int) -> None:
+    def before_update(self, run: Run, stats: StepStats, step: int) -> None:
         """Refuse what the replay for the first update of a rollout found."""
 
     def advantages_of(self, composed: Composed) -> Advantages:
@@ -298,7 +298,7 @@ class OnlineRun:
                     if tile.share:
                         count(stats, terms)
             if first:
-                self.before_update(stats, step)
+                self.before_update(run, stats, step)
             run.update(expect_gradient=first and float(values[moving].abs().max()) > EQUAL)
             first = False
         return merge_stats(self.world.gather(stats))

@@ -147,7 +147,11 @@ def _visual_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("measures", _evaluation(found)),
         *_memory_row(found["memory_gb"]),
     ]  # fmt: skip
-    if reverse:
+    if reverse and found["loss"] == "dppo":
+        rows.append(("bound", f"{found['dppo_threshold']:g} nats of KL per latent dimension; no ratio is clipped"))
+    elif reverse and found["loss"] != "clip":
+        rows.append(("clip", f"{found['clip_range']:g} of ratios, their logarithm times each step's std: no nats"))
+    elif reverse:
         unit = "per latent dimension" if found["logprob_reduction"] == "mean" else "in all"
         nats = found["clip_nats"]
         whole = "" if nats is None else f"; {nats:.3g} nats over {found['latent_dim']} dimensions"

@@ -102,6 +102,10 @@ def test_scopes():
     std = np.std([1, 3, 10, 20], ddof=1)
     assert normalise(rewards, valid, eps=0, scope="global_std")[0] == pytest.approx((rewards - [[2], [15]]) / std)
     assert normalise(rewards, valid, eps=0, scope="global")[0] == pytest.approx((rewards - 8.5) / std)
+    # Without a division a group that differs ten times as much has advantages ten times as large, in reward units.
+    assert normalise(rewards, valid, scope="group_mean")[0].tolist() == [[-1.0, 1.0], [-5.0, 5.0]]
+    equal = advantages([[1, 2, 3, np.nan], [2, 2, 2, 2]], scope="group_mean", weights=[2.0])
+    assert equal.values.tolist() == [[-2.0, 0.0, 2.0, 0.0], [0.0] * 4] and equal.zero_std_groups == 1
 
 
 def test_bad_input():

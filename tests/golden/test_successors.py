@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from align.config import load_config
 from align.diffusion.kernels import second_order, step_table, transition
 from align.diffusion.schedules import compressed, flow_schedule, shifted_sigmas, window_at
 from align.errors import ConfigError, KernelError
@@ -21,7 +22,7 @@ from trainers.forward_objectives import (
     supervised,
     x0_estimate,
 )
-from trainers.objectives import LOSSES, Steps, flow_dppo, grpo_guard, grpo_guard_delta
+from trainers.objectives import LOSSES, Steps, flow_dppo, gaussian_kl, grpo_guard, grpo_guard_delta
 
 
 def flow(steps: int, shift: float = 3.0):
@@ -161,14 +162,17 @@ def test_guard_oracle():
 
 
 def test_guarded_log_ratio_has_mean_zero():
-    """Over the noise the plain log-ratio has mean -kl, the guarded one 0: within four standard errors."""
+    """Over the noise the log-ratio of the clip has mean -kl, that of guard 0: within four standard errors."""
     noise = torch.randn(20_000, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    shift, std = 0.02 * torch.ones(16, dtype=torch.float64), 0.3
-    plain = (noise * shift / std - shift**2 / (2 * std**2)).mean(1)
-    guarded = (noise * shift).mean(1)
+    std, shift = 0.3, 0.02
+    one = torch.ones(len(noise), dtype=torch.float64)
+    logp = [-((std * noise - moved) ** 2).mean(1) / (2 * std**2) for moved in (shift, 0.0)]
+    mean_old = torch.zeros_like(noise)
+    steps = Steps(*logp, one, mean_old + shift, mean_old, std * noise, std * one, one, 1e-4, 1e-4, 1e-6)
+    plain, guarded = (LOSSES[name].terms(steps).stats["ratio"].log() for name in ("clip", "guard"))
     error = 4 * float(guarded.std()) / math.sqrt(len(noise))
-    assert abs(float(guarded.mean())) < error
-    assert float(plain.mean()) == pytest.approx(-(0.02**2) / (2 * std**2), abs=error / std)
+    assert abs(float(guarded.mean())) < error < shift**2 / (2 * std**2) * std
+    assert float(plain.mean()) == pytest.approx(-(shift**2) / (2 * std**2), abs=error / std)
 
 
 @pytest.mark.parametrize(
@@ -193,6 +197,37 @@ def test_every_loss_starts_as_the_policy_gradient(name):
     scale = 0.3 if name.startswith("guard") else 1.0
     expected = -1.7 * torch.tensor([[1.0, -0.5, 0.2, 2.0]], dtype=torch.float64) / 0.3 / 4 * scale
     torch.testing.assert_close(steps.mean.grad, expected)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "excess", "weight"),
+    [("repo_flux", 0.098, 2.7), ("repo_flux_lora", 0.069, None), ("paper", 0.166, None), ("repo_qwen_image", 0.128, None),
+     ("repo_wan", 0.128, None), ("repo_hunyuan_video", 0.034, 3.7), ("repo_skyreels", 0.030, 4.6)],
+)  # fmt: skip
+def test_excess_noise_and_gradient_weight_of_the_last_trained_step(recipe, excess, weight):
+    """Noise after it over sigma_next, less 1; and its |d mean / d v| / std over that of the first step."""
+    rest = {"model": {"path": "m"}, "prompts": {"path": "p.txt"}, "rewards": [{"name": "a"}]}
+    sampler = load_config({"extends": f"presets/{recipe}", **rest}).sampler
+    table = step_table(sampler.kernel, sampler.eta, flow(sampler.solver_steps, sampler.shift))
+    kept = table.mean_x - 1 + table.sigma_next
+    total = (kept**2 + table.std**2).sqrt() / table.sigma_next
+    assert float(total[-2]) - 1 == pytest.approx(excess, abs=5.1e-4)
+    relative = (table.mean_v / table.std).abs()
+    assert weight is None or float(relative[-2] / relative[0]) == pytest.approx(weight, abs=0.05)
+
+
+def test_the_kl_weight_of_flow_grpo_is_that_of_the_true_std():
+    """The release weighs a KL of std^2 / delta by .04: by std^2 that is .04 times delta, averaged over its ten steps."""
+    rest = {"model": {"path": "m"}, "prompts": {"path": "p.txt"}, "rewards": [{"name": "a"}]}
+    config = load_config({"extends": "presets/flow_grpo", **rest})
+    table = step_table(config.sampler.kernel, config.sampler.eta, flow(config.sampler.solver_steps))
+    delta = (table.sigma - table.sigma_next)[:-1]
+    ones = torch.ones(len(delta), 1, dtype=torch.float64)
+    ours = gaussian_kl(ones, 0 * ones, table.mean_v[:-1], table.std[:-1])
+    theirs = gaussian_kl(ones, 0 * ones, table.mean_v[:-1], table.std[:-1] / delta.sqrt())
+    # Steps alike, or weighed by how far the mean moves with the output.
+    alike, weighed = 0.04 * float((theirs / ours).mean()), 0.04 * float(theirs.mean() / ours.mean())
+    assert alike < config.objective.kl_weight < weighed < 2 * alike
 
 
 # Forward process: x0 = .5, noise = -.2, t = .6, v_old = -.4, v = -.5, b = .5, A_max = 5; x = .08

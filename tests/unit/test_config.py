@@ -28,6 +28,8 @@ BASE = {
     "rewards": [{"name": "digits/legibility"}, {"name": "digits/ink_band"}],
 }
 
+WAN = "model.path=Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+
 
 def refused(source, *overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
@@ -393,6 +395,7 @@ def test_clip_in_nats_of_flux_at_720(tmp_path: Path):
     assert clip_nats(config, 129_600) == pytest.approx(12.96)
     assert clip_nats(load_config(BASE, ["objective.logprob_reduction=sum"]), 129_600) == 1e-4
     assert clip_nats(load_config(BASE, ["objective.clip_unit=nats", "objective.clip_range=2"]), 129_600) == 2
+    assert [clip_nats(load_config(BASE, [f"objective.loss={loss}"]), 256) for loss in ("guard", "dppo")] == [None] * 2
     assert latent_dim(load_config(BASE)) == 256 and latent_dim(load_config(BASE, ["model.path=elsewhere"])) is None
 
 
@@ -429,11 +432,48 @@ def test_clip_in_nats_of_flux_at_720(tmp_path: Path):
         (["sampler.shift=3"], "shift_mismatch", "warning"),
         (["rewards=[{name: a}]", "advantage.clip=5"], "advantage_clip", "note"),
         (["evaluation.guidance_scale=2"], "guidance_mismatch", "note"),
+        (["advantage.scope=group_mean"], "unscaled", "warning"),
+        (["objective.loss=dppo", "objective.clip_range=1e-5"], "loss_bound", "error"),
+        (["objective.loss=dppo", "objective.clip_range_high=1e-3"], "loss_bound", "error"),
+        (["objective.loss=dppo", "objective.clip_unit=nats"], "loss_bound", "error"),
+        (["objective.loss=guard", "objective.dppo_threshold=1e-5"], "loss_bound", "error"),
+        (["objective.loss=guard_delta", "objective.clip_unit=nats"], "guard_nats", "error"),
+        (["objective.kl_form=gaussian"], "kl_form", "note"),
+        ([WAN, "sampler.initial_noise=none"], "video_noise", "warning"),
     ],
 )
 def test_each_finding_is_found_and_leaves_when_its_cause_does(overrides: list[str], code: str, level: str):
     assert codes(*overrides).get(code) == level
     assert code not in codes()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [WAN], [WAN, "sampler.initial_noise=none", "sampler.frames=1"], ["sampler.initial_noise=none"],
+        ["model.path=black-forest-labs/FLUX.1-dev", "sampler.initial_noise=none"],
+    ],
+)  # fmt: skip
+def test_only_videos_are_asked_to_share_their_noise(overrides: list[str]):
+    assert "video_noise" not in codes(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [  # 12 members, ddof 1: 11 / sqrt(12) = 3.18 for each score
+        (["rewards=[{name: a}]"], "never binds where each reward gives one score: a group of 12 bounds .* by 3.18"),
+        (["rewards=[{name: a, components: {x: 1}}]"], "never binds: a group of 12 bounds the advantage by 3.18"),
+        (["rewards=[{name: a, components: {x: 1, y: 1}}]"], ""),  # 6.35
+        (["rewards=[{name: a, components: {x: 1, y: -1}, weight: 0.7}]"], "by 4.45"),
+        (["rewards=[{name: a, weight: 3}, {name: b, weight: 3}]", "combine.mode=weighted_sum"], "never binds: .* 3.18"),
+        (["combine.mode=gdpo"], ""),  # a z-score over the batch
+        (["rewards=[{name: a}]", "advantage.scope=group_mean"], ""),
+        (["rewards=[{name: a}]", "trainer=forward"], ""),  # nft divides by it
+    ],
+)
+def test_a_clip_is_called_idle_only_where_it_is(overrides: list[str], told: str):
+    found = [f.message for f in check_config(load_config(BASE, overrides)) if f.code == "advantage_clip"]
+    assert bool(found) == bool(told) and all(re.search(told, message) for message in found)
 
 
 def test_a_sound_config_has_no_errors_and_one_note():

@@ -47,6 +47,7 @@ def folder(tmp_path_factory):
 
 
 PROMPTS = ["a red cat", "a blue dog", "two dogs", "a cat", "four cats", "a red dog"]
+QUICK = ("steps=2", "prompts_per_step=1", "updates_per_step=1", "evaluation={every: 0, final_samples: 1}")
 
 
 def trainer(folder, out, *overrides, reward=None, **options):
@@ -198,6 +199,31 @@ def test_equal_rewards_train_nothing(folder, tmp_path):
     run.train()
     assert metrics(tmp_path / "run")[0]["zero_std_groups"] == 4
     assert all(torch.equal(value, weights(run)[name]) for name, value in before.items())
+
+
+def test_t21_the_kl_to_the_base_is_0_before_the_first_update_and_not_after(folder, tmp_path):
+    trainer(folder, tmp_path / "run", *QUICK, "objective={kl_weight: 0.01, kl_form: gaussian}").train()
+    first, second = (row["kl_reference"] for row in metrics(tmp_path / "run"))
+    assert first == 0 < second
+
+
+def test_rounding_that_is_clipped_before_any_update_is_said_once(folder, tmp_path):
+    """In bf16 the first ratio may be off by more than the clip range: here replay moves the output a little."""
+    run = trainer(folder, tmp_path / "run", *QUICK, "model.dtype=bf16")
+    predict = run.policy.family.predict
+    run.policy.family.predict = lambda *told: predict(*told) + 1e-3 * torch.is_grad_enabled()
+    run.train()
+    said = [json.loads(line) for line in (tmp_path / "run" / "warnings.jsonl").read_text().splitlines()]
+    (found,) = [row for row in said if row["code"] == "rounding"]
+    assert found["step"] == 1 and "set batch.rollout and batch.tile to the same number" in found["message"]
+    assert metrics(tmp_path / "run")[0]["first_ratio_error"] <= 1e-3
+
+
+@pytest.mark.parametrize(("loss", "told"), [("guard", {"clip_low", "clip_high"}), ("dppo", set())])
+def test_losses_that_clip_no_nats_tell_of_none(folder, tmp_path, loss, told):
+    trainer(folder, tmp_path / "run", *QUICK, "steps=1", f"objective.loss={loss}").train()
+    assert {name for name in metrics(tmp_path / "run")[0] if name in ("clip_low", "clip_high", "clip_nats")} == told
+    assert "clip_nats" not in json.loads((tmp_path / "run" / "run.json").read_text())["ledger"]
 
 
 def test_sample_and_evaluate_a_run(folder, tmp_path):

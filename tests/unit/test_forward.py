@@ -196,7 +196,7 @@ BAD = {
     ("dance_grpo", "trained_steps.window=6", "sampler.solver_steps=6"): "A window of 6 steps",
     ("dance_grpo", "sampler.plain_solver=dpm2m"): "about the steps beside a window",
     ("dance_grpo", "objective.loss=guard", "objective.logprob_reduction=sum"): "defined on means",
-    ("dance_grpo", "objective.loss=dppo", "objective.clip_share_target=0.1"): "no clip range to adapt",
+    ("dance_grpo", "objective.loss=dppo", "objective.clip_share_target=0.1"): "does not read objective.clip_share",
     ("forward", "sampler.initial_noise=group"): "the ODE makes one sample",
     ("forward", "sampler.guidance=both_branches", "sampler.guidance_scale=3"): "what the model says of a prompt itself",
     ("forward", "objective.loss=dgpo", "updates_per_step=2"): "so it takes one update",
