@@ -446,6 +446,9 @@ def test_annotators_become_pseudonyms(tmp_path: Path):
         ("f.csv", 'prompt,response,label\nq,"a,1\n', "A file is not CSV (FILE:2:prompt): unexpected end of data"),
         ("f.csv", "prompt,response,label\n", "There is no feedback (FILE:1:1): the file has no rows"),
         ("f.csv", "prompt,response\nq,a\n", "The columns say nothing about feedback (FILE:2:prompt)"),
+        ("f.csv", "prompt,response,raiting\nq,a,3\n", "Rename 'raiting' to 'rating'. Or map them"),
+        ("f.csv", "prompt;response;label\nq;a;1\n", "separated otherwise (FILE:1): its one column is"),
+        ("f.jsonl", '{"prompt": "q", "response": "r", "rating": 5, "scale": "7-1"}', "the lowest first, found '7-1'"),
         ("f.jsonl", '{"prompt": "q"\n', "This is not JSON (FILE:1:15)"),
         ("f.jsonl", '{"label": 1, "label": 0}\n', "This is not JSON (FILE:1:1): the field 'label' is given twice"),
         ("f.jsonl", "\n[1]\n", "A row is not an object with named fields (FILE:2:1)"),
@@ -478,6 +481,19 @@ def test_a_choice_that_is_none(tmp_path: Path):
     assert "Did you mean 'first'?" in refused(path, duplicates="frist")
     assert "Did you mean 'label-studio'?" in refused(path, layout="labelstudio")
     assert "Did you mean 'rating'?" in refused(path, renamed={"ratings": "x"})
+    assert "names the columns itself (FILE:1:prompt). Leave --columns out" in refused(
+        path, columns=("prompt", "response", "label")
+    )
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_a_column_of_images_or_videos_holds_the_responses(tmp_path: Path, kind: str):
+    path = text(tmp_path, f"prompt,{kind},label,seed\nq,made/1.png,1,7\n", "f.csv")
+    (item,) = read_feedback(path).items.values()
+    assert (item.response, item.media, item.metadata) == ("made/1.png", kind, {"seed": "7"})
+    beside = text(tmp_path, f'{{"prompt": "q", "{kind}": "seen.png", "response": "a fox", "label": 1}}', "g.jsonl")
+    (item,) = read_feedback(beside).items.values()
+    assert (item.response, item.media) == ("a fox", "text")
 
 
 def test_an_import_is_whole_or_none_and_can_leave_out_what_is_wrong(tmp_path: Path):

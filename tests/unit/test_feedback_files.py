@@ -166,6 +166,7 @@ def test_an_audit_says_what_is_missing(capsys):
     run(capsys, "import", "f.db", "t.csv")
     code, out, _ = run(capsys, "audit", "f.db")
     assert code == 0 and "no exposures" in out and "no annotators" in out and "nothing to report" not in out
+    assert "annotators" in out and "flagged 0, answers 2" in out
     for source in ("f.db", "t.csv"):
         code, _, err = run(capsys, "audit", source, "--key", "nope")
         assert code == 2 and f"Nothing has the key 'nope' ({source}): the keys are quality" in err

@@ -332,9 +332,9 @@ def _audit_text(found: Mapping[str, Any]) -> str:
             rows.append((name, f"{_number(entry['share'])}  {_interval(entry['ci'])}  n {entry['n']}"))
     people = found.get("people", {})
     for signal, annotators in people.get("annotators", {}).items():
-        rows += [
-            (f"{row['annotator']}", f"{', '.join(row['flags'])} in {signal}") for row in annotators if row["flags"]
-        ]
+        flagged = [(row["annotator"], f"{', '.join(row['flags'])} in {signal}") for row in annotators if row["flags"]]
+        said = sum(row["n"] for row in annotators)
+        rows += [(signal, f"annotators {len(annotators)}, flagged {len(flagged)}, answers {said}"), *flagged]
     rows += [(" and ".join(r["annotators"]), f"agree on {_percent(r['agreement'])} of {r['n']} in {r['signal']}")
              for r in people.get("coordinated", ())]  # fmt: skip
     rows += [

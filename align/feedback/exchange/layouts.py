@@ -17,6 +17,7 @@ with the item as metadata; those of comparisons are reported as left out.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -52,8 +53,15 @@ _ROLES = {
 
 
 def plain(row: Row) -> Iterator[Row]:
-    """Our own field names, as the module's table has them."""
-    yield row
+    """Our own field names, as the module's table has them; an `image` or `video` stands for a response that is none."""
+    fields = dict(row.fields)
+    shown = next((kind for kind in ("image", "video") if not is_missing(fields.get(kind))), None)
+    if shown is None or any(name in fields for name in ("response", "response_a", "response_b", "responses")):
+        yield row
+        return
+    fields["response"] = fields.pop(shown)
+    fields.setdefault("media", shown)
+    yield row.but(fields, response=shown)
 
 
 def preference(row: Row) -> Iterator[Row]:
@@ -336,9 +344,11 @@ def detect(row: Row) -> str:
     for name, signs in _SIGNS:
         if signs <= set(row.fields):
             return name
+    close = ((c, n) for n in map(str, row.fields) for c in difflib.get_close_matches(n, SAID, n=1, cutoff=0.6))
+    meant = next((f"Rename {name!r} to {word!r}. Or map" for word, name in close), "Map")
     raise DataError(
         "The columns say nothing about feedback", where=f"{row.place}:{next(iter(row.fields), 1)}",
         why=f"they are {', '.join(map(str, row.fields))}",
-        do="Map them, e.g. --columns prompt=question,response=answer,rating=stars; or, where a CSV file has no header,"
-        " name all its columns in order, e.g. --columns prompt,response,rating",
+        do=f"{meant} them, e.g. --columns prompt=question,response=answer,rating=stars; or, where a CSV file has no"
+        " header, name all its columns in order, e.g. --columns prompt,response,rating",
     )  # fmt: skip

@@ -299,7 +299,10 @@ def parse_scale(value: Any) -> tuple[int, int] | None:
         value = match.groups() if match else None
     if not isinstance(value, (list, tuple)) or len(value) != 2 or any(map(values.is_missing, value)):
         raise ValueError("expected a scale such as 1-7")
-    return values.whole(value[0]), values.whole(value[1])
+    low, high = values.whole(value[0]), values.whole(value[1])
+    if not low < high:
+        raise ValueError("expected a scale such as 1-7, the lowest first")
+    return low, high
 
 
 def from_record(row: Row) -> tuple[list[Item], list[FeedbackEvent]]:

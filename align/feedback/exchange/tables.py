@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import os
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,7 +109,7 @@ def _named(path: Path, rows: Iterator[Row | Bad]) -> Iterator[Row | Bad]:
 
 
 def _read_csv(path: Path, columns: Sequence[str], delimiter: str) -> Iterator[Row | Bad]:
-    header, done = list(columns), 0
+    header, done, begun = list(columns), 0, False
     try:
         for line, last, cells in read_csv(path, DataError, delimiter):
             done = last
@@ -118,6 +119,10 @@ def _read_csv(path: Path, columns: Sequence[str], delimiter: str) -> Iterator[Ro
             if not header:
                 header = [cell.strip() for cell in cells]
                 _require_names(header, place)
+            elif columns and not begun and [cell.strip() for cell in cells] == header:
+                raise DataError(
+                    "The first row names the columns itself", where=f"{place}:{header[0]}", do="Leave --columns out"
+                )
             elif len(cells) != len(header):
                 first = header[len(cells)] if len(cells) < len(header) else len(header) + 1
                 why = f"{len(cells)} cells for {len(header)} columns"
@@ -127,6 +132,7 @@ def _read_csv(path: Path, columns: Sequence[str], delimiter: str) -> Iterator[Ro
                 ))  # fmt: skip
             else:
                 yield Row(place, {n: cell for n, cell in zip(header, cells, strict=True) if n != "-"})
+            begun = True
     except csv.Error as error:
         raise DataError(
             "A file is not CSV", where=f"{path}:{done + 1}:{header[0] if header else 1}", why=str(error),
@@ -135,6 +141,12 @@ def _read_csv(path: Path, columns: Sequence[str], delimiter: str) -> Iterator[Ro
 
 
 def _require_names(names: Sequence[str], place: str) -> None:
+    mark = next((mark for mark in ";\t|" if mark in names[0]), "") if len(names) == 1 else ""
+    if mark:
+        raise DataError(
+            "The columns of this file are separated otherwise", where=place, why=f"its one column is {short(names[0])}",
+            do=f"Add --delimiter {shlex.quote(mark)}, or save it with commas",
+        )  # fmt: skip
     for number, name in enumerate(names, start=1):
         if not name or name in names[: number - 1]:
             raise DataError(
