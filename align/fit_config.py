@@ -104,9 +104,10 @@ class FitObjectiveConfig(Section):
         default=0.0, ge=0, description="Bradley-Terry's margin of a preference, where its row does not say one."
     )
     centre: Float = Field(default=0.0, ge=0, description="Weight of the square of the sum of a pair's rewards.")
-    ratings: Literal["ordinal", "squared"] = Field(
+    ratings: Literal["ordinal", "squared", "sigmoid"] = Field(
         default="ordinal",
-        description="Cumulative logit with fitted thresholds, or squared error of the rating in 0..1.",
+        description="Cumulative logit with fitted thresholds, or squared error of the rating in 0..1, of the reward or of"
+        " its sigmoid.",
     )
     prior: Float | None = Field(
         default=None,

@@ -118,14 +118,15 @@ class Answers(nn.Module):
                 start = torch.tensor([self.objective.rho_up, self.objective.rho_down]).clamp(0.02, 0.48)
                 self.mistakes = nn.Parameter(torch.logit(2 * start))
         if levels:
-            ordinal = self.objective.ratings == "ordinal"
+            model = self.objective.ratings
+            ordinal, middle = model == "ordinal", 0.5 if model == "squared" else 0.0
             spread = torch.logit(torch.arange(1, levels) / levels)
             gaps = spread.diff()
-            self.rating_first = _number(float(spread[0]) if ordinal else 0.5)
+            self.rating_first = _number(float(spread[0]) if ordinal else middle)
             if ordinal:
                 self.rating_gaps = nn.Parameter(torch.log(torch.expm1(gaps)))
-            if compared or thumbs or not ordinal:
-                self.rating_log_scale = _number(0.0 if ordinal else -1.0)
+            if compared or thumbs or model == "squared":
+                self.rating_log_scale = _number(-1.0 if model == "squared" else 0.0)
         if "comparison" in kinds and self.objective.comparisons in ("rao_kupper", "davidson"):
             self.tie = _number(0.0)
         self.variance = None if effects is None else effects[1]
@@ -170,7 +171,8 @@ class Answers(nn.Module):
             score = self.rating_scale() * first
             if objective.ratings == "ordinal":
                 return fit_losses.ordinal(score, said, self.thresholds())
-            return fit_losses.squared(score + self.rating_first, said / (self.levels - 1))
+            error = fit_losses.squared if objective.ratings == "squared" else fit_losses.sigmoid_squared
+            return error(score + self.rating_first, said / (self.levels - 1))
         if kind == "ranking":
             return fit_losses.plackett_luce(latent_NM, rows.rank_NM[pick])
         second = latent_NM[:, 1]

@@ -81,6 +81,14 @@ def test_a_reward_of_one_protocol_knows_the_quality(tmp_path, protocol):
     assert result.card["shared_with_heldout"]["prompt"] == 0
 
 
+@pytest.mark.parametrize(("loss", "fitted"), [("squared", {"rating_log_scale"}), ("sigmoid", set())])
+def test_ratings_may_be_squared_errors(tmp_path, loss, fitted):
+    path = store(tmp_path, ratings(ITEMS, QUALITY))
+    result = fit.fit_reward(config(path, f"objective.ratings={loss}"), tmp_path / "run")
+    assert quality_of(tmp_path / "run", output="score") > 0.85
+    assert set(result.card["observation_models"]) == fitted, "a sigmoid has a unit of its own"
+
+
 def test_few_answers_of_each_protocol_make_one_better_reward(tmp_path):
     few = [
         thumbs(ITEMS, QUALITY, users=4, shown=60), ratings(ITEMS, QUALITY, raters=1),
