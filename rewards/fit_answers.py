@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from align.errors import DataError
 from align.fit_config import FitConfig
 from align.launch import World
 from rewards import fit_losses, plove
@@ -273,8 +272,6 @@ def batch_loss(
 def starting_effects(train: Packed, users: int, share: float) -> tuple[np.ndarray, float]:
     """Return where people's effects start, and their variance under a model that knows nothing of the outputs."""
     _, user, seen = train.thumbs_of_people()
-    if not len(seen):
-        raise DataError("Effects of people are of thumbs", where="users.effects", why="nobody gave one")
     weight = np.where(seen > 0.5, 1.0, 1 / share)
     count = np.bincount(user, weights=weight, minlength=users)
     rate = np.bincount(user, weights=weight * seen, minlength=users) / np.maximum(count, 1e-9)

@@ -62,7 +62,7 @@ def frozen_latent(config: FitConfig, data: FitData, items: Sequence[Item], train
         return load_outputs([items[i] for i in places], data.folders)
 
     features = embed_all(embedder, content_keys(items, data.folders), load)
-    # Comparisons ask for differences alone. What else is said needs f near 0, and a cosine of .25 is 25 under CLIP's scale.
+    # Comparisons ask for differences alone; what else is said needs f near 0, and under CLIP's scale a cosine is 25.
     compared = {row.kind for row in data.rows} <= {"comparison", "ranking"}
     log_scale = embedder.log_scale if compared and embedder.log_scale is not None else LOG_SCALE
     with torch.random.fork_rng(devices=[]):
