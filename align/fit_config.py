@@ -104,9 +104,10 @@ class FitObjectiveConfig(Section):
         default=0.0, ge=0, description="Bradley-Terry's margin of a preference, where its row does not say one."
     )
     centre: Float = Field(default=0.0, ge=0, description="Weight of the square of the sum of a pair's rewards.")
-    ratings: Literal["ordinal", "squared"] = Field(
+    ratings: Literal["ordinal", "squared", "sigmoid"] = Field(
         default="ordinal",
-        description="Cumulative logit with fitted thresholds, or squared error of the rating in 0..1.",
+        description="Cumulative logit with fitted thresholds, or squared error of the rating in 0..1, of the reward or"
+        " of its sigmoid.",
     )
     prior: Float | None = Field(
         default=None,
@@ -134,7 +135,8 @@ class FitUsersConfig(Section):
 
     effects: Bool = Field(
         default=False,
-        description="Fit an effect a person, shrunk to 0 by its fitted variance; outputs are scored at 0.",
+        description="Fit an effect a person on thumbs, shrunk to 0 by its fitted variance; outputs are scored at 0."
+        " Other answers have none.",
     )
     trim: Annotated[Float, Field(ge=0, lt=0.5)] | Literal["auto"] = Field(
         default=0.0,
@@ -212,6 +214,11 @@ def require_fit(config: FitConfig) -> None:
         raise ConfigError(
             "Silence that is unlabelled has no negatives to subsample or correct", where="data.silence",
             do="Use silence: negative, or leave negative_share, rho_up, rho_down and mistakes out",
+        )  # fmt: skip
+    if config.users.effects and config.data.protocols is not None and "thumb" not in config.data.protocols:
+        raise ConfigError(
+            "Effects of people are of thumbs", where="users.effects",
+            why=f"data.protocols takes {' and '.join(config.data.protocols)} alone", do="Set users.effects: false",
         )  # fmt: skip
     if objective.rho_up + objective.rho_down >= 1:
         raise ConfigError("Rates of mistakes are below 1 together", where="objective.rho_up")

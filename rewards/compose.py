@@ -17,7 +17,8 @@ the components side by side.
 | `sigmoid`       | 1 / (1 + exp(-r))                            |                                                  |
 | `platt`         | 1 / (1 + exp(-(a r + b)))                    | a, b                                             |
 | `isotonic`      | linear between the points (x, y), flat outside | x, y                                           |
-| `zscore`        | (r - mean) / (std + eps)                     | mean, std (frozen); or over: batch or group      |
+| `zscore`        | (r - mean) / std, both frozen; or            | mean, std                                        |
+|                 | (r - mean) / (std + eps) of what is at hand  | over: batch or group; ddof 1, eps 1e-4           |
 | `rank_in_group` | share of the group's other members below, ties half |                                           |
 | `threshold`     | 1 where r > tau, else 0                      | at, or over: group, tau the group's median       |
 """

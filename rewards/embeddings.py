@@ -42,12 +42,14 @@ class Embedder:
         embed: samples to `[B, D]` float32, on the CPU.
         halves: the two equal parts of it that a cosine compares, as their width; 0 where there are none.
         batch: samples at once.
+        log_scale: logarithm of what the towers multiply that cosine by; None where there is none.
     """
 
     identity: str
     embed: Callable[[Samples], Tensor]
     halves: int = 0
     batch: int = 64
+    log_scale: float | None = None
 
 
 def build_embedder(
@@ -229,7 +231,8 @@ def _clip(path: str, architecture: str, placement: Placement, trained: Path | No
             return clip_features(towers.embed_pixels(pixels), towers.embed_prompts(samples.prompts)[0]).cpu()
 
     identity = _identity("clip", weights_sha256(Path(path).expanduser()), architecture, placement.dtype)
-    return Embedder(identity, embed, halves=int(towers.model.text_projection.shape[1]))
+    width = int(towers.model.text_projection.shape[1])
+    return Embedder(identity, embed, halves=width, log_scale=float(towers.model.logit_scale))
 
 
 # --- kept on disk -----------------------------------------------------------------------------------

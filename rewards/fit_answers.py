@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from align.errors import DataError
 from align.fit_config import FitConfig
 from align.launch import World
 from rewards import fit_losses, plove
@@ -118,14 +117,15 @@ class Answers(nn.Module):
                 start = torch.tensor([self.objective.rho_up, self.objective.rho_down]).clamp(0.02, 0.48)
                 self.mistakes = nn.Parameter(torch.logit(2 * start))
         if levels:
-            ordinal = self.objective.ratings == "ordinal"
+            model = self.objective.ratings
+            ordinal, middle = model == "ordinal", 0.5 if model == "squared" else 0.0
             spread = torch.logit(torch.arange(1, levels) / levels)
             gaps = spread.diff()
-            self.rating_first = _number(float(spread[0]) if ordinal else 0.5)
+            self.rating_first = _number(float(spread[0]) if ordinal else middle)
             if ordinal:
                 self.rating_gaps = nn.Parameter(torch.log(torch.expm1(gaps)))
-            if compared or thumbs or not ordinal:
-                self.rating_log_scale = _number(0.0 if ordinal else -1.0)
+            if compared or thumbs or model == "squared":
+                self.rating_log_scale = _number(-1.0 if model == "squared" else 0.0)
         if "comparison" in kinds and self.objective.comparisons in ("rao_kupper", "davidson"):
             self.tie = _number(0.0)
         self.variance = None if effects is None else effects[1]
@@ -170,7 +170,8 @@ class Answers(nn.Module):
             score = self.rating_scale() * first
             if objective.ratings == "ordinal":
                 return fit_losses.ordinal(score, said, self.thresholds())
-            return fit_losses.squared(score + self.rating_first, said / (self.levels - 1))
+            error = fit_losses.squared if objective.ratings == "squared" else fit_losses.sigmoid_squared
+            return error(score + self.rating_first, said / (self.levels - 1))
         if kind == "ranking":
             return fit_losses.plackett_luce(latent_NM, rows.rank_NM[pick])
         second = latent_NM[:, 1]
@@ -271,8 +272,6 @@ def batch_loss(
 def starting_effects(train: Packed, users: int, share: float) -> tuple[np.ndarray, float]:
     """Return where people's effects start, and their variance under a model that knows nothing of the outputs."""
     _, user, seen = train.thumbs_of_people()
-    if not len(seen):
-        raise DataError("Effects of people are of thumbs", where="users.effects", why="nobody gave one")
     weight = np.where(seen > 0.5, 1.0, 1 / share)
     count = np.bincount(user, weights=weight, minlength=users)
     rate = np.bincount(user, weights=weight * seen, minlength=users) / np.maximum(count, 1e-9)

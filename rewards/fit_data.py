@@ -431,9 +431,14 @@ def warnings_on(rows: Sequence[Observation], config: FitConfig) -> list[str]:
             f"{most[0]} gave {most[1]} of {len(rows)} answers: the reward is mostly theirs; "
             "data.most_of_user caps what one person counts"
         )
-    if config.users.effects and len(people) < 2:
+    givers = {row.user for row in rows if row.kind == "thumb" and row.user}
+    if config.users.effects and len(givers) < 2:
         raise DataError(
-            "Effects of people need people", where="users.effects", why=f"{len(people)} named in {len(rows)} rows",
+            "Effects of people need people", where="users.effects", why=f"{len(givers)} named in {len(thumbs)} thumbs",
             do="Set users.effects: false",
         )  # fmt: skip
+    if config.users.effects and levels:
+        found.append(
+            f"users.effects is of thumbs: {sum(levels.values())} ratings are read as if all raters were as strict"
+        )
     return found

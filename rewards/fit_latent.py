@@ -17,7 +17,7 @@ from align.types import Samples
 from rewards.classifier import Classifier, Encoded
 from rewards.embeddings import build_embedder, clip_features, clip_towers, embed_all
 from rewards.fit_data import FitData
-from rewards.fitted import HEAD, TOWERS, Head
+from rewards.fitted import HEAD, LOG_SCALE, TOWERS, Head
 from rewards.folders import read_model_config
 from rewards.media import clip_pixels, stacked
 from rewards.outputs import content_keys, load_outputs, sample_of
@@ -62,9 +62,12 @@ def frozen_latent(config: FitConfig, data: FitData, items: Sequence[Item], train
         return load_outputs([items[i] for i in places], data.folders)
 
     features = embed_all(embedder, content_keys(items, data.folders), load)
+    # Comparisons ask for differences alone; what else is said needs f near 0, and under CLIP's scale a cosine is 25.
+    compared = {row.kind for row in data.rows} <= {"comparison", "ranking"}
+    log_scale = embedder.log_scale if compared and embedder.log_scale is not None else LOG_SCALE
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed(config.seed, "fit", "head"))
-        head = Head(model.head, features.shape[1], model.width, embedder.halves)
+        head = Head(model.head, features.shape[1], model.width, embedder.halves, log_scale)
     if model.head == "mlp":
         nn.init.normal_(head.weight, std=model.width**-0.5, generator=torch.Generator().manual_seed(config.seed))
     head.standardise(features[list(train)])

@@ -8,7 +8,7 @@ loss a row, in nats, so that callers weigh rows; none of them averages.
 | which of two is better | `bradley_terry`, `pick`, with ties `rao_kupper` and `davidson` |
 | an order of several | `plackett_luce` |
 | a thumb, a reaction or silence | `binary`, with `shift_prior` and `unsubsample` |
-| a rating | `ordinal`, `squared` |
+| a rating | `ordinal`, `squared`, `sigmoid_squared` |
 """
 
 from __future__ import annotations
@@ -225,6 +225,14 @@ def ordinal(score: Tensor, level: Tensor, thresholds: Tensor) -> Tensor:
 def squared(score: Tensor, target: Tensor) -> Tensor:
     """Squared error of a rating: `(f - y)^2`."""
     return (score - target).square()
+
+
+def sigmoid_squared(score: Tensor, target: Tensor) -> Tensor:
+    """Squared error of a rating in 0 to 1 as a sigmoid: `(sigmoid(f) - y)^2`.
+
+    Source: Peering Through Preferences (arXiv 2308.15812), with y = (rating - 1) / 6.
+    """
+    return (score.sigmoid() - target).square()
 
 
 COMPARISONS: dict[str, Callable[..., Tensor]] = {

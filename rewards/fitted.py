@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ FORMAT = 1
 ARTEFACT = "reward.json"
 HEAD, TOWERS = "head.safetensors", "towers.safetensors"
 OUTPUTS = ("probability", "score")
+LOG_SCALE, MOST_LOG_SCALE = 2.3, math.log(100)
+"""Of the head cos: where log s starts unless told otherwise, and CLIP's cap on it (arXiv 2103.00020, section 2.5)."""
 
 
 class Head(nn.Module):
@@ -33,16 +36,18 @@ class Head(nn.Module):
 
         linear   w . x,                           x the embedding, centred and scaled over the training outputs
         mlp      v . gelu(W x + c)
-        cos      s <A e_i, B e_t> / (|A e_i| |B e_t|),   A = B = 1 at the start, e_i and e_t as the towers made them
+        cos      s <A e_i, B e_t> / (|A e_i| |B e_t|),   A = B = 1 at the start, e_i and e_t as the towers made them,
+                 s at most 100: what an update adds beyond is taken back before the next one, as CLIP's authors do
 
     Args:
         kind: linear, mlp or cos.
         inputs: width of the embedding.
         width: hidden units of mlp.
         halves: width of each of the two embeddings that cos compares.
+        log_scale: log s of cos at the start.
     """
 
-    def __init__(self, kind: str, inputs: int, width: int, halves: int) -> None:
+    def __init__(self, kind: str, inputs: int, width: int, halves: int, log_scale: float = LOG_SCALE) -> None:
         super().__init__()
         self.kind, self.halves = kind, halves
         self.mean = nn.Parameter(torch.zeros(inputs), requires_grad=False)
@@ -54,7 +59,7 @@ class Head(nn.Module):
             self.weight = nn.Parameter(torch.zeros(width))
         else:
             self.image, self.text = nn.Parameter(torch.eye(halves)), nn.Parameter(torch.eye(halves))
-            self.log_scale = nn.Parameter(torch.tensor([2.3]))
+            self.log_scale = nn.Parameter(torch.tensor([log_scale]))
 
     def standardise(self, features_ND: Tensor) -> None:
         """Take mean and spread of the training outputs: `x = (e - mean) / rms over features of their spreads`.
@@ -78,6 +83,8 @@ class Head(nn.Module):
     def forward(self, features_ND: Tensor) -> Tensor:
         """Return the latent reward `[N]` of embeddings `[N, D]`."""
         if self.kind == "cos":
+            with torch.no_grad():  # not a clamp on the graph, which would hold it at the cap for good
+                self.log_scale.clamp_(max=MOST_LOG_SCALE)
             image = features_ND[:, : self.halves] @ self.image.T
             text = features_ND[:, self.halves : 2 * self.halves] @ self.text.T
             return self.log_scale.exp() * nn.functional.cosine_similarity(image, text, dim=-1)

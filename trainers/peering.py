@@ -11,7 +11,7 @@ Where this differs from the paper (Bansal, Dang, Grover 2024, "Peering Through P
 2. The baseline is one of the model's own outputs, drawn or named, and kept out of the candidates; theirs was another
    model's.
 3. Ties of rankings are part of the likelihood; the paper left them out. Ratings are ordinal; theirs were squared errors
-   (objective.ratings: squared).
+   of a sigmoid (objective.ratings: sigmoid).
 4. A policy that selects at random is played too: what it wins is what selecting wins for nothing.
 """
 

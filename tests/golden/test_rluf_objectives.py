@@ -10,6 +10,7 @@ import torch
 
 from align.errors import ConfigError
 from align.types import Scores
+from rewards.compose import combine
 from trainers.advantages import group_advantages
 from trainers.rluf_objectives import (
     NONE,
@@ -77,11 +78,19 @@ def test_codpo():
     assert float(terms.loss.sum()) == pytest.approx(0.8509394199, abs=5e-11)
 
 
-def test_gdpo_of_two_rewards():
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("weighted_sum", [0, 0, 1.224595, -1.224595, -0.865875, 0.865875, 0.865875, -0.865875]),
+        ("gdpo", [0, 0, 1.527391, -1.527391, -0.763695, 0.763695, 0.763695, -0.763695]),
+    ],
+)
+def test_two_rewards_summed_and_normalised_or_normalised_and_summed(mode, expected):
     values = np.array([(1, 0), (0, 1), (1, 1), (0, 0), (0, 0), (0, 1), (0, 1), (0, 0)], dtype=float)
     scores = Scores(values, np.ones((8, 2), bool), ("love", "helpfulness"))
-    found = group_advantages(scores, 4, (1.0, 1.0), mode="gdpo", clip=None).values.ravel()
-    assert found == pytest.approx([0, 0, 1.527391, -1.527391, -0.763695, 0.763695, 0.763695, -0.763695], abs=5e-7)
+    composed = combine(scores, 4, (1.0, 1.0), mode=mode)
+    found = group_advantages(composed.scores, 4, composed.weights, mode=mode, clip=None).values.ravel()
+    assert found == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["crpg", "crraft", "codpo"])

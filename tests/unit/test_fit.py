@@ -26,7 +26,7 @@ from rewards import embeddings, fit, get_reward
 from rewards.base import score_safely
 from rewards.fit_answers import Answers, batch_loss, pack
 from rewards.fit_card import calibration_notes
-from rewards.fit_data import Observation, load_data, occurrences, thin
+from rewards.fit_data import Observation, load_data, occurrences, thin, warnings_on
 from rewards.fit_latent import Latent
 from rewards.fit_split import require_apart, split_rows
 from tests.people import START, accounted, pairs, rankings, ratings, sigmoid, thumbs, world, write_rows
@@ -79,6 +79,14 @@ def test_a_reward_of_one_protocol_knows_the_quality(tmp_path, protocol):
     else:
         assert heldout[kind]["ci"][0] > 0.6
     assert result.card["shared_with_heldout"]["prompt"] == 0
+
+
+@pytest.mark.parametrize(("loss", "fitted"), [("squared", {"rating_log_scale"}), ("sigmoid", set())])
+def test_ratings_may_be_squared_errors(tmp_path, loss, fitted):
+    path = store(tmp_path, ratings(ITEMS, QUALITY))
+    result = fit.fit_reward(config(path, f"objective.ratings={loss}"), tmp_path / "run")
+    assert quality_of(tmp_path / "run", output="score") > 0.85
+    assert set(result.card["observation_models"]) == fitted, "a sigmoid has a unit of its own"
 
 
 def test_few_answers_of_each_protocol_make_one_better_reward(tmp_path):
@@ -610,7 +618,14 @@ def test_constant_and_mixed_ratings_are_refused(tmp_path):
 def test_one_user_with_all_the_data_is_refused_or_warned_of(tmp_path):
     mine = thumbs(ITEMS, QUALITY, users=1, shown=240)
     refused(tmp_path, mine, "user000 with 240 of 240", split={"by": ["user"]})
-    refused(tmp_path, mine, "1 named in", users={"effects": True})
+    refused(tmp_path, mine, r"1 named in \d+ thumbs", users={"effects": True})
+    rated = ratings(ITEMS, QUALITY)
+    refused(tmp_path / "rated", rated, "0 named in 0 thumbs", users={"effects": True})
+    both = load_data([store(tmp_path / "both", rated + thumbs(ITEMS, QUALITY, users=3))], config("x").data).rows
+    (note,) = warnings_on(both, config("x", users={"effects": True}))
+    assert f"{len(rated)} ratings are read as if" in note and warnings_on(both, config("x")) == []
+    with pytest.raises(ConfigError, match=r"are of thumbs \(users.effects\): data.protocols takes rating alone"):
+        fit.require_fit(config("x", data={"paths": ["x"], "protocols": ["rating"]}, users={"effects": True}))
     others = [
         FeedbackEvent(**{**vars(e), "annotator": f"o{n}", "identifier": "", "id": ""})
         for n, e in enumerate(mine[1:60:2])

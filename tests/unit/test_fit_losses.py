@@ -19,6 +19,7 @@ def t(*values: float) -> torch.Tensor:
 
 
 def test_bradley_terry_with_margin_and_soft_labels():
+    assert fl.bradley_terry(t(1.2, 0.3) - t(0.2, 0.9)).mean().item() == pytest.approx(0.6753748190, abs=1e-10)
     assert fl.bradley_terry(t(2.0), 1.0, 0.5).item() == pytest.approx(math.log1p(math.exp(-1.5)))
     q, d = 0.7, 0.4
     p = 1 / (1 + math.exp(-d))
@@ -117,6 +118,7 @@ def test_ordinal_is_the_facts():
     pmf = [0.19781611, 0.25234989, 0.30009410, 0.24973989]
     assert [math.exp(-x) for x in nll] == pytest.approx(pmf, abs=1e-8)
     assert nll[1] == pytest.approx(1.3769386972, abs=1e-10)
+    assert sum(k * math.exp(-x) for k, x in enumerate(nll, 1)) == pytest.approx(2.60175778, abs=1e-8)
     with pytest.raises(DataError, match="4 levels"):
         fl.ordinal(t(0.4), torch.tensor([4]), thresholds)
 
@@ -139,3 +141,8 @@ def test_thresholds_rise_and_levels_add_up(first, gaps):
 def test_centre_and_squared():
     assert fl.centre(t(1.0), t(0.5), 0.01).item() == pytest.approx(0.0225)
     assert fl.squared(t(1.0), t(0.25)).item() == pytest.approx(0.5625)
+
+
+def test_the_squared_error_of_a_sigmoid_is_the_facts():
+    ratings = (t(1, 4, 7) - 1) / 6
+    assert fl.sigmoid_squared(t(-1, 0, 2), ratings).mean().item() == pytest.approx(0.0288462749, abs=1e-10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from align.weights import load_tensors
 from rewards import embeddings, fit, get_reward
 from rewards.fit_data import load_data
 from rewards.fit_split import split_rows
+from rewards.fitted import Head
 from rewards.media import clip_pixels
 from rewards.placement import Placement
 from rewards.towers import load_towers
@@ -78,7 +80,7 @@ def test_the_blocks_move_as_in_a_loop_of_its_own(world):
 
     trained = {n: p for n, p in model.named_parameters() if n.startswith((*LAST[0], *LAST[1]))}
     matrices = [torch.eye(16, requires_grad=True) for _ in range(2)]
-    scale = torch.tensor([2.3], requires_grad=True)
+    scale = model.logit_scale.detach().clone()[None].requires_grad_()
     optimizer = torch.optim.AdamW([*trained.values(), *matrices, scale], lr=1e-3, weight_decay=0.1, eps=1e-6)
     tokenizer = open_clip.get_tokenizer(tc.GELU)
     pairs_of = {row.prompt: sum(r.prompt == row.prompt for r in train) for row in train}
@@ -125,6 +127,32 @@ def test_the_blocks_move_as_in_a_loop_of_its_own(world):
     towers = load_towers(world / "clip.pt", tc.GELU, quick_gelu=False, placement=Placement())
     for name, value in tc.build(tc.GELU).named_parameters():
         assert torch.equal(towers.model.get_parameter(name), value), name
+
+
+def test_the_scale_of_the_cosine_starts_at_the_towers_own_and_comes_back_from_its_cap(world):
+    """Of comparisons alone; what thumbs say depends on f itself, which is to be near 0."""
+    own = config(world, "model.unfreeze_image=0", "model.unfreeze_text=0", "steps=1", "optimizer.lr=1e-12")
+    fit.fit_reward(own, world / "pairs")
+    saved = load_tensors(world / "pairs" / "reward" / "head.safetensors")
+    assert saved["log_scale"].item() == pytest.approx(math.log(1 / 0.07), abs=1e-6)
+    rows = [{"prompt": f"a cat number {i}", "response": f"{i}.png", "label": i % 3 > 0} for i in range(24)]
+    write_rows(world / "thumbs.jsonl", rows)
+    fit.fit_reward(own.model_copy(update={"data": own.data.model_copy(update={"paths": (str(world / "thumbs.jsonl"),)})}),
+                   world / "thumbs")  # fmt: skip
+    saved = load_tensors(world / "thumbs" / "reward" / "head.safetensors")
+    assert saved["log_scale"].item() == pytest.approx(2.3, abs=1e-6)
+
+    head = Head("cos", 6, 1, 2, log_scale=5.0)
+    same = torch.tensor([[1.0, 0, 1, 0, 1, 0]])
+    optimizer = torch.optim.SGD([head.log_scale], lr=1e-3)
+    for sign, expected in ((-1, math.log(100)), (1, math.log(100) - 0.1)):  # up is taken back, down is not
+        value = head(same)
+        assert value.item() == pytest.approx(100, rel=1e-5)
+        optimizer.zero_grad()
+        (sign * value).sum().backward()
+        optimizer.step()
+        head(same)
+        assert head.log_scale.item() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize(("head", "image", "text"), [("cos", 1, 0), ("mlp", 1, 0), ("linear", 0, 2)])

@@ -32,6 +32,7 @@ def test_nnpu_is_the_facts():
     assert plove.nnpu(P, U, 0.3, loss=plove.logistic_loss)[0].item() == pytest.approx(0.5289199902, abs=1e-10)
     total, _ = plove.pnu(P, U, N, 0.3)
     assert total.item() == pytest.approx(0.5296684266, abs=1e-9)
+    assert plove.pnu(P, U, N, 0.3, eta=0.0)[0].item() == pytest.approx(0.5304168632, abs=1e-9), "R_PN alone"
     with pytest.raises(DataError, match="0 silent"):
         plove.nnpu(P, U[:0], 0.3)
     with pytest.raises(ConfigError):

@@ -23,6 +23,9 @@ SEEN = np.array([0, 0, 1, 0, 1, 1, 0, 1])
 
 
 def test_accuracy_of_pairs_is_the_facts():
+    found = ev.pair_accuracy(A - B, SAID)  # the scores of the first outputs less those of the second
+    assert (found.without_ties, found.with_ties) == pytest.approx((0.8333, 0.6667), abs=5e-5)
+    assert found.half_credit == pytest.approx((5 + 3 * 0.5) / 9)
     a, b = ev.pair_accuracy(A, SAID), ev.pair_accuracy(B, SAID)
     assert a.without_ties == 1 and a.with_ties == 1 and 0.3 <= a.threshold < 0.5
     assert (b.with_ties, b.ties, b.n) == (pytest.approx(2 / 3, abs=1e-4), 3, 9)
