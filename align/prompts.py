@@ -262,9 +262,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
     for number, line in enumerate(read_lines(path, DataError), start=1):
         line = line.removesuffix("\n").removesuffix("\r")
         if not line.strip():
-            raise DataError(
-                "A line is empty", where=f"{path}, line {number}", do="Write a prompt there, or remove the line"
-            )
+            raise DataError("A line is empty", where=f"{path}, line {number}", do="Fill it in, or remove the line")
         yield f"line {number}", line
 
 

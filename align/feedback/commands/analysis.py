@@ -83,7 +83,8 @@ def run_agreement(options: argparse.Namespace) -> int:
         }
         if not found["signals"]:
             raise ConfigError(
-                "Nothing was answered by two annotators", where=str(options.source),
+                "Nothing was answered by two annotators" if events else "Nobody has answered yet",
+                where=str(options.source),
                 do="Check --key and --kind, or name the raters of a table with --raters",
             )  # fmt: skip
     if len(found["signals"]) == 1:

@@ -96,6 +96,8 @@ def run_import(options: argparse.Namespace) -> int:
             results.append(result)
             lines.append(table(_flat({**result, "refused": len(done.refused)})))
             lines += [f"  {row.reason}" for row in done.refused[:5]]
+            if done.statuses.get("superseded"):
+                lines.append("  superseded: answered before by the same annotator under the same key; the newer counts")
     give(options, {"store": str(options.store), "files": results}, "\n".join(lines))
     return 0
 
