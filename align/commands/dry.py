@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.errors import ConfigError
+from align.loops import VISUAL
 from align.output import give, table
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def config_findings(config: Any) -> list[Finding]:
         from trainers.data_check import length_findings
 
         findings += length_findings(config)
-    if config.trainer in ("dance_grpo", "forward", "offline") and "model" not in missing:
+    if config.trainer in VISUAL and "model" not in missing:
         from align.diffusion.checks import family_findings
 
         given = config.trainer == "offline" or (config.trainer == "forward" and config.objective.images is not None)
