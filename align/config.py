@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -11,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 from align.config_errors import explain, found_text
 from align.config_sources import leaves, override, read_values, resolved_yaml
 from align.errors import ConfigError
+from align.loops import LOOPS
 from align.registry import suggest
 from align.textfiles import parse_scalar
 
@@ -426,18 +428,7 @@ class DanceGRPOConfig(VisualConfig):
 
 def config_types() -> dict[str, type[RunConfig]]:
     """Return the config of every training loop, by the value of its `trainer` key."""
-    from align.fit_config import FitConfig
-    from align.forward_config import ForwardConfig
-    from align.language_config import BCOConfig, DPOConfig, KTOConfig, SFTConfig
-    from align.offline_config import OfflineConfig
-    from align.peering_config import PeeringConfig
-    from align.rluf_config import RLUFConfig
-
-    kinds = (
-        DanceGRPOConfig, ForwardConfig, OfflineConfig, KTOConfig, BCOConfig, DPOConfig, SFTConfig, RLUFConfig,
-        FitConfig, PeeringConfig,
-    )  # fmt: skip
-    return {str(kind.model_fields["trainer"].default): kind for kind in kinds}
+    return {name: getattr(import_module(loop.config), f"{loop.title}Config") for name, loop in LOOPS.items()}
 
 
 def load_config(

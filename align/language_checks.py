@@ -36,7 +36,7 @@ def check_language_config(
         found += _bco(config)
     if isinstance(config, RLUFConfig):
         found += check_rluf(config, reward_names)
-    if not isinstance(config, SFTConfig):
+    if hasattr(config, "reference"):
         found += _reference(config)
     if files:
         found += _files(config)
@@ -276,8 +276,8 @@ def describe_language_config(config: LanguageConfig, findings: list[Finding]) ->
     """
     again = int(config.model.gradient_checkpointing)
     forwards = 3 + again
-    if not isinstance(config, SFTConfig):
-        live = getattr(config, "reference").mode != "precomputed"  # noqa: B009 (not a field of all)
+    if hasattr(config, "reference"):
+        live = config.reference.mode != "precomputed"
         mismatched = isinstance(config, KTOConfig) and config.objective.loss == "kto" and config.objective.z0 != "zero"
         forwards += int(live) + int(mismatched) * (1 + int(live))
     if isinstance(config, RLUFConfig):

@@ -160,7 +160,11 @@ class Answers(nn.Module):
         return fit_losses.ordered(self.rating_first, self.rating_gaps)
 
     def losses(self, kind: str, rows: Packed, pick: Tensor, latent_NM: Tensor) -> Tensor:
-        """Return one loss a row, of rows of one kind; `latent_NM` is 0 where there is no output."""
+        """Return one loss a row, of rows of one kind; `latent_NM` is 0 where there is no output.
+
+        Raises:
+            DataError: a kind without a loss.
+        """
         first, said = latent_NM[:, 0], rows.said_N[pick]
         objective = self.objective
         if kind == "thumb":
@@ -174,6 +178,10 @@ class Answers(nn.Module):
             return error(score + self.rating_first, said / (self.levels - 1))
         if kind == "ranking":
             return fit_losses.plackett_luce(latent_NM, rows.rank_NM[pick])
+        if kind != "comparison":
+            raise DataError(
+                f"No loss is known for what people said of kind {kind!r}", do="Give Answers.losses a branch for it"
+            )
         second = latent_NM[:, 1]
         delta = first - second
         if objective.comparisons == "bradley_terry":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from align.loops import LANGUAGE, VISUAL
+
 if TYPE_CHECKING:
     from trainers.bco import BCO
     from trainers.dance_grpo import DanceGRPO
@@ -24,16 +26,10 @@ __all__ = [
     "find_source", "sample_completions", "sample_images", "trainer_for",
 ]  # fmt: skip
 
+_TRAINERS = {name: loop.title for name, loop in {**VISUAL, **LANGUAGE}.items()}
 _HOMES = {
-    "BCO": "trainers.bco",
-    "DPO": "trainers.dpo",
-    "DanceGRPO": "trainers.dance_grpo",
-    "Forward": "trainers.forward",
-    "KTO": "trainers.kto",
-    "Offline": "trainers.offline",
-    "RLUF": "trainers.rluf",
+    **{title: f"trainers.{name}" for name, title in _TRAINERS.items()},
     "RunResult": "trainers.result",
-    "SFT": "trainers.sft",
     "Sampling": "trainers.evaluation",
     "evaluate": "trainers.evaluation",
     "evaluate_language": "trainers.language_verbs",
@@ -41,10 +37,6 @@ _HOMES = {
     "sample_completions": "trainers.language_verbs",
     "sample_images": "trainers.evaluation",
 }
-_TRAINERS = {
-    "dance_grpo": "DanceGRPO", "forward": "Forward", "offline": "Offline", "kto": "KTO", "bco": "BCO", "dpo": "DPO",
-    "sft": "SFT", "rluf": "RLUF",
-}  # fmt: skip
 
 
 def trainer_for(config: Any, **options: Any) -> Any:

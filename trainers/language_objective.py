@@ -81,7 +81,7 @@ class Models:
 
 
 class Objective(Protocol):
-    """What one trainer file adds to this one.
+    """What one trainer file adds to this one: `<title>Objective(config)`, see `align.loops`.
 
     `paired` rows are read in pairs, `mismatched` asks for each prompt with another's completion, `labelled` needs a
     thumb a row, `soft` takes scores for labels, `referenced` compares with the model before training, `oversample`

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import tempfile
@@ -20,6 +21,7 @@ from align.feedback.events import content_id
 from align.groupstats import bootstrap_mean
 from align.language_config import LanguageConfig
 from align.launch import World
+from align.loops import LANGUAGE
 from align.preferences import load_preferences
 from align.tracking import RunLog, read_jsonl, replace_text
 from rewards.panel import Panel
@@ -253,18 +255,9 @@ def _points(opened: LanguageSource) -> dict[str, Any]:
 
 
 def objective_of(config: LanguageConfig) -> Objective:
-    """Return the objective of a configuration."""
-    from trainers.bco import BCOObjective
-    from trainers.dpo import DPOObjective
-    from trainers.kto import KTOObjective
-    from trainers.rluf import RLUFObjective
-    from trainers.sft import SFTObjective
-
-    makers: dict[str, Callable[[Any], Objective]] = {
-        "kto": KTOObjective, "bco": BCOObjective, "dpo": DPOObjective, "sft": lambda _: SFTObjective(),
-        "rluf": RLUFObjective,
-    }  # fmt: skip
-    return makers[config.trainer](config)
+    """Return the objective of a configuration, of the file of its trainer."""
+    home, name = f"trainers.{config.trainer}", f"{LANGUAGE[config.trainer].title}Objective"
+    return getattr(importlib.import_module(home), name)(config)
 
 
 def _own(

@@ -27,7 +27,7 @@ def SFT(config: SFTConfig | str | Path | Mapping[str, Any], **options: Any) -> L
         options: see `LanguageRun`.
     """
     config = config if isinstance(config, SFTConfig) else load_config(config, kind=SFTConfig)
-    return LanguageRun(config, SFTObjective(), **options)
+    return LanguageRun(config, SFTObjective(config), **options)
 
 
 class SFTObjective:
@@ -35,6 +35,9 @@ class SFTObjective:
 
     paired = mismatched = labelled = referenced = oversample = soft = online = False
     beta = 1.0
+
+    def __init__(self, config: SFTConfig) -> None:
+        """Be made like every objective; supervised fine-tuning has nothing to set."""
 
     def prepare(self, tokens: Tokens) -> dict[str, Any]:
         """Count the tokens learnt."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.errors import ConfigError
+from align.loops import VISUAL
 from align.output import give, table
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def config_findings(config: Any) -> list[Finding]:
-    """Return all findings on a configuration: its values, files, rewards and the length of its rows."""
+    """Return all findings on a configuration: its values, files, rewards, length of rows and family."""
     from align.checks import check_config
 
     findings = check_config(config, reward_names=_names(), files=True)
@@ -30,6 +31,11 @@ def config_findings(config: Any) -> list[Finding]:
         from trainers.data_check import length_findings
 
         findings += length_findings(config)
+    if config.trainer in VISUAL and "model" not in missing:
+        from align.diffusion.checks import family_findings
+
+        given = config.trainer == "offline" or (config.trainer == "forward" and config.objective.images is not None)
+        findings += family_findings(config.model, images=given)
     return [*_reward_findings(config), *findings]
 
 

@@ -112,7 +112,7 @@ def _denoiser_footprint(
 
 
 def _pipeline_class(folder: str) -> str:
-    from align.diffusion.policy import read_index
+    from align.diffusion.families import read_index
 
     return read_index(Path(folder))[0]
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from align import checkpoint
 from align.config import VisualConfig, load_config
 from align.diffusion.comfyui import NOT_OPENED, to_comfyui
-from align.diffusion.families import FAMILIES
-from align.diffusion.policy import ADAPTER, adapter_config, quiet_loading, read_index, resolve_model
+from align.diffusion.families import FAMILIES, read_index
+from align.diffusion.policy import ADAPTER, adapter_config, quiet_loading, resolve_model
 from align.errors import CheckpointError, ConfigError, ModelError, first_line
 from align.exporting import Finish, describe_export, require_choices, write_whole
 from align.offline_config import OfflineConfig

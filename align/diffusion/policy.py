@@ -14,13 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from align.config import LoraConfig, ModelConfig
-from align.diffusion.families import FAMILIES, Conditioning, Family, Size, device_of
+from align.diffusion.families import FAMILIES, Conditioning, Family, Size, device_of, read_index, require_encoding
 from align.errors import ModelError, first_line
 from align.hub import download_pipeline
 from align.published import is_hub_name
-from align.registry import suggest
 from align.seeding import seed as derive_seed
-from align.textfiles import read_json
 from align.types import ImagePrompt, Prompt
 from align.weights import require_inert
 
@@ -51,36 +49,6 @@ def store_frozen(family: Family) -> None:
             for parameter in module.parameters(recurse=False):
                 if not parameter.requires_grad:
                     parameter.data = parameter.data.to(torch.bfloat16)
-
-
-def read_index(folder: Path, family: str | None = None) -> tuple[str, dict[str, Any]]:
-    """Return the class of a pipeline folder, a key of `FAMILIES`, and what its `model_index.json` lists.
-
-    Args:
-        family: a pipeline class name that overrides the one in `model_index.json`.
-
-    Raises:
-        ModelError: not a pipeline folder, or a pipeline of no known family.
-    """
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise ModelError(
-            "This is not a diffusers pipeline folder",
-            where=str(folder),
-            why="it has no model_index.json" if folder.is_dir() else "there is no such folder",
-            do="Give a folder written by save_pretrained, or 'digits' for the embedded model",
-        )
-    try:
-        listed = read_json(index, ModelError)
-        own = listed["_class_name"]
-        if not isinstance(own, str):
-            raise TypeError(f"its class is {own!r}, and code of a folder is never run")
-        name = family or own
-    except (KeyError, TypeError) as error:
-        raise ModelError("A pipeline's model_index.json cannot be read", where=str(index), why=str(error)) from error
-    if name not in FAMILIES:
-        raise ModelError(f"No model family runs {name!r}", where=str(index), do=suggest(name, FAMILIES))
-    return name, listed
 
 
 def load_family(path: str | Path, family: str | None = None) -> Family:
@@ -382,6 +350,7 @@ class Policy:
 
     def to_latents(self, pixels: Tensor) -> Tensor:
         """Return the latents of pixels in [0, 1], `[B, ...]`."""
+        require_encoding(self.family)
         with present(self.family, ("vae",)):
             return self.family.to_latents(pixels.to(self.device))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-LANGUAGE_TRAINERS = ("kto", "bco", "dpo", "sft", "rluf")
+from align.loops import LANGUAGE as LANGUAGE_LOOPS
+
+LANGUAGE_TRAINERS = tuple(LANGUAGE_LOOPS)
 """Trainers of language models, whose runs have a page and a vocabulary of their own."""
 
 CHARTS: dict[str, str] = {

@@ -42,6 +42,7 @@ for scale, mine in ours.items():
     ).images
     found["difference"].append(float((mine - theirs).abs().max()))
     found["std"].append(float(theirs.std()))
+found["encoded"] = plain.to_latents(ours[1.0]).shape == noise.shape
 found["guidance"] = float((ours[1.0] - ours[4.5]).abs().max())
 found["exit"] = main(["train", config, "--out", out])
 print(json.dumps(found))
@@ -94,6 +95,7 @@ def test_a_family_is_one_file_of_a_package(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert (found["name"], found["listed"], found["exit"]) == ("auraflow", True, 0)
+    assert found["encoded"]
     assert max(found["difference"]) <= 1e-5 and min(found["std"]) > 0.02 and found["guidance"] > 1e-4
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["first_ratio_error"] <= 1e-5 and row["grad_norm"] > 0 for row in rows] == [True, True]

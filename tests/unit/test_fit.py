@@ -670,6 +670,15 @@ def test_a_config_that_contradicts_itself_is_refused(tmp_path):
         get_reward("fitted", path=str(tmp_path))
 
 
+def test_a_kind_of_answer_without_a_loss_is_refused():
+    """A comparison's loss would read its second output, and fit something else without a word."""
+    own = config("x")
+    packed = pack([Observation("choice", ("a", "b"), 1.0, "p")], {"a": 0, "b": 1}, {}, own)
+    latent = Latent({}, lambda places: torch.zeros(len(places)), lambda folder: None)
+    with pytest.raises(DataError, match="of kind 'choice'"):
+        batch_loss(Answers(own, packed, 0, 1.0, None), latent, packed, [0])
+
+
 def test_gradients_of_a_mixed_batch_are_those_of_finite_differences():
     """The assembled loss against its own numerical derivative, over all kinds of answers at once."""
     rows = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Literal
 
 import pytest
 
@@ -266,3 +267,16 @@ def test_a_model_that_is_not_there_is_an_error_if_a_path_and_a_warning_if_a_name
     assert found("./nowhere") == found("a/b/c") == [("error", "model")]
     assert found("someone/some-model") == [("warning", "model_not_here")] and found("tiny") == []
     assert found(tmp_path) == [("error", "model")]
+
+
+class Plain(LanguageConfig):
+    """A loop of someone else's that has no reference and no objective."""
+
+    trainer: Literal["plain"] = "plain"
+    name: str = "plain"
+
+
+def test_a_config_without_a_reference_is_checked_and_counted():
+    config = Plain(steps=2, batch_size=8, microbatch=8, model={"path": "tiny"}, data={"path": "toy"})
+    found = describe_config(config, check_config(config, files=True))
+    assert found["valid"] and found["forwards"] == 3 + config.model.gradient_checkpointing

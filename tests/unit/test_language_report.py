@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import trainers
 from align.config import config_types, load_config
 from align.language_config import LanguageConfig
+from align.loops import LANGUAGE, LOOPS, REWARDS
 from align.reports.glossary import LANGUAGE_TRAINERS, explain, writers
 from align.reports.language import AUC, NATS, PAIRS, judge_language, language_outcome
 from align.reports.runfiles import RunFiles, read_run
@@ -20,6 +22,7 @@ from align.reports.training import write_report
 from tests.unit.test_report import Page
 from trainers import trainer_for
 from trainers.language_measures import auc, auc_interval, ratio_estimate
+from trainers.language_verbs import objective_of
 
 VISUAL = (
     "Held-out reward rose",
@@ -72,6 +75,18 @@ def page_of(folder: Path) -> tuple[str, Page]:
 def test_every_language_trainer_has_the_page():
     kinds = {name for name, kind in config_types().items() if issubclass(kind, LanguageConfig)}
     assert kinds == set(LANGUAGE_TRAINERS)
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_the_parts_of_a_loop_are_where_its_line_says(name: str):
+    kind = config_types()[name]
+    assert kind.model_fields["trainer"].default == name and kind.language == (name in LANGUAGE)
+    if name not in REWARDS:
+        assert getattr(trainers, LOOPS[name].title).__module__ == f"trainers.{name}"
+    if name in LANGUAGE:
+        data = {"trainer": name, "model": {"path": "tiny"}, "data": {"path": "toy"}}
+        made = objective_of(load_config(data | (JUDGED if name == "rluf" else {})))
+        assert type(made).__module__ == f"trainers.{name}" and isinstance(made.paired, bool)
 
 
 @pytest.mark.parametrize("trainer", LANGUAGE_TRAINERS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 from functools import partial
 
@@ -16,11 +17,14 @@ from PIL import Image
 import tiny
 from align import checkpoint, guards
 from align.checks import check_config
+from align.commands.dry import config_findings
 from align.commands.export import export_model
 from align.config import load_config
+from align.diffusion.families import FAMILIES, TextToImage
+from align.diffusion.families.sd3 import SD3
 from align.diffusion.latents import Latents
 from align.diffusion.policy import Policy
-from align.errors import ConfigError, DataError, GuardError
+from align.errors import ConfigError, DataError, GuardError, ModelError
 from align.image_feedback import fitted
 from align.reports.training import write_report
 from align.run import Run
@@ -343,6 +347,27 @@ def test_findings(overrides, code, level):
     assert [f.level for f in check_config(recipe, reward_names=names, files=True) if f.level != "note"] == []
     found = check_config(load_config("digits/diffusion_kto", overrides), reward_names=names, files=True)
     assert (code, level) in [(f.code, f.level) for f in found]
+
+
+def test_a_family_that_this_run_cannot_use_is_found_before_it_begins(folders, data, tmp_path, monkeypatch):
+    def found(family, *, model=folders["flow"], recipe="digits/diffusion_kto"):
+        config = load_config(recipe, [f"model.path={model}", f"model.family={family}"])
+        return [f.message for f in config_findings(config) if (f.code, f.level) == ("family", "error")]
+
+    blind = type("Blind", (TextToImage,), {
+        name: value for name, value in vars(SD3).items() if name not in ("to_latents", "__dict__", "__weakref__")
+    })  # fmt: skip
+    monkeypatch.setitem(FAMILIES._entries, "BlindPipeline", blind)
+    assert found("StableDiffusion3Pipeline") == found("BlindPipeline", recipe="digits/dance_grpo") == []
+    assert "no method to_latents" in found("BlindPipeline")[0]
+    other = shutil.copytree(folders["flow"], tmp_path / "other")
+    (other / "model_index.json").write_text('{"_class_name": "OtherPipeline"}')
+    for recipe in ("digits/diffusion_kto", "digits/dance_grpo"):
+        message = found("null", model=other, recipe=recipe)[0]
+        assert "No model family runs 'OtherPipeline'" in message and "align.families" in message
+    monkeypatch.setitem(FAMILIES._entries, "StableDiffusion3Pipeline", blind)
+    with pytest.raises(ModelError, match="no method to_latents"):
+        trainer(folders["flow"], data, tmp_path / "run").train()
 
 
 def test_configs_name_the_trainer_and_refuse_what_it_does_not_know(folders, data, tmp_path):

@@ -1,6 +1,6 @@
 """One adapter per model family: what differs between them, and nothing else.
 
-A family wraps a loaded diffusers pipeline and answers six questions. Everything else, from noise and
+A family wraps a loaded diffusers pipeline and answers the questions of `Family`. Everything else, from noise and
 guidance to training and checkpoints, is shared. To add one, write a class like `sd3.SD3` and name its
 pipeline class in `FAMILIES`.
 """
@@ -8,10 +8,12 @@ pipeline class in `FAMILIES`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from align.errors import ModelError
-from align.registry import Registry
+from align.registry import Registry, suggest
+from align.textfiles import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -114,6 +116,54 @@ FAMILIES: Registry[type[Family]] = Registry(
     },
 )
 """Diffusers pipeline class name, as in `model_index.json`, to the family that runs it."""
+
+
+def read_index(folder: Path, family: str | None = None) -> tuple[str, dict[str, Any]]:
+    """Return the class of a pipeline folder, a key of `FAMILIES`, and what its `model_index.json` lists.
+
+    Args:
+        family: a pipeline class name that overrides the one in `model_index.json`.
+
+    Raises:
+        ModelError: not a pipeline folder, or a pipeline of no known family.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ModelError(
+            "This is not a diffusers pipeline folder",
+            where=str(folder),
+            why="it has no model_index.json" if folder.is_dir() else "there is no such folder",
+            do="Give a folder written by save_pretrained, or 'digits' for the embedded model",
+        )
+    try:
+        listed = read_json(index, ModelError)
+        own = listed["_class_name"]
+        if not isinstance(own, str):
+            raise TypeError(f"its class is {own!r}, and code of a folder is never run")
+        name = family or own
+    except (KeyError, TypeError) as error:
+        raise ModelError("A pipeline's model_index.json cannot be read", where=str(index), why=str(error)) from error
+    if name not in FAMILIES:
+        raise ModelError(
+            f"No model family runs {name!r}", where=str(index),
+            why="neither align nor an installed package, by the entry-point group align.families, has one of that name",
+            do=suggest(name, FAMILIES),
+        )  # fmt: skip
+    return name, listed
+
+
+def require_encoding(family: Family | type[Family]) -> None:
+    """Refuse a family that makes no latents of given images.
+
+    Raises:
+        ModelError: it has no `to_latents`.
+    """
+    if not hasattr(family, "to_latents"):
+        raise ModelError(
+            f"The model family {family.name!r} cannot learn from given images",
+            why="its class has no method to_latents",
+            do="Add it: what `decode` makes pixels of, in the other direction",
+        )
 
 
 def device_of(module: nn.Module) -> torch.device:

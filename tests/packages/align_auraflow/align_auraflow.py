@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from align.diffusion.families import Conditioning, Size, TextToImage, device_of, image_latent_shape, to_pixels
+from align.diffusion.families import (
+    Conditioning,
+    Size,
+    TextToImage,
+    device_of,
+    from_pixels,
+    image_latent_shape,
+    to_pixels,
+)
 from align.diffusion.schedules import Schedule, flow_match_schedule
 
 
@@ -52,3 +60,7 @@ class AuraFlow(TextToImage):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         return to_pixels(self.pipeline.vae, latents)
+
+    @torch.no_grad()
+    def to_latents(self, pixels: Tensor) -> Tensor:
+        return from_pixels(self.pipeline.vae, pixels)
