@@ -242,7 +242,11 @@ def require_arguments(name: str, args: Mapping[str, Any]) -> Callable[..., Rewar
         if a.default is a.empty and a.kind in (a.POSITIONAL_OR_KEYWORD, a.KEYWORD_ONLY)
     ]
     if lacking := [argument for argument in needed if argument not in args]:
-        raise ConfigError(f"The reward {name!r} needs {' and '.join(lacking)}", do=f"Give args: {{{lacking[0]}: ...}}")
+        given = ", ".join(f"{argument}: ..." for argument in lacking)
+        raise ConfigError(
+            f"The reward {name!r} needs {' and '.join(lacking)}",
+            do=f"Give args: {{{given}}} beside its name in a config (--config FILE, where --reward named it)",
+        )  # fmt: skip
     return factory
 
 

@@ -85,8 +85,12 @@ def learnt_from(config: Any) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     return {}, []
 
 
-def require_rewards(rewards: Iterable[str | RewardConfig]) -> None:
+def require_rewards(rewards: Iterable[str | RewardConfig], made: str | None = None) -> None:
     """Refuse rewards that nobody knows, or whose arguments are not theirs; build none.
+
+    Args:
+        made: what the model that they score makes, where there is one: "text", "image", "video"; empty where nothing
+            tells which of the latter two.
 
     Raises:
         ConfigError: the first of them.
@@ -94,7 +98,10 @@ def require_rewards(rewards: Iterable[str | RewardConfig]) -> None:
     from align.config import RewardConfig
 
     for reward in rewards:
-        checks = _checks(RewardConfig(name=reward) if isinstance(reward, str) else reward)
+        named = RewardConfig(name=reward) if isinstance(reward, str) else reward
+        if made is not None:
+            _require_media(named, made)
+        checks = _checks(named)
         for check in (checks["args"], checks["transform"]):
             check()
 
