@@ -280,6 +280,11 @@ def test_rewards_of_a_config_and_names_come_together(tmp_path):
     [
         ([], "no candidate"),
         ([{"prompt": "p"}], "row 1|line 1"),
+        ([{"prompt": "p", "completion": None}], "no completion.*line 1, field 'completion'.*is null"),
+        (
+            [{"prompt": "p", "response": "c"}],
+            "the fields are prompt, response. Call the column of answers 'completion'",
+        ),
         ([{"completion": "c"}], "no prompt.*line 1"),
         ([{"prompt": "p", "completion": "c"}, {"prompt": "p", "image": "a.png"}], "images and texts.*line 2"),
         ([{"prompt": "p", "video": "a.mp4"}], "a video"),
