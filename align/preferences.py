@@ -233,7 +233,7 @@ def parse_row(row: Any, where: str, pair: int = 0, folder: Path = Path(), *, pro
     if prompts and given.get("prompt") and not _ANSWERED & given.keys():
         chat = not isinstance(given["prompt"], str)
         given["completion"] = [{"role": "assistant", "content": ""}] if chat else ""
-    read = _Reader(given, where)
+    read = _Reader(given, where, tuple(name for name in _FIELDS if name in row and name not in given))
     images = row_images(given, where, folder)
     found = _completions(read, where, pair)
     for made, field in zip(found, ("chosen", "rejected") if len(found) > 1 else ("completion",), strict=True):
@@ -279,6 +279,11 @@ def _completions(read: _Reader, where: str, pair: int) -> list[Completion]:
         return [Completion(messages[:-1], messages[-1:], label, score, -1, weight, **common)]
     if "text" in given:
         return [Completion("", read.text("text"), label, score, -1, weight, **common)]
+    if null := next((name for name in read.null if name in _ANSWERED), ""):
+        raise DataError(
+            "A row has no completion", where=f"{where}, field {null!r}", why="it is null or empty",
+            do="Write the answer there, or leave the row out",
+        )  # fmt: skip
     near = next((hint for field in given if (hint := suggest(field, _FIELDS)) and field not in _FIELDS), "")
     raise DataError(
         "A row has no completion", where=f"{where}, field 'completion'",
@@ -295,16 +300,15 @@ def read_thumb(value: Any) -> bool | None:
 
 
 class _Reader:
-    """The fields of one row."""
+    """The fields of one row, and the names of those that are null or empty."""
 
-    def __init__(self, row: Mapping[str, Any], where: str) -> None:
-        self.row, self.where = row, where
+    def __init__(self, row: Mapping[str, Any], where: str, null: tuple[str, ...] = ()) -> None:
+        self.row, self.where, self.null = row, where, null
 
-    def wrong(self, field: str, expected: str) -> DataError:
-        found = f"found {_short(self.row[field])}" if field in self.row else "found nothing"
-        return DataError(
-            "A field is wrong", where=f"{self.where}, field {field!r}", why=f"{found}, expected {expected}"
-        )
+    def wrong(self, field: str, expected: str, do: str = "") -> DataError:
+        found = _short(self.row[field]) if field in self.row else "null" if field in self.null else "nothing"
+        why = f"found {found}, expected {expected}"
+        return DataError("A field is wrong", where=f"{self.where}, field {field!r}", why=why, do=do)
 
     def text(self, field: str, *, empty: bool = False) -> Text:
         value = self.row.get(field)
@@ -364,7 +368,10 @@ class _Reader:
         value = self.row.get("label")
         found = None if value is None else read_thumb(value)
         if value is not None and found is None:
-            raise self.wrong("label", THUMBS)
+            raise self.wrong(
+                "label", THUMBS,
+                "Write one of these; `align feedback convert FILE thumbs.jsonl --to unpaired` reads yes and 1.0, too",
+            )  # fmt: skip
         return found
 
     def number(self, field: str, default: Any = None, *, least: float | None = None) -> Any:

@@ -156,8 +156,19 @@ def published(model: ModelConfig) -> Published | None:
     """Return what is known of a model that is not here, by its hub name or by its family; None for a folder."""
     if Path(model.path).exists():
         return None
-    of_family = (known for known in PUBLISHED.values() if known.family == model.family)
-    return PUBLISHED.get(model.path) or next(of_family, None)
+    return PUBLISHED.get(model.path) or _of_family(model.family)
+
+
+def _of_family(family: str | None) -> Published | None:
+    return next((known for known in PUBLISHED.values() if known.family == family), None)
+
+
+def makes(model: ModelConfig) -> str | None:
+    """Return whether a model of images or videos makes an "image" or a "video"; None where nothing tells."""
+    if is_builtin(model.path):
+        return "image"
+    known = published(model) or _of_family(_read(Path(model.path) / "model_index.json").get("_class_name"))
+    return None if known is None else "image" if known.frames is None else "video"
 
 
 def latent_dim(config: VisualConfig) -> int | None:
@@ -214,7 +225,7 @@ def _folder(folder: Path) -> tuple[Any, int, int, tuple[Any, Any], int | None] |
         space, time = get("spatial_compression_ratio", 8), get("temporal_compression_ratio", 4)
     else:
         return None
-    known = next((p for p in PUBLISHED.values() if p.family == index.get("_class_name")), None)
+    known = _of_family(index.get("_class_name"))
     native = denoiser.get("sample_size")
     side = (native * space,) * 2 if isinstance(native, int) else known.side if known else (None, None)
     return channels, space, time, side, known.frames if known else None

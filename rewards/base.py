@@ -242,8 +242,32 @@ def require_arguments(name: str, args: Mapping[str, Any]) -> Callable[..., Rewar
         if a.default is a.empty and a.kind in (a.POSITIONAL_OR_KEYWORD, a.KEYWORD_ONLY)
     ]
     if lacking := [argument for argument in needed if argument not in args]:
-        raise ConfigError(f"The reward {name!r} needs {' and '.join(lacking)}", do=f"Give args: {{{lacking[0]}: ...}}")
+        given = ", ".join(f"{argument}: ..." for argument in lacking)
+        raise ConfigError(
+            f"The reward {name!r} needs {' and '.join(lacking)}",
+            do=f"Give args: {{{given}}} beside its name in a config (--config FILE, where --reward named it)",
+        )  # fmt: skip
     return factory
+
+
+def require_makes(name: str, media: str, made: str, maker: str) -> None:
+    """Refuse a reward that does not score what a model makes, before it makes any.
+
+    Args:
+        name: of the reward.
+        media: what it scores, see `RewardCard`.
+        made: "image", "video" or "text".
+        maker: the model, for the message.
+
+    Raises:
+        ConfigError: it scores something else.
+    """
+    if media not in ("any", made):
+        frames = made == "video" and media == "image"
+        raise ConfigError(
+            f"The reward {name!r} scores {media}s", why=f"{maker} makes {made}s",
+            do=f"Score frames: name: frames, args: {{reward: {name}}}" if frames else f"Name a reward of {made}s",
+        )  # fmt: skip
 
 
 def _entry(name: str) -> Entry:

@@ -34,7 +34,7 @@ from rewards.fit_data import FitData, Observation, gate_notes, load_data, thin, 
 from rewards.fit_latent import Latent, classifier_latent, frozen_latent, trained_parameters
 from rewards.fit_people import leave_out_people
 from rewards.fit_split import parts_of
-from rewards.outputs import content_keys, sample_of
+from rewards.outputs import require_images, sample_of
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,7 @@ def fit_reward(
         names = sorted({name for rows in parts.values() for row in rows for name in row.items})
         places = {name: i for i, name in enumerate(names)}
         items = [data.items[name] for name in names]
-        if config.data.media == "image":
-            content_keys(items, data.folders)  # what is missing is said before anything is written
+        require_images(items, data.folders)  # what is missing is said before anything is written
         trained_on = sorted({places[name] for row in train_rows for name in row.items})
         if config.model.backbone != "classifier":
             latent = frozen_latent(config, data, items, trained_on)

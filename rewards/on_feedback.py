@@ -39,7 +39,7 @@ from rewards.evaluate import (
 from rewards.fit_data import FitData, Observation, load_data
 from rewards.fit_split import split_rows
 from rewards.fitted import Fitted, calibrated
-from rewards.outputs import TEXTS, content_keys, load_outputs
+from rewards.outputs import TEXTS, load_outputs, require_images
 from rewards.probes import probe_brightness, probe_length, probe_prompts
 
 AT_ONCE = 64
@@ -87,7 +87,7 @@ def score_outputs(
         reward, calibration = reward.latent(), reward.calibration
         probability = None if calibration is None else lambda values: calibrated(values, calibration)
     folders, names = folders or {}, list(items)
-    content_keys(list(items.values()), folders)  # what is missing is said before anything is scored
+    require_images(list(items.values()), folders)  # what is missing is said before anything is scored
     value: list[dict[str, float]] = [{} for _ in reward.names]
     missing: list[Counter[str]] = [Counter() for _ in reward.names]
     for start in range(0, len(names), AT_ONCE):

@@ -48,20 +48,33 @@ def load_outputs(items: Sequence[Item], folders: Mapping[str, Path]) -> Samples:
     return Samples([str(prompt) for prompt, _ in pairs], images=images)
 
 
+def require_images(items: Sequence[Item], folders: Mapping[str, Path]) -> None:
+    """Refuse images that are not there.
+
+    Args:
+        folders: where the path of an image begins, by the id of its item.
+
+    Raises:
+        DataError: naming the first of them, with how many.
+    """
+    files = {_image_file(item, folders) for item in items if item.media not in TEXTS}
+    if gone := sorted(file for file in files if not file.is_file()):
+        raise DataError(
+            "Some images are not there", where=str(gone[0]), why=f"{len(gone)} of {len(files)} are missing",
+            do="Say in which folder their paths begin (data.folder, --images)" if len(gone) == len(files)
+            else "Put them back, or leave out the rows that name them",
+        )  # fmt: skip
+
+
 def content_keys(items: Sequence[Item], folders: Mapping[str, Path]) -> list[str]:
     """Return hashes of prompts and content, an image's being that of its file.
 
     Raises:
-        DataError: images that are not there, with how many.
+        DataError: see `require_images`.
     """
     if all(item.media in TEXTS for item in items):
         return [item.id for item in items]
-    gone = [item for item in items if not _image_file(item, folders).is_file()]
-    if gone:
-        raise DataError(
-            "Some images are not there", where=str(_image_file(gone[0], folders)),
-            why=f"{len(gone)} of {len(items)} are missing", do="Say in which folder their paths begin (data.folder)",
-        )  # fmt: skip
+    require_images(items, folders)
     digests = [file_sha256(_image_file(item, folders)) for item in items]
     return [f"{item.prompt_id}{digest[:24]}" for item, digest in zip(items, digests, strict=True)]
 

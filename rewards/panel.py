@@ -11,7 +11,7 @@ from align.config import CombineConfig, RewardConfig
 from align.errors import ConfigError
 from align.registry import suggest
 from align.types import Samples, Scores, join_scores
-from rewards.base import Reward, get_reward, score_safely
+from rewards.base import Reward, get_reward, require_makes, score_safely
 from rewards.compose import (
     Composed,
     allowed_missing,
@@ -73,6 +73,11 @@ class Panel:
 
     def __bool__(self) -> bool:
         return bool(self.rewards)
+
+    def require_media(self, made: str, maker: str) -> None:
+        """Refuse rewards that do not score what a model makes; see `rewards.base.require_makes`."""
+        for reward, config in zip(self.rewards, self.configs, strict=True):
+            require_makes(config.name, reward.card.media, made, maker)
 
     def score(self, samples: Samples) -> Scores:
         """Score B samples with every reward: `[B, K]`, raw. What fails is missing."""

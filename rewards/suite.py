@@ -68,6 +68,11 @@ class Suite:
             name: Panel([get_reward(config.name, **config.args)], [1.0], [config]) for name, config in configs.items()
         }
 
+    def require_media(self, made: str, maker: str) -> None:
+        """Refuse rewards and judges that do not score what a model makes; see `rewards.base.require_makes`."""
+        for panel in self._panels.values():
+            panel.require_media(made, maker)
+
     def score(self, samples: Samples) -> Scores:
         """Score B samples: `[B, K + J]`, the rewards and then the judges; what fails is missing.
 

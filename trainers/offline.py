@@ -137,6 +137,7 @@ class Offline:
                     do="Train it with rewards: trainer dance_grpo or forward" if family.takes_image
                     else "Set sampler.frames: 1, or train it with rewards: trainer dance_grpo or forward",
                 )  # fmt: skip
+            self.heldout.require_media("image", family.name)
             self.levels = training_levels(
                 self.policy, objective.levels, sampler.solver_steps, sampler.shift, objective.draws
             )

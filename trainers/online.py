@@ -106,7 +106,9 @@ class OnlineRun:
             self.heldout = Panel.build(self.config.heldout_rewards)
             self.policy = load_policy(self.config)
             self._require_first_frames()
-            self._require_media()
+            made = "image" if self.policy.family.fps is None else "video"
+            for panel in (self.rewards, self.heldout):
+                panel.require_media(made, self.policy.family.name)
             sampler = self.config.sampler
             self.schedule = self.policy.family.schedule(sampler.solver_steps, sampler.shift, self.policy.latent_shape)
             self.table_at(1)
@@ -349,18 +351,6 @@ class OnlineRun:
         images = {p.image for p in (*self.prompts.asked, *self.heldout_prompts.asked) if isinstance(p, ImagePrompt)}
         for image in sorted(images):
             require_first_frame(image, height, width)
-
-    def _require_media(self) -> None:
-        """Refuse rewards that do not score what the model makes, before it makes any."""
-        made = "image" if self.policy.family.fps is None else "video"
-        for reward in (*self.rewards.rewards, *self.heldout.rewards):
-            if reward.card.media not in ("any", made):
-                videos = made == "video" and reward.card.media == "image"
-                raise ConfigError(
-                    f"The reward {reward.card.name!r} scores {reward.card.media}s",
-                    where=f"rewards, {self.config.model.path}", why=f"{self.policy.family.name} makes {made}s",
-                    do="Score frames: name: frames, args: {reward: " + reward.card.name + "}" if videos else "",
-                )  # fmt: skip
 
     def _require_finite(self, rollout: Rollout, step: int) -> None:
         """Stop all processes before a rollout that is not finite on one of them is scored or trained on."""

@@ -47,7 +47,7 @@ from rewards.evaluate import pair_accuracy
 from rewards.fit import fit_reward
 from rewards.fit_data import load_data, read_said
 from rewards.fit_split import split_rows
-from rewards.outputs import sample_of
+from rewards.outputs import require_images, sample_of
 from rewards.scoring import score_sources
 from rewards.sources import Source
 from trainers.best_of import best_first, curve
@@ -157,7 +157,7 @@ def split_prompts(config: PeeringConfig, paths: Sequence[str]) -> tuple[set[str]
     """Return the prompts that the rewards were fitted on, and those held out from both: a prompt's part is its hash's.
 
     Raises:
-        DataError: one of the two protocols is not there, or ratings are of several keys.
+        DataError: one of the two protocols is not there, ratings are of several keys, or an image is missing.
     """
     fit = fit_config_of(config, "both", tuple(paths))
     loaded = load_data(paths, fit.data)
@@ -173,6 +173,7 @@ def split_prompts(config: PeeringConfig, paths: Sequence[str]) -> tuple[set[str]
         read_outputs(paths, config).events, data.key if data.ratings_key is None else data.ratings_key,
         do="Choose one with data.key, or with data.ratings_key where rankings have another",
     )  # fmt: skip
+    require_images([loaded.items[name] for row in loaded.rows for name in row.items], loaded.folders)
     parts, _ = split_rows(loaded.rows, fit.split, config.seed)
     train, heldout = ({loaded.rows[i].prompt for i in parts[part]} for part in ("train", "heldout"))
     return train, heldout

@@ -211,6 +211,9 @@ class RLUFObjective:
         self._known: dict[str, Any] = {}
         self._baseline: Scores | None = None
         self._judges = Suite(config.heldout_rewards, "heldout_rewards") if config.heldout_rewards else None
+        for asked in (self.suite, self._judges):
+            if asked is not None:
+                asked.require_media("text", config.model.path)
         self._monitor: Monitor | None = None
         self.verdict: Verdict | None = None
 

@@ -55,7 +55,7 @@ def select(
     Scores go to `<out>/scores.jsonl` with a journal beside it, so that the same call goes on where it was stopped; the
     other files are replaced as a whole: selected.jsonl (prompt, completion or image, score: rows for sft), pairs.jsonl
     (prompt, chosen, rejected, margin: dpo), thumbs.jsonl (prompt, completion or image, label, score: kto and bco),
-    selection.json.
+    selection.json. Pairs and thumbs of an earlier selection that this one does not mine are removed, and said to be.
 
     Args:
         panel: rewards, judges and how rewards combine; None takes the scores that the candidates come with.
@@ -96,8 +96,10 @@ def select(
         files["thumbs.jsonl"], found["thumbs"] = _thumb_rows(candidates, score, mining, out)
     found["curve"] = curve(score, group, told, seed=seed)
     out.mkdir(parents=True, exist_ok=True)
-    for stale in {"pairs.jsonl", "thumbs.jsonl"} - files.keys():
-        (out / stale).unlink(missing_ok=True)  # of an earlier selection
+    stale = [name for name in ("pairs.jsonl", "thumbs.jsonl") if name not in files and (out / name).is_file()]
+    for name in stale:
+        (out / name).unlink()
+    found |= {"removed": stale} if stale else {}
     for name, rows in files.items():
         replace_text(out / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     found["files"] = {name: len(rows) for name, rows in files.items()}

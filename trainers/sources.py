@@ -8,6 +8,8 @@ from typing import Any
 
 from align import checkpoint
 from align.config import load_config
+from align.errors import ConfigError
+from align.published import is_embedded, is_hub_name
 from align.recipes import list_recipes
 
 NAME_PROMPTS = "Give a file with --prompts FILE, or to `align sample` a --prompt TEXT"
@@ -50,7 +52,7 @@ def find_source(source: str | Path) -> Source:
 
     Raises:
         CheckpointError: a run without a checkpoint.
-        ConfigError: a folder of runs, which is none.
+        ConfigError: nothing of that name, or a folder of runs, which is none.
     """
     path, name = Path(source), str(source)
     found = checkpoint.find_run(source)
@@ -66,4 +68,9 @@ def find_source(source: str | Path) -> Source:
     known = (path / "adapter_config.json").is_file() or (path / "config.json").is_file()
     if not (pipeline or known) and checkpoint.name_runs(path):
         raise checkpoint.not_a_run(path, "it holds runs, and is none")
+    if not (path.exists() or is_embedded(name) or is_hub_name(name)):
+        raise ConfigError(
+            "There is no such run, model or recipe", where=name,
+            do="Give a run folder, a checkpoint, a model folder, a recipe's name, digits or tiny",
+        )  # fmt: skip
     return Source(name, name == "tiny" or (known and not pipeline), bare=True)

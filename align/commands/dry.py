@@ -6,7 +6,8 @@ No weights are loaded, and nothing is fetched.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,8 +91,12 @@ def learnt_from(config: Any) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     return {}, []
 
 
-def require_rewards(rewards: Iterable[str | RewardConfig]) -> None:
+def require_rewards(rewards: Iterable[str | RewardConfig], made: str | None = None) -> None:
     """Refuse rewards that nobody knows, or whose arguments are not theirs; build none.
+
+    Args:
+        made: what the model that they score makes, where there is one: "text", "image", "video"; empty where nothing
+            tells which of the latter two.
 
     Raises:
         ConfigError: the first of them.
@@ -99,7 +104,10 @@ def require_rewards(rewards: Iterable[str | RewardConfig]) -> None:
     from align.config import RewardConfig
 
     for reward in rewards:
-        checks = _checks(RewardConfig(name=reward) if isinstance(reward, str) else reward)
+        named = RewardConfig(name=reward) if isinstance(reward, str) else reward
+        if made is not None:
+            _require_media(named, made)
+        checks = _checks(named)
         for check in (checks["args"], checks["transform"]):
             check()
 
@@ -143,18 +151,44 @@ def _names() -> list[str]:
 
 
 def _reward_findings(config: Any) -> list[Finding]:
-    """What is wrong with the arguments and transforms of a config's rewards, without building one."""
+    """What is wrong with a config's rewards: what they score, arguments, transforms; none is built."""
     from align.checks import Finding, named_rewards
 
-    found, names = [], _names()
+    found, names, made = [], _names(), _made(config)
     for part in ("rewards", "heldout_rewards"):
         for i, reward in named_rewards(getattr(config, part, ())):
             checks = _checks(reward)
-            if reward.name not in names:  # which `check_config` says
+            if reward.name in names or ":" in reward.name:
+                checks = {"name": partial(_require_media, reward, made), **checks}
+            else:  # which `check_config` says
                 del checks["args"]
             for key, check in checks.items():
                 try:
                     check()
                 except ConfigError as error:
                     found.append(Finding("error", key, str(error).removesuffix("."), "", f"{part}.{i}.{key}"))
+                    if key == "name":
+                        break  # nothing is known of its arguments
     return found
+
+
+def _made(config: Any) -> str:
+    """What a config's model makes: "text", "image" or "video"; empty where nothing tells."""
+    from align.published import makes
+
+    if config.language or config.trainer in ("fit", "peering"):
+        return "text" if config.language else ""
+    return "image" if config.trainer == "offline" else makes(config.model) or ""
+
+
+def _require_media(reward: RewardConfig, made: str) -> None:
+    """Refuse a reward that is not at its place, or scores something else than the model makes."""
+    from rewards.base import require_makes
+    from rewards.scoring import media_of
+
+    inner = reward.args.get("args")
+    if any(isinstance(args, Mapping) and args.get("placement") == "remote" for args in (reward.args, inner)):
+        return  # its server knows it
+    media = media_of(reward)
+    if made or media == "text":
+        require_makes(reward.name, media, made or "image", "the model")

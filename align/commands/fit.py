@@ -81,9 +81,12 @@ def plan_fit(config: Any) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     from align.feedback.overview import plain
     from rewards.fit_data import gate_notes, load_data
     from rewards.fit_split import parts_of
+    from rewards.outputs import require_images
 
     data = load_data(config.data.paths, config.data)
     data, parts, dropped = parts_of(config, data)
+    named = {name for rows in parts.values() for row in rows for name in row.items}
+    require_images([data.items[name] for name in named], data.folders)
     found: dict[str, Any] = {
         "observations": data.counts(), "parts": {name: len(rows) for name, rows in parts.items()},
         "signals": plain([report.as_dict() for report in data.signals]),

@@ -89,7 +89,7 @@ def evaluate(options: argparse.Namespace) -> int:
     call["out"] = options.out
     if options.dry_run:
         require_source(options.source)
-        require_rewards(named)
+        require_rewards(named, "text" if language else "")
         plan = _rows_plan(options.data) if options.data else _prompts_plan(options.prompts, options.chat)
         if named:
             call["rewards"] = [reward.name for reward in named]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.commands.dry import require_rewards
 from align.commands.models import candidate_arguments, plan_candidates, sample_candidates
@@ -25,12 +25,15 @@ from align.output import (
     table,
 )  # fmt: skip
 
+if TYPE_CHECKING:
+    from align.config import PanelConfig
+
 PAIRS = ("best-worst", "best-random", "all")
 
 
 def select(options: argparse.Namespace) -> int:
     """Select from candidates, sampling and scoring them first where that is needed."""
-    from align.config import PanelConfig, load_panel
+    from align.config import load_panel
     from trainers.candidates import is_candidates, read_candidates
     from trainers.selection import Mining, Rule, panel_of
     from trainers.selection import select as run
@@ -49,6 +52,8 @@ def select(options: argparse.Namespace) -> int:
     out, ready = Path(options.out or "selection"), is_candidates(options.source)
     if not ready and panel is None:
         raise ConfigError("A model's candidates need a reward", where=options.source, do="Give --reward or --config")
+    if panel is not None:
+        _require_panel(options, panel, ready)
     if options.dry_run:
         return dry(options, "select", _plan(options, panel, rule, out, ready))
     source = Path(options.source) if ready else sample_candidates(options, out)
@@ -66,6 +71,19 @@ def select(options: argparse.Namespace) -> int:
     return give(options, found, _text(found, out))
 
 
+def _require_panel(options: argparse.Namespace, panel: PanelConfig, ready: bool) -> None:
+    """Refuse rewards that cannot be had, before a model draws what they would score."""
+    from rewards.panel import Panel
+    from trainers import find_source
+
+    made = None if ready else "text" if find_source(options.source).language else ""
+    parts = (panel.rewards, panel.heldout_rewards)
+    require_rewards((reward for part in parts for reward in part), made)
+    if made is not None and not options.dry_run:
+        for part in parts:
+            Panel.build(part, panel.combine)
+
+
 def _plan(options: argparse.Namespace, panel: Any, rule: Any, out: Path, ready: bool) -> dict[str, Any]:
     plan: dict[str, Any] = {"source": options.source}
     if ready:
@@ -77,7 +95,6 @@ def _plan(options: argparse.Namespace, panel: Any, rule: Any, out: Path, ready: 
     else:
         plan |= {"prompts": plan_candidates(options), "count": options.count or 8}
     if panel is not None:
-        require_rewards((*panel.rewards, *panel.heldout_rewards))
         plan |= {"rewards": [r.name for r in panel.rewards], "judges": [r.name for r in panel.heldout_rewards] or None}
     kept = {name: value for name, value in vars(rule).items() if value}
     return {**plan, **kept, "pairs": options.pairs, "up_from": options.up_from, "out": str(out)}
@@ -140,6 +157,9 @@ def _text(found: dict[str, Any], out: Path) -> str:
         rows.append(("pairs", f"{pairs['n']}, median margin {pairs['margin_median']:.3g}{left}"))
     if thumbs := found.get("thumbs"):
         rows.append(("thumbs", f"{thumbs['up']} up, {thumbs['down']} down"))
+    if removed := found.get("removed"):
+        again = " and ".join({"pairs.jsonl": "--pairs", "thumbs.jsonl": "--up-from"}[name] for name in removed)
+        rows.append(("removed", f"{', '.join(removed)} of an earlier selection; {again} mines such rows again"))
     rows += [("rows", ", ".join(str(out / name) for name in found["files"])), ("report", found["report"])]
     return table(rows)
 

@@ -179,7 +179,13 @@ def to_unpaired(
             scale, the middle itself giving none.
         up, down: names of reactions that stand for a thumb; others are lost.
         duplicates: see `to_pairs`; "mean" goes by the majority, and an even split is lost.
+
+    Raises:
+        DataError: bounds for ratings on several scales.
     """
+    events = list(events)
+    if up_from is not None or down_to is not None:
+        require_one_scale(e.scale for e in events if e.kind == "ordinal" and e.scale and not e.tombstone)
 
     def labels(event: FeedbackEvent) -> list[tuple[str, float]]:
         if event.kind == "binary":
@@ -284,6 +290,21 @@ def to_rankings(
 
 
 # --- shared -----------------------------------------------------------------------------------------
+
+
+def require_one_scale(scales: Iterable[tuple[int, int]], where: str = "") -> None:
+    """Refuse ratings on several scales where they are compared with one another, or with one bound.
+
+    Raises:
+        DataError: naming the scales.
+    """
+    found = sorted(set(scales))
+    if len(found) > 1:
+        raise DataError(
+            "Ratings on different scales cannot be compared", where=where, why=f"found {found}",
+            do="Give each scale a key of its own (import its file again with --default-key NAME, into another store), "
+            "and choose one with --key",
+        )  # fmt: skip
 
 
 def _check(word: str, known: Sequence[str], what: str) -> None:
@@ -394,15 +415,13 @@ def _rated(
     items: Mapping[str, Item], events: Sequence[FeedbackEvent], losses: Losses, zscore: bool, duplicates: str
 ) -> Iterable[tuple[str, str, float, dict[str, Any]]]:
     said: dict[tuple[str, str], dict[str, list[tuple[float, str]]]] = {}
-    scales: dict[tuple[str, str], Any] = {}
+    scales: dict[tuple[str, str], set[Any]] = {}
     for event in events:
         group = (event.annotator, event.key)
-        if scales.setdefault(group, event.scale) != event.scale:
-            raise DataError(
-                "Ratings on different scales cannot be compared", where=f"{event.annotator}, {event.key}",
-                why=f"{scales[group]} and {event.scale}", do="Give each scale a key of its own",
-            )  # fmt: skip
+        scales.setdefault(group, set()).update([event.scale] if event.scale else [])
         said.setdefault(group, {}).setdefault(event.items[0], []).append((float(event.value), source_id(event)))
+    for (annotator, key), found in scales.items():
+        require_one_scale(found, f"{annotator}, {key}")
     for (annotator, key), by_item in said.items():
         known = {
             item: _resolve(values, duplicates, f"item {item}, {key}", annotator, losses)

@@ -15,6 +15,7 @@ from align.feedback.aggregate import Comparisons
 from align.feedback.agreement import Answers
 from align.feedback.consistency import EQUAL, A, B, Joined, Merged, repeats
 from align.feedback.events import FeedbackEvent, Item
+from align.feedback.protocols import require_one_scale
 
 ANSWERS = ("binary", "reaction", "ordinal", "pairwise", "ranking")
 BOOKKEEPING = ".attempt"
@@ -85,16 +86,8 @@ def one_rating(
             "Ratings of several signals are not one rating",
             why=", ".join(f"{n} have the key {name}" for name, n in keys.items()), do=do,
         )  # fmt: skip
-    _require_one_scale({event.scale for event in rated if event.scale}, next(iter(keys), ""))
+    require_one_scale({event.scale for event in rated if event.scale}, next(iter(keys), ""))
     return rated
-
-
-def _require_one_scale(scales: set[tuple[int, int]], key: str) -> None:
-    if len(scales) > 1:
-        raise DataError(
-            "Ratings on different scales cannot be compared", where=key, why=f"found {sorted(scales)}",
-            do="Give each scale a key of its own, and choose one with --key",
-        )  # fmt: skip
 
 
 # --- agreement --------------------------------------------------------------------------------------
@@ -119,7 +112,7 @@ def answers_of(events: Iterable[FeedbackEvent], items: Mapping[str, Item], key: 
         else:
             said[event.items[0], event.annotator] = event.value
             scales |= {event.scale} if event.scale else set()
-    _require_one_scale(scales, key)
+    require_one_scale(scales, key)
     if kind == "ordinal":
         low, high = next(iter(scales)) if scales else (1, 1)
         categories: tuple[Any, ...] = tuple(range(low, high + 1))

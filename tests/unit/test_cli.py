@@ -162,7 +162,10 @@ def test_the_walk_sees_a_flag_of_two_meanings():
         (["sample", "digits", "--count", "0"], "must be 1 or more"),
         (["resume", "nowhere"], "This is not a run folder (nowhere): there is no such folder"),
         (["resume", __file__], f"This is not a run folder ({__file__}): it is a file."),
-        (["sample", "runs/nowhere", "--prompt", "a", "--dry-run"], "There is no such model (runs/nowhere)"),
+        (
+            ["sample", "runs/nowhere", "--prompt", "a", "--dry-run"],
+            "There is no such run, model or recipe (runs/nowhere)",
+        ),
         (["report", "nowhere"], "This is not a run folder"),
         (["configs", "show", "digits/smok"], "Did you mean 'digits/smoke'?"),
         (["configs", "lst"], "align configs does not know 'lst'. Did you mean 'list'?"),
@@ -291,6 +294,9 @@ def test_flags_of_images_are_refused_for_text_and_the_other_way_round(capsys, tm
     for arguments, said in (
         (["sample", "tiny", "--steps", "3"], "tiny is a language model (--steps)"),
         (["evaluate", "kto/smoke", "--guidance", "2"], "kto/smoke is a language model (--guidance)"),
+        (["sample", "nope"], "There is no such run, model or recipe (nope)"),
+        (["evaluate", "nope", "--data", "rows.jsonl"], "There is no such run, model or recipe (nope)"),
+        (["select", "nope", "--reward", "no_farewell"], "There is no such run, model or recipe (nope)"),
         (["sample", "digits", "--temperature", "0.5"], "digits is no language model (--temperature)"),
         (["evaluate", "digits", "--trained-with", "kto/smoke"], "digits is no language model (--trained-with)"),
         (["sample", "tiny", "--top-p", "0"], "'0' is not above 0 and at most 1"),

@@ -153,3 +153,38 @@ def test_a_folder_of_runs_is_none_and_names_them(capsys, tmp_path):
         text = refused(capsys, verb, str(tmp_path), *more)
         assert "This is not a run folder" in text and f"{tmp_path}/run0, " in text and "run4, or 2 more" in text, verb
         assert "run5" not in text and "notes" not in text
+
+
+@pytest.mark.parametrize(
+    ("recipe", "change", "words"),
+    [
+        ("digits/smoke", "rewards.0.name=nowhere:mine", "'nowhere:mine' cannot be loaded (nowhere:mine): No module"),
+        ("digits/smoke", "rewards.0={name: regex, args: {pattern: a}}", "'regex' scores texts: the model makes images"),
+        ("digits/smoke", "heldout_rewards.0={name: videoalign}", "'videoalign' scores videos: the model makes images"),
+        ("digits/smoke", "rewards.0={name: threshold, args: {at: 1, reward: length}}", "'threshold' scores texts"),
+        ("rluf/moderate", "rewards.love={name: jpeg}", "'jpeg' scores images: the model makes texts"),
+    ],
+)
+def test_rewards_that_cannot_be_are_refused(capsys, tmp_path, recipe, change, words):
+    out = tmp_path / "run"
+    assert words in refused(capsys, "train", recipe, change, "--out", str(out))
+    assert main(["check", recipe, change]) == 2 and words in capsys.readouterr().out
+    if recipe == "rluf/moderate":
+        assert main(["train", recipe, change, "--out", str(out)]) == 2 and "scores images" in capsys.readouterr().err
+
+
+def test_images_that_are_not_there_are_named_before_a_fit(capsys, tmp_path):
+    names = [f"{i}.png" for i in range(40)]
+    rows = [{"prompt": f"p{i}", "response": name, "label": bool(i % 2)} for i, name in enumerate(names)]
+    (tmp_path / "thumbs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = tmp_path / "fit.yaml"
+    config.write_text(
+        f"trainer: fit\nname: taste\ndata: {{paths: [{tmp_path}/thumbs.jsonl], media: image}}\n"
+        "model: {backbone: digits}\n"
+    )
+    assert "40 of 40 are missing. Say in which folder" in refused(capsys, "fit", str(config))
+    for name in names[1:]:
+        (tmp_path / name).touch()
+    said_of_it = f"Some images are not there ({tmp_path}/0.png): 1 of 40 are missing. Put them back, or leave out"
+    assert said_of_it in refused(capsys, "fit", str(config))
+    assert main(["check", str(config)]) == 2 and said_of_it in capsys.readouterr().err

@@ -128,8 +128,13 @@ def test_the_order_of_events_is_their_time():
 
 
 def test_two_scales_are_not_mixed():
-    with pytest.raises(DataError, match=r"different scales .*\(1, 7\) and \(1, 5\)"):
-        to_pairs([rate(P[0], 3), rate(P[1], 3, scale=(1, 5))], ITEMS)
+    mixed = [rate(P[0], 3), rate(P[1], 3, scale=(1, 5))]
+    with pytest.raises(DataError, match=r"different scales .*\(1, 5\), \(1, 7\).*again with --default-key NAME"):
+        to_pairs(mixed, ITEMS)
+    for bound in ({"up_from": 3}, {"down_to": 3}):
+        with pytest.raises(DataError, match=r"different scales .*\(1, 5\), \(1, 7\).*--default-key"):
+            to_unpaired(mixed, ITEMS, **bound)
+    assert [row.label for row in to_unpaired([mixed[0], rate(P[1], 4, scale=(1, 5))], ITEMS).rows] == [False, True]
 
 
 def test_unpaired():

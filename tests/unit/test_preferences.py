@@ -95,7 +95,9 @@ def test_labels_in_every_accepted_spelling(value, label):
             "field 'completion'.*expected messages that begin with the assistant's",
         ),
         ({"prompt": "Other", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "field 'chosen'.*begin with the assis"),
-        ({"prompt": "a", "completion": None, "label": True}, "no completion"),
+        ({"prompt": "a", "completion": None, "label": True}, "no completion .*field 'completion'.*is null or empty"),
+        ({"prompt": "a", "chosen": "b", "rejected": None}, "field 'rejected'.*found null"),
+        ({"prompt": "a", "completion": "b", "label": "yes"}, "field 'label'.*`align feedback convert FILE .*reads yes"),
     ],
 )
 def test_what_is_wrong_is_named_with_row_field_found_and_expected(row, message):

@@ -280,6 +280,11 @@ def test_rewards_of_a_config_and_names_come_together(tmp_path):
     [
         ([], "no candidate"),
         ([{"prompt": "p"}], "row 1|line 1"),
+        ([{"prompt": "p", "completion": None}], "no completion.*line 1, field 'completion'.*is null"),
+        (
+            [{"prompt": "p", "response": "c"}],
+            "the fields are prompt, response. Call the column of answers 'completion'",
+        ),
         ([{"completion": "c"}], "no prompt.*line 1"),
         ([{"prompt": "p", "completion": "c"}, {"prompt": "p", "image": "a.png"}], "images and texts.*line 2"),
         ([{"prompt": "p", "video": "a.mp4"}], "a video"),
@@ -326,6 +331,30 @@ def test_the_verb_says_and_writes_all_of_it(tmp_path, monkeypatch, capsys):
         assert said in capsys.readouterr().err
     assert main(["select", "tiny", "--prompts", "candidates.jsonl"]) == 2
     assert "need a reward" in capsys.readouterr().err
+    assert main([*call[:6], "--up-from", "3", "--out", "best", "--json", "found.json"]) == 0
+    assert "removed" in (said_of_it := capsys.readouterr().out) and "pairs.jsonl of an earlier selection" in said_of_it
+    assert json.loads((tmp_path / "found.json").read_text())["removed"] == ["pairs.jsonl"]
+    assert not (tmp_path / "best" / "pairs.jsonl").exists() and (tmp_path / "best" / "thumbs.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("rewards", "said"),
+    [
+        ("length", "needs low and high. Give args: {low: ..., high: ...} beside its name in a config (--config FILE"),
+        ("jpeg", "'jpeg' scores images: the model makes texts"),
+        ("{name: length, args: {low: 9, high: 1}}", "low"),
+        ("{name: fitted, args: {path: nowhere}}", "nowhere"),
+    ],
+)
+def test_rewards_that_cannot_be_had_are_refused_before_answers_are_drawn(tmp_path, monkeypatch, capsys, rewards, said):
+    monkeypatch.setattr(
+        "trainers.sample_completions", lambda *_, **__: pytest.fail("answers were drawn"), raising=False
+    )
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": "p"}])
+    (tmp_path / "r.yaml").write_text(f"rewards: [{rewards}]\n")
+    named = ["--config", str(tmp_path / "r.yaml")] if rewards[0] == "{" else ["--reward", rewards]
+    call = ["select", "tiny", "--prompts", str(tmp_path / "prompts.jsonl"), *named, "--out", str(tmp_path / "out")]
+    assert main(call) == 2 and said in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_candidates_of_a_language_model_go_on_where_they_stopped(tmp_path):
