@@ -73,7 +73,9 @@ class FitModelConfig(Section):
         description="Frozen embeddings (hashed words, a model's mean hidden state, pixels, the digits judge's features,"
         " CLIP's towers), or a transformers sequence classifier that is trained itself.",
     )
-    path: MaybeLocalPath = Field(default=None, description="Folder or hub id of hidden and classifier, weights of clip.")
+    path: MaybeLocalPath = Field(
+        default=None, description="Folder or hub id of hidden and classifier, weights of clip."
+    )
     architecture: str = Field(default="ViT-H-14", description="open_clip's name of clip's towers.")
     size: Int = Field(default=16, ge=1, description="Pixels of a side that the backbone pixels sees.")
     unfreeze_image: Int = Field(

@@ -6,7 +6,17 @@ from typing import Literal
 
 from pydantic import Field
 
-from align.config import CheckpointConfig, Float, Int, LocalPaths, MaybeLocalPath, OptimizerConfig, RunConfig, RunName, Section
+from align.config import (
+    CheckpointConfig,
+    Float,
+    Int,
+    LocalPaths,
+    MaybeLocalPath,
+    OptimizerConfig,
+    RunConfig,
+    RunName,
+    Section,
+)
 from align.errors import ConfigError
 from align.fit_config import FitConfig, FitDataConfig, FitModelConfig, FitObjectiveConfig, FitSplitConfig, require_fit
 

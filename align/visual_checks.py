@@ -347,7 +347,7 @@ def describe_visual_config(config: VisualConfig, findings: list[Finding]) -> dic
 
 
 def _clip(config: Any, dim: int | None) -> dict[str, Any]:
-    if config.trainer != "dance_grpo":
+    if config.trainer != "dance_grpo" or config.objective.loss == "dppo":
         return {}
     return {
         "clip_range": config.objective.clip_range,

@@ -117,9 +117,7 @@ class Offline:
         fork: bool = False,
         deepspeed: str | None = None,
     ) -> None:
-        self.config = anchored(
-            config if isinstance(config, OfflineConfig) else load_config(config, kind=OfflineConfig)
-        )
+        self.config = anchored(config if isinstance(config, OfflineConfig) else load_config(config, kind=OfflineConfig))
         require_valid(self.config)
         require_engine(self.config.trainer, deepspeed)
         self.world, self.deepspeed = join_world(self.config.checkpoint.hung_after_seconds), deepspeed

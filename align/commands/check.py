@@ -137,7 +137,7 @@ def _visual_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         return _offline_rows(found)
     ledger = found["ledger"]
     cost = "{feq_per_sample:g} F_eq a sample = {rollout_forwards} + {train_forwards:g} x {k:g}".format(**ledger)
-    reverse = "clip_range" in found
+    reverse = found["trainer"] == "dance_grpo"
     what = f"of {ledger['solver_steps']} solver steps" if reverse else "noise levels of every sample"
     rows = [
         ("run", f"{found['name']}: {found['steps']} steps of {ledger['samples_per_step']} samples"),
@@ -147,7 +147,7 @@ def _visual_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("measures", _evaluation(found)),
         *_memory_row(found["memory_gb"]),
     ]  # fmt: skip
-    if reverse:
+    if "clip_range" in found:
         unit = "per latent dimension" if found["logprob_reduction"] == "mean" else "in all"
         nats = found["clip_nats"]
         whole = "" if nats is None else f"; {nats:.3g} nats over {found['latent_dim']} dimensions"

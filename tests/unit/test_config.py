@@ -343,10 +343,11 @@ def test_a_config_that_extends_says_only_what_differs(tmp_path: Path):
     [
         ("extends: mine.yaml\n", "extends itself"),
         ("extends: 3\n", "extends one other"),
+        ("# nothing yet\n", "A config is empty.*mine.yaml"),
         ("extends: presets/papers\n", "presets/paper"),
     ],
 )
-def test_a_bad_extends_is_refused(tmp_path: Path, text: str, message: str):
+def test_a_bad_beginning_is_refused(tmp_path: Path, text: str, message: str):
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_config(tmp_path / "mine.yaml")
