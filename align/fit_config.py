@@ -7,9 +7,18 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from align.config import (
-    Bool, CheckpointConfig, Float, Int, LocalPaths, LoraConfig, MaybeLocalPath, OptimizerConfig, RunConfig, RunName,
+    Bool,
+    CheckpointConfig,
+    Float,
+    Int,
+    LocalPaths,
+    LoraConfig,
+    MaybeLocalPath,
+    OptimizerConfig,
+    RunConfig,
+    RunName,
     Section,
-)  # fmt: skip
+)
 
 __all__ = ["FitConfig"]
 

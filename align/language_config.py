@@ -7,9 +7,18 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from align.config import (
-    Bool, CheckpointConfig, Float, Int, LocalPath, LoraConfig, MaybeLocalPath, RunConfig, RunName, Section,
+    Bool,
+    CheckpointConfig,
+    Float,
+    Int,
+    LocalPath,
+    LoraConfig,
+    MaybeLocalPath,
+    RunConfig,
+    RunName,
+    Section,
     SparsityConfig,
-)  # fmt: skip
+)
 
 __all__ = [
     "BCOConfig", "BCOObjectiveConfig", "DPOConfig", "DPOObjectiveConfig", "KTOConfig", "KTOObjectiveConfig",
