@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +14,7 @@ from align.config_errors import explain, found_text
 from align.config_sources import leaves, override, read_values, resolved_yaml
 from align.errors import ConfigError
 from align.loops import LOOPS
+from align.published import is_embedded, is_ours
 from align.registry import suggest
 from align.textfiles import parse_scalar
 
@@ -20,7 +22,7 @@ __all__ = [
     "AdvantageConfig", "BatchConfig", "CheckpointConfig", "CombineConfig", "DanceGRPOConfig", "EvaluationConfig",
     "LoraConfig", "ModelConfig", "MonitorConfig", "ObjectiveConfig", "OptimizerConfig", "PromptsConfig", "RewardConfig",
     "RunConfig", "SamplerConfig", "Section", "SparsityConfig", "TextMonitorConfig", "TrackingConfig",
-    "TrainedStepsConfig", "VisualConfig", "config_origins", "config_types", "diff_configs", "load_config",
+    "TrainedStepsConfig", "VisualConfig", "anchored", "config_origins", "config_types", "diff_configs", "load_config",
     "save_config",
 ]  # fmt: skip
 
@@ -41,6 +43,11 @@ Float = Annotated[float, BeforeValidator(_number), Strict(), Field(allow_inf_nan
 Bool = Annotated[bool, Strict()]
 _WAITS = "how long is waited, which changes no run"
 Wait = Annotated[Float, _WAITS]
+_HERE = "a file or folder where there is one of this name, else a name of ours or of the hub"
+LocalPath = Annotated[str, _HERE]
+LocalPaths = Annotated[tuple[str, ...], _HERE]
+MaybeLocalPath = Annotated[str | None, _HERE]
+_PATH_ARGS = ("path", "head")
 RunName = Annotated[
     str,
     Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its folder in runs/."),
@@ -84,7 +91,7 @@ class LoraConfig(Section):
 class ModelConfig(Section):
     """The model to align and which of its weights move."""
 
-    path: str = Field(
+    path: LocalPath = Field(
         min_length=1,
         description="A diffusers pipeline folder, `owner/name` of one on the hub, or `digits` for the embedded model.",
     )
@@ -111,7 +118,7 @@ class ModelConfig(Section):
 class PromptsConfig(Section):
     """What the model is asked for while training and at evaluation."""
 
-    path: str = Field(
+    path: LocalPath = Field(
         min_length=1, description="A txt, JSONL, CSV or Parquet file, or `digits` for the embedded prompts."
     )
     prompt_column: str = Field(default="prompt", min_length=1, description="Column of the prompt text in a table.")
@@ -121,7 +128,7 @@ class PromptsConfig(Section):
     heldout_fraction: Float = Field(
         default=0.2, ge=0, lt=1, description="Share of the prompts kept for evaluation, chosen by a hash of the text."
     )
-    heldout_path: str | None = Field(
+    heldout_path: MaybeLocalPath = Field(
         default=None,
         description="A prompt file used for evaluation in place of heldout_fraction; null splits the file.",
     )
@@ -249,7 +256,7 @@ class RewardConfig(Section):
 
     name: str = Field(min_length=1, description="Registered name, as `align rewards list` shows it.")
     weight: Float = Field(default=1.0, description="Weight of its normalised advantage in the sum.")
-    args: dict[str, Any] = Field(default={}, description="Arguments of the reward's factory.")
+    args: Annotated[dict[str, Any], _HERE] = Field(default={}, description="Arguments of the reward's factory.")
     components: dict[str, Float] | None = Field(
         default=None, description="Which components are used, and the weight of each beside `weight`; null is all."
     )
@@ -359,7 +366,7 @@ class SparsityConfig(Section):
     dtype: Literal["fp32", "bf16", "fp16"] | None = Field(
         default=None, description="Format that weights are measured in while training; null is that of the files."
     )
-    mask: str | None = Field(
+    mask: MaybeLocalPath = Field(
         default=None, description="A mask file of `align sparsity`: only the weights it names train; null trains all."
     )
 
@@ -492,6 +499,7 @@ def load_panel(source: str | Path | Mapping[str, Any]) -> PanelConfig:
     return _rewards_of(source, PanelConfig)
 
 
+_S = TypeVar("_S", bound=Section)
 _R = TypeVar("_R", bound=_RewardsConfig)
 
 
@@ -534,6 +542,30 @@ def save_config(config: RunConfig, path: str | Path) -> None:
     """Write `config` as YAML that loads again, a comment on each line saying where the value came from."""
     text = resolved_yaml(config.model_dump(mode="json"), config_origins(config))
     Path(path).write_text(text, encoding="utf-8")
+
+
+def anchored(config: _S) -> _S:
+    """Return a config with its files and folders that are here named from the root, so that it holds in any folder."""
+    found: dict[str, Any] = {}
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if _HERE in field.metadata:
+            found[name] = _anchored(value)
+        elif isinstance(value, Section):
+            found[name] = anchored(value)
+        elif isinstance(value, tuple):
+            found[name] = tuple(anchored(part) if isinstance(part, Section) else part for part in value)
+    return config.model_copy(update=found)
+
+
+def _anchored(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _anchored(v) if k in _PATH_ARGS or isinstance(v, dict) else v for k, v in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map(_anchored, value))
+    if not isinstance(value, str) or not value or is_embedded(value) or is_ours(value) or not Path(value).exists():
+        return value
+    return os.path.abspath(value)
 
 
 def diff_configs(a: RunConfig, b: RunConfig, *, waits: bool = True) -> list[tuple[str, Any, Any]]:

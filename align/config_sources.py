@@ -27,10 +27,12 @@ def read_values(
         above: the configs that extend it.
 
     Raises:
-        ConfigError: no such file or recipe, not YAML, or a config that extends itself.
+        ConfigError: no such file or recipe, not YAML, empty, or a config that extends itself.
     """
     document, where = _read(source)
-    value = {} if document.value is None else document.value
+    value = document.value
+    if value is None:
+        raise ConfigError("A config is empty", where=where, do="Give a model and data, or begin with `extends: RECIPE`")
     if not isinstance(value, dict):
         raise ConfigError("A config is a list of `key: value` lines", where=where, why=f"found {found_text(value)}")
     origins = _file_origins(document, where) if where else dict.fromkeys(dict(leaves(value)), "Python")

@@ -6,7 +6,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from align.config import Bool, CheckpointConfig, Float, Int, LoraConfig, OptimizerConfig, RunConfig, RunName, Section
+from align.config import (
+    Bool,
+    CheckpointConfig,
+    Float,
+    Int,
+    LocalPaths,
+    LoraConfig,
+    MaybeLocalPath,
+    OptimizerConfig,
+    RunConfig,
+    RunName,
+    Section,
+)
 
 __all__ = ["FitConfig"]
 
@@ -14,12 +26,12 @@ __all__ = ["FitConfig"]
 class FitDataConfig(Section):
     """What people said."""
 
-    paths: tuple[str, ...] = Field(
+    paths: LocalPaths = Field(
         min_length=1,
         description="Feedback stores (.db), or files that `align feedback import` reads; their answers are joined.",
     )
     media: Literal["text", "image"] = Field(default="text", description="What the responses of files are.")
-    folder: str | None = Field(
+    folder: MaybeLocalPath = Field(
         default=None, description="Where paths of images begin; null is the folder of the file that names them."
     )
     key: str | None = Field(
@@ -57,7 +69,7 @@ class FitSplitConfig(Section):
     )  # fmt: skip
     heldout: Float = Field(default=0.2, gt=0, lt=1, description="Share held out for the report.")
     calibration: Float = Field(default=0.2, ge=0, lt=1, description="Share held out for the calibration.")
-    heldout_path: str | None = Field(
+    heldout_path: MaybeLocalPath = Field(
         default=None, description="A file or store to report on in place of `heldout`; refused where it leaks."
     )
 
@@ -70,7 +82,9 @@ class FitModelConfig(Section):
         description="Frozen embeddings (hashed words, a model's mean hidden state, pixels, the digits judge's features,"
         " CLIP's towers), or a transformers sequence classifier that is trained itself.",
     )
-    path: str | None = Field(default=None, description="Folder or hub id of hidden and classifier, weights of clip.")
+    path: MaybeLocalPath = Field(
+        default=None, description="Folder or hub id of hidden and classifier, weights of clip."
+    )
     architecture: str = Field(default="ViT-H-14", description="open_clip's name of clip's towers.")
     size: Int = Field(default=16, ge=1, description="Pixels of a side that the backbone pixels sees.")
     unfreeze_image: Int = Field(

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from align.config import Float, Int, RunName, SamplerConfig, Section, VisualConfig
+from align.config import Float, Int, MaybeLocalPath, RunName, SamplerConfig, Section, VisualConfig
 
 __all__ = ["ForwardConfig", "ForwardObjectiveConfig"]
 
@@ -19,7 +19,7 @@ class ForwardObjectiveConfig(Section):
         description="DiffusionNFT, advantage-weighted matching, direct group preference optimisation; or none by "
         "rewards: the pretraining loss on given images.",
     )
-    images: str | None = Field(
+    images: MaybeLocalPath = Field(
         default=None,
         description="With supervised, a file of thumbs or pairs, or `digits/thumbs`: its liked images are learnt.",
     )

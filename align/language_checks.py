@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,10 +174,19 @@ def _files(config: LanguageConfig) -> list[Finding]:
                     rows.require_both_classes()
             if key == "data.path":
                 held = config.data.heldout_path is None and config.data.heldout_fraction
-                found += _counts(config, *(rows.split(config.data.heldout_fraction) if held else (rows, None)))
+                parts = rows.split(config.data.heldout_fraction) if held else (rows, None)
+                if not isinstance(config, RLUFConfig):
+                    parts = (_answered(parts[0]), parts[1] and _answered(parts[1]))
+                found += _counts(config, *parts)
         except AlignError as error:
             found.append(Finding("error", "data", str(error).removesuffix("."), "", key))
     return [*found, *_model_folder(config.model.path)]
+
+
+def _answered(rows: PreferenceSet) -> PreferenceSet:
+    """Return the rows with a completion, which alone are learnt from, without what is left of their pairs."""
+    empty = {row.pair for row in rows.rows if not row.completion} - {-1}
+    return replace(rows, rows=tuple(row for row in rows.rows if row.completion and row.pair not in empty))
 
 
 def _counts(config: LanguageConfig, training: PreferenceSet, heldout: PreferenceSet | None) -> list[Finding]:

@@ -6,7 +6,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from align.config import Bool, CheckpointConfig, Float, Int, LoraConfig, RunConfig, RunName, Section, SparsityConfig
+from align.config import (
+    Bool,
+    CheckpointConfig,
+    Float,
+    Int,
+    LocalPath,
+    LoraConfig,
+    MaybeLocalPath,
+    RunConfig,
+    RunName,
+    Section,
+    SparsityConfig,
+)
 
 __all__ = [
     "BCOConfig", "BCOObjectiveConfig", "DPOConfig", "DPOObjectiveConfig", "KTOConfig", "KTOObjectiveConfig",
@@ -26,7 +38,7 @@ ClassWeight = Annotated[Float | None, BeforeValidator(_auto)]
 class LanguageModelConfig(Section):
     """The language model to align and which of its weights move."""
 
-    path: str = Field(
+    path: LocalPath = Field(
         min_length=1, description="A folder written by save_pretrained, a hub name, or `tiny` for the embedded model."
     )
     train: Literal["lora", "full"] = Field(default="lora", description="Train LoRA adapters, or every weight.")
@@ -42,7 +54,7 @@ class LanguageModelConfig(Section):
     gradient_checkpointing: Bool = Field(
         default=False, description="Recompute activations in the backward pass: less memory, one more forward."
     )
-    chat_template: str | None = Field(
+    chat_template: MaybeLocalPath = Field(
         default=None, description="A file with a chat template that replaces the tokenizer's; null keeps its own."
     )
 
@@ -50,13 +62,13 @@ class LanguageModelConfig(Section):
 class PreferenceDataConfig(Section):
     """Rows in the forms TRL documents, and how they become tokens."""
 
-    path: str = Field(
+    path: LocalPath = Field(
         min_length=1, description="A JSONL, CSV or Parquet file, a datasets folder, or `toy` for the embedded thumbs."
     )
     heldout_fraction: Float = Field(
         default=0.1, ge=0, lt=1, description="Share of the prompts kept for evaluation, chosen by a hash of the text."
     )
-    heldout_path: str | None = Field(
+    heldout_path: MaybeLocalPath = Field(
         default=None, description="A file of rows used for evaluation in place of heldout_fraction; null splits."
     )
     max_length: Int = Field(default=1024, ge=2, description="Longest prompt and completion, in tokens; its end is cut.")

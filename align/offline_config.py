@@ -11,6 +11,8 @@ from align.config import (
     EvaluationConfig,
     Float,
     Int,
+    LocalPath,
+    MaybeLocalPath,
     ModelConfig,
     OptimizerConfig,
     RewardConfig,
@@ -35,17 +37,17 @@ __all__ = [
 class ImageDataConfig(Section):
     """Prompts and images with what people thought of them."""
 
-    path: str = Field(
+    path: LocalPath = Field(
         min_length=1,
         description="A JSONL, CSV or Parquet file of thumbs or pairs, or `digits/thumbs` or `digits/pairs`.",
     )
-    root: str | None = Field(
+    root: MaybeLocalPath = Field(
         default=None, description="Folder that image paths are relative to; null is that of the file."
     )
     heldout_fraction: Float = Field(
         default=0.1, ge=0, lt=1, description="Share of the prompts kept for evaluation, chosen by a hash of the text."
     )
-    heldout_path: str | None = Field(
+    heldout_path: MaybeLocalPath = Field(
         default=None, description="A file of rows used for evaluation in place of heldout_fraction; null splits."
     )
 

@@ -6,7 +6,17 @@ from typing import Literal
 
 from pydantic import Field
 
-from align.config import CheckpointConfig, Float, Int, OptimizerConfig, RunConfig, RunName, Section
+from align.config import (
+    CheckpointConfig,
+    Float,
+    Int,
+    LocalPaths,
+    MaybeLocalPath,
+    OptimizerConfig,
+    RunConfig,
+    RunName,
+    Section,
+)
 from align.errors import ConfigError
 from align.fit_config import FitConfig, FitDataConfig, FitModelConfig, FitObjectiveConfig, FitSplitConfig, require_fit
 
@@ -21,12 +31,12 @@ SIMULATED = "simulated"
 class PeeringDataConfig(Section):
     """The same outputs, rated and ranked."""
 
-    paths: tuple[str, ...] = Field(
+    paths: LocalPaths = Field(
         default=(SIMULATED,), min_length=1,
         description="Feedback stores (.db), or files that `align feedback import` reads; simulated is the world below.",
     )  # fmt: skip
     media: Literal["text", "image"] = Field(default="text", description="What the responses of files are.")
-    folder: str | None = Field(
+    folder: MaybeLocalPath = Field(
         default=None, description="Where paths of images begin; null is the folder of the file that names them."
     )
     key: str | None = Field(
@@ -57,11 +67,11 @@ class PeeringWorldConfig(Section):
 class PeeringSelectionConfig(Section):
     """What is selected from, and who says which selection wins."""
 
-    candidates: str | None = Field(
+    candidates: MaybeLocalPath = Field(
         default=None,
         description="A file of candidates, or a folder of `align sample`; null takes the outputs of held-out prompts.",
     )
-    answers: tuple[str, ...] = Field(
+    answers: LocalPaths = Field(
         default=(), description="More stores or files with answers about what was selected, besides data.paths."
     )
     baseline: str | None = Field(

@@ -143,7 +143,7 @@ def is_embedded(model: str) -> bool:
 
 def is_ours(data: str) -> bool:
     """Whether data go by a name of ours, such as `digits/thumbs` or `toy`, and are no file."""
-    return data == "toy" or is_builtin(data)
+    return data in ("toy", "simulated") or is_builtin(data)
 
 
 def is_hub_name(model: str) -> bool:

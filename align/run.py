@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from align import checkpoint, guards, stops
 from align.averaging import Average
-from align.config import RunConfig, VisualConfig, diff_configs, load_config, save_config
+from align.config import RunConfig, VisualConfig, anchored, diff_configs, load_config, save_config
 from align.engine import Engine, ReplicaEngine
 from align.errors import CheckpointError, ConfigError, GuardError
 from align.launch import World
@@ -100,7 +100,7 @@ def require_directory(
         raise ConfigError("The folder is not empty and is not a run", where=str(directory), do="Choose another --out")
     if overwrite:
         return []
-    changed = diff_configs(load_config(directory / "config.yaml"), config, waits=False)
+    changed = diff_configs(anchored(load_config(directory / "config.yaml")), anchored(config), waits=False)
     if changed and not fork:
         alone = config.trainer in ("fit", "peering")
         forks = "" if alone else "--fork to go on with this one from its last checkpoint, "
@@ -137,7 +137,7 @@ def claim_directory(
         path.replace(directory / f"config.until_{last:06d}.yaml")
     if not path.is_file():
         fresh = path.with_suffix(".writing")
-        save_config(config, fresh)
+        save_config(anchored(config), fresh)
         fresh.replace(path)
     return changed
 
@@ -164,7 +164,7 @@ def claiming(
 
 def require_not_hacked(state: Mapping[str, Any], step: int, config: RunConfig, directory: Path) -> None:
     """Refuse to go on, under the same configuration, from a checkpoint at which the hack monitor stopped its run."""
-    if state.get("hacked") and state["config"] == config.model_dump(mode="json"):
+    if state.get("hacked") and anchored(load_config(state["config"])) == anchored(config):
         raise ConfigError(
             "The hack monitor stopped this run", where=f"{directory}, step {step}", why=state["hacked"],
             do="Look at its report; then go on from there with other rewards, or past the alarm with "

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from align.config import config_origins
+from align.config import anchored, config_origins
 from align.engine import Engine, require_engine
 from align.errors import ConfigError
 from align.feedback.events import Item
@@ -78,6 +78,7 @@ def fit_reward(
         DataError: data that cannot be fitted, or a split that leaks; see `rewards.fit_data` and `rewards.fit_split`.
     """
     require_fit(config)
+    config = anchored(config)
     split = require_engine(config.trainer, deepspeed, fsdp=fsdp)
     if split is not None:
         require_splittable(config, split)

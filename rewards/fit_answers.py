@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from align.errors import DataError
 from align.fit_config import FitConfig
 from align.launch import World
 from rewards import fit_losses, plove

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from align import checkpoint
 from align.checks import require_valid
+from align.config import anchored
 from align.engine import require_fsdp
 from align.errors import CheckpointError, ConfigError
 from align.language_checks import require_divisible
@@ -85,6 +86,7 @@ class LanguageRun:
         fsdp: bool = False,
         rows: tuple[PreferenceSet, PreferenceSet | None] | None = None,
     ) -> None:
+        config = anchored(config)
         self.config, self.objective = config, objective
         self.findings = require_valid(config)
         self.world = join_world(config.checkpoint.hung_after_seconds)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from align import guards
 from align.checks import require_valid
-from align.config import load_config
+from align.config import anchored, load_config
 from align.diffusion.digits_data import cache_directory
 from align.diffusion.latents import Latents
 from align.diffusion.noising import NoisedLatents, draw_level, noised, training_levels
@@ -117,7 +117,7 @@ class Offline:
         fork: bool = False,
         deepspeed: str | None = None,
     ) -> None:
-        self.config = config if isinstance(config, OfflineConfig) else load_config(config, kind=OfflineConfig)
+        self.config = anchored(config if isinstance(config, OfflineConfig) else load_config(config, kind=OfflineConfig))
         require_valid(self.config)
         require_engine(self.config.trainer, deepspeed)
         self.world, self.deepspeed = join_world(self.config.checkpoint.hung_after_seconds), deepspeed

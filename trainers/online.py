@@ -22,7 +22,7 @@ from torch import Tensor
 from align import guards
 from align.averaging import Average
 from align.checks import require_valid
-from align.config import VisualConfig, load_config
+from align.config import VisualConfig, anchored, load_config
 from align.diffusion.kernels import StepTable
 from align.diffusion.memory import rows_that_fit
 from align.diffusion.policy import Policy
@@ -92,7 +92,7 @@ class OnlineRun:
         fsdp: bool = False,
     ) -> None:
         kind = self.config_type
-        self.config = config if isinstance(config, kind) else load_config(config, kind=kind)
+        self.config = anchored(config if isinstance(config, kind) else load_config(config, kind=kind))
         require_valid(self.config)
         if (split := require_engine(self.config.trainer, deepspeed, fsdp=fsdp)) is not None:
             require_splittable(self.config, split)

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from align.config import anchored
 from align.errors import DataError
 from align.feedback.bias import spearman
 from align.feedback.consistency import consistency
@@ -91,6 +92,7 @@ def peer(
         DataError: no ratings, no rankings, or nothing to select from on held-out prompts.
     """
     require_peering(config)
+    config = anchored(config)
     directory = Path(out) if out is not None else Path("runs") / config.name
     claim_directory(directory, config, overwrite=overwrite)
     world = _simulated(config, directory) if config.data.paths == (SIMULATED,) else None

@@ -137,7 +137,7 @@ def _visual_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         return _offline_rows(found)
     ledger = found["ledger"]
     cost = "{feq_per_sample:g} F_eq a sample = {rollout_forwards} + {train_forwards:g} x {k:g}".format(**ledger)
-    reverse = "clip_range" in found
+    reverse = found["trainer"] == "dance_grpo"
     what = f"of {ledger['solver_steps']} solver steps" if reverse else "noise levels of every sample"
     rows = [
         ("run", f"{found['name']}: {found['steps']} steps of {ledger['samples_per_step']} samples"),

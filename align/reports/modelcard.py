@@ -149,9 +149,14 @@ def _opening(record: Mapping[str, Any]) -> str:
     what = "A whole model" if record["to"] == "full" else "LoRA adapters"
     merged = ", adapters merged into it" if record["to"] == "full" and trained["train"] == "lora" else ""
     return (
-        f"{what}{merged}, trained from {code(base['model'])} with {code(trained['trainer'])} of align. "
+        f"{what}{merged}, trained from {code(_named(base['model']))} with {code(trained['trainer'])} of align. "
         f"The layout is {code(record['to'])}, the weights are {record['dtype']}."
     )
+
+
+def _named(path: str) -> str:
+    """Return what a file or folder is called; where it lies is this machine's."""
+    return Path(path).name if Path(path).is_absolute() else path
 
 
 # --- how it is loaded -------------------------------------------------------------------------------
@@ -314,7 +319,7 @@ def _made(record: Mapping[str, Any], files: RunFiles, config: Any) -> list[str]:
     loss = getattr(getattr(config, "objective", None), "loss", None)
     objective = f", objective {code(loss)}" if loss else ""
     return [
-        f"- Base model: {code(base['model'])}{kind}; sha256 of its weights {code(base['sha256'])}.",
+        f"- Base model: {code(_named(base['model']))}{kind}; sha256 of its weights {code(base['sha256'])}.",
         f"- Licence of the base model: {_licence(base['licence'])}.",
         f"- Training: {code(trained['trainer'])}{objective}, {trained['train']}{scale}; step {run['step']} of "
         f"{files.record.get('steps_planned', 'an unknown number')}, seed {trained['seed']}, "
@@ -402,11 +407,11 @@ def _data(trained: Mapping[str, Any], files: RunFiles) -> list[str]:
     rows = [r for r in files.record.get("data_files") or () if isinstance(r, dict) and {"file", "sha256"} <= r.keys()]
     if not rows:
         why = "built into align" if is_ours(trained["data"]) else "its sha256 was not recorded"
-        return [f"- {code(trained['data'])}: {why}"]
+        return [f"- {code(_named(trained['data']))}: {why}"]
     names = [row["file"] for row in rows]
     changed = " (it changed between sittings of the run)"
     return [
-        f"- {code(row['file'])}, sha256 {code(row['sha256'])}{changed if names.count(row['file']) > 1 else ''}"
+        f"- {code(_named(row['file']))}, sha256 {code(row['sha256'])}{changed if names.count(row['file']) > 1 else ''}"
         for row in rows
     ]
 
@@ -432,7 +437,7 @@ def _limits(record: Mapping[str, Any], files: RunFiles) -> Iterable[str]:
             "The lines under Use sample with the pipeline's own scheduler. The run measured with an ODE solver and "
             "a time shift of its own, so images of the same seed differ."
         )
-    lines.append(f"{code(CONFIG)} holds paths and arguments as they were given: read it before you share it.")
+    lines.append(f"{code(CONFIG)} holds whole paths, and arguments as they were given: read it before you share it.")
     if files.record.get("data_files"):
         lines.append("Hashes are of the data files themselves, not of images or other files that they name.")
         lines.append("Hubs are told no data sets: the data are files, which they do not know.")

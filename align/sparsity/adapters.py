@@ -2,7 +2,8 @@
 
     W1 = round(W0 + scale B A),  scale = alpha / r, with rsLoRA alpha / sqrt(r)
 
-in single precision, rounded once to the format of W0. (PEFT's merge rounds B A first, so its last bit may differ.)
+in double precision, rounded once to the format of W0, so that what is added has the rank of B A but for that rounding.
+(PEFT's merge rounds B A too, so its last bits may differ.)
 """
 
 from __future__ import annotations
@@ -98,10 +99,10 @@ def _scale(config: dict[str, Any], module: str, rank: int) -> float:
 
 
 def _merge(base: Entry, down: Entry, up: Entry, scale: float, transposed: bool, dtype: str) -> Entry:
-    def matrix(entry: Entry) -> NDArray[np.float32]:
-        return FORMATS[entry.dtype].values(entry.read(0, entry.count)).astype(np.float32).reshape(entry.shape[0], -1)
+    def matrix(entry: Entry) -> NDArray[np.float64]:
+        return FORMATS[entry.dtype].values(entry.read(0, entry.count)).reshape(entry.shape[0], -1)
 
-    a, b = matrix(down), matrix(up) * np.float32(scale)
+    a, b = matrix(down), matrix(up) * scale
     if transposed:
         a, b = b.T.copy(), a.T.copy()
     rows, columns = base.shape[0], base.count // max(base.shape[0], 1)
@@ -116,6 +117,6 @@ def _merge(base: Entry, down: Entry, up: Entry, scale: float, transposed: bool, 
     def read(start: int, stop: int) -> NDArray[Any]:
         first, last = start // columns, -(-stop // columns)
         delta = (b[first:last] @ a).reshape(-1)[start - first * columns : stop - first * columns]
-        return form.encode(stored.values(base.read(start, stop)).astype(np.float32) + delta)
+        return form.encode(stored.values(base.read(start, stop)) + delta)
 
     return Entry(base.name, form.name, base.shape, down.file, down.offset, read, factors=(b, a))

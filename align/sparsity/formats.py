@@ -57,7 +57,7 @@ class Format:
             return exact.astype(np.float64)
 
     def encode(self, values: NDArray[np.floating]) -> Codes:
-        """Return the code nearest to each value of single precision or less, ties to even; NaN stays NaN."""
+        """Return the code nearest to each value (BF16: to it in single precision), ties to even; NaN stays NaN."""
         if self.name != "BF16":
             with np.errstate(over="ignore", invalid="ignore"):
                 narrow = values.astype(f"f{self.bits // 8}")

@@ -202,7 +202,9 @@ def _match(found: Pairing, name: str, base: Entry, tuned: Entry) -> None:
 
 
 def _with_masters(found: Pairing, pair: TensorPair, other: str) -> TensorPair:
-    """Add what the optimizers hold of a pair, where that is finer than what is compared."""
+    """Add what the optimizers hold of a pair, where that is finer than what is compared; adapters have none of it."""
+    if found.tuned.layout.startswith("adapter"):
+        return pair
     base = found.base.masters.get(pair.name, pair.base)
     tuned = found.tuned.masters.get(other, pair.tuned)
     if FORMATS[tuned.dtype].bits <= pair.format.bits or pair.format.bits != 16 or base.shape != tuned.shape:

@@ -203,7 +203,7 @@ def _of_factors(pair: TensorPair) -> dict[str, Any] | None:
     """Return the spectrum of scale B A from its factors: s(R_B R_A^T) with B = Q_B R_B and A^T = Q_A R_A."""
     if pair.tuned.factors is None:
         return None
-    up, down = (f.astype(np.float64) for f in pair.tuned.factors)
+    up, down = pair.tuned.factors
     if not (np.isfinite(up).all() and np.isfinite(down).all()):
         return None
     values = np.linalg.svd(np.linalg.qr(up)[1] @ np.linalg.qr(down.T)[1].T, compute_uv=False)

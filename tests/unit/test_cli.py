@@ -223,6 +223,9 @@ def test_check_says_cost_updates_and_findings(capsys):
         "22 F_eq a sample = 10 + 6 x 2" in out and "updates   2 of each rollout" in out and "will be exploited" in out
     )
     assert "measures  2 x 2000 samples, 5 x 256 on the way, 20 F_eq each = 0.5 of training's" in out
+    assert "clip      0.0001 nats" in out and "of 10 solver steps" in out
+    out = run(capsys, "check", "digits/dance_grpo", "objective.loss=dppo")[1]
+    assert "\nclip " not in out and "of 10 solver steps" in out
     code, out, _ = run(capsys, "check", "digits/dance_grpo", "group_size=1", "rewards.0.name=digits/legible")
     assert code == 2 and "nothing to be compared with" in out and "'digits/legible'" in out
 

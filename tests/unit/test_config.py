@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.checks import check_config, require_valid
-from align.config import DanceGRPOConfig, config_origins, diff_configs, load_config, save_config
+from align.config import DanceGRPOConfig, anchored, config_origins, diff_configs, load_config, save_config
 from align.config_errors import described_keys
 from align.errors import ConfigError
 from align.ledger import clip_nats, feq_ledger, trained_step_count
 from align.published import latent_dim
 from align.recipes import copy_recipe, list_recipes, read_recipe
+from align.run import claim_directory, require_directory
 from align.textfiles import dump_value, parse_yaml
 from align.visual_checks import advantage_bound
 
@@ -242,6 +243,32 @@ def test_equality_ignores_origins_and_diff_shows_values():
     ]  # fmt: skip
 
 
+def test_a_run_keeps_whole_paths_and_goes_on_from_relative_ones(tmp_path: Path, monkeypatch):
+    for name in ("my model", "judge", "owner/name", "tiny", "toy", "digits", "simulated"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    given = load_config(BASE, [
+        "model.path=my model", "prompts.path=digits", "rewards.0.args={path: judge, split: judge}",
+        "prompts.heldout_path=absent.txt", "sparsity.mask=owner/name",
+    ])  # fmt: skip
+    claim_directory(tmp_path / "run", given)
+    kept = load_config(tmp_path / "run" / "config.yaml")
+    assert (kept.model.path, kept.sparsity.mask) == (str(tmp_path / "my model"), str(tmp_path / "owner/name"))
+    assert kept.rewards[0].args == {"path": str(tmp_path / "judge"), "split": "judge"}
+    assert (kept.prompts.path, kept.prompts.heldout_path) == ("digits", "absent.txt")
+    assert config_origins(kept) == config_origins(given)
+    assert require_directory(tmp_path / "run", given) == require_directory(tmp_path / "run", kept) == []
+    save_config(given, tmp_path / "run" / "config.yaml")  # as runs were that kept what they were given
+    assert require_directory(tmp_path / "run", given) == require_directory(tmp_path / "run", kept) == []
+    words = {"trainer": "kto", "model": {"path": "tiny"}, "data": {"path": "toy", "heldout_path": "my model"}}
+    assert anchored(load_config(words)).data.model_dump().items() >= {
+        "path": "toy", "heldout_path": str(tmp_path / "my model")}.items()  # fmt: skip
+    assert anchored(load_config(words)).model.path == "tiny"
+    assert anchored(load_config({"trainer": "fit", "data": {"paths": ["owner/name", "b"]}})).data.paths == (
+        str(tmp_path / "owner/name"), "b")  # fmt: skip
+    assert anchored(load_config({"trainer": "peering"})).data.paths == ("simulated",)
+
+
 def test_how_long_is_waited_changes_no_run_and_an_argument_of_that_name_does():
     waits = ["checkpoint.grace_seconds=7", "checkpoint.hung_after_seconds=7", "rewards.0.hung_after_seconds=7"]
     own = "rewards.1.args.hung_after_seconds"
@@ -318,10 +345,11 @@ def test_a_config_that_extends_says_only_what_differs(tmp_path: Path):
     [
         ("extends: mine.yaml\n", "extends itself"),
         ("extends: 3\n", "extends one other"),
+        ("# nothing yet\n", "A config is empty.*mine.yaml"),
         ("extends: presets/papers\n", "presets/paper"),
     ],
 )
-def test_a_bad_extends_is_refused(tmp_path: Path, text: str, message: str):
+def test_a_bad_beginning_is_refused(tmp_path: Path, text: str, message: str):
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_config(tmp_path / "mine.yaml")

@@ -240,6 +240,9 @@ def test_check_counts_rows_weights_and_tokens(tmp_path, capsys, monkeypatch):
     path = f"data.path={lines(tmp_path / 'thumbs.jsonl', rows)}"
     found = {f.code: f for f in check_config(load_config("kto/smoke", [path]), files=True)}
     assert "90 rows train (10 up, 80 down), 10 rows are held out; 2 updates an epoch" in found["rows"].message
+    unanswered = f"data.path={lines(tmp_path / 'more.jsonl', [*rows, {**rows[1], 'completion': ''}])}"
+    more = {f.code: f for f in check_config(load_config("kto/smoke", [unanswered]), files=True)}
+    assert more["rows"].message == found["rows"].message  # a run drops it
     few = check_config(load_config("kto/smoke", [path, "batch_size=96"]), files=True)
     assert [f.message for f in few if f.level == "error"] == ["90 rows to train on are fewer than the 96 of one update"]
     given = ["objective.weight_desirable=1", "objective.weight_undesirable=1"]

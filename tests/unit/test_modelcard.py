@@ -56,11 +56,11 @@ def images(tmp_path_factory):
     root.mkdir()
     base = tiny.stable_diffusion(root / "base")
     (base / "README.md").write_text("---\nlicense: other\nlicense_name: <b>mine</b>\n---\nA model.\n")
-    (root / "prompts.txt").write_text("a red cat\ntwo dogs\na blue dog\ntwo cats\n")
+    (root / f"{HOSTILE}.txt").write_text("a red cat\ntwo dogs\na blue dog\ntwo cats\n")
     config = {
         "name": "cards", "steps": 2, "prompts_per_step": 2, "group_size": 2, "updates_per_step": 1,
         "model": {"path": str(base), "lora": {"rank": 2, "alpha": 4}},
-        "prompts": {"path": str(root / "prompts.txt"), "heldout_fraction": 0.5},
+        "prompts": {"path": str(root / f"{HOSTILE}.txt"), "heldout_fraction": 0.5},
         "sampler": {"kernel": "ddim", "eta": 1.0, "solver_steps": 2, "height": 16, "width": 16},
         "trained_steps": {"fraction": 1.0},
         "rewards": [{"name": "jpeg", "args": {"direction": "compressible"}}],
@@ -143,7 +143,8 @@ def test_nothing_that_others_wrote_acts_in_a_card(images, tmp_path):
         "cards, step 2", "Use", "What changed", "What it was made of", "What is not known",
     ]  # fmt: skip
     spans = [token.content for token in flat if token.type == "code_inline"]
-    assert str(images / "base").replace("\n", "\\u000a") in spans, "shown as it is"
+    assert f"{HOSTILE}.txt".replace("\n", "\\u000a") in spans, "shown as it is"
+    assert not [span for span in spans if str(tmp_path.parent) in span], "where it lies is not told"
 
 
 @pytest.mark.parametrize("text", [HOSTILE, "`", "``", "a`b``c", " `", "", "\x1b[31m", "\ud800", "a\\"])

@@ -319,6 +319,16 @@ def test_an_adapter_has_its_own_spectrum_beside_that_of_the_merged_weights(tmp_p
     assert "adapter of rank 4" in ranks.as_text(found)
 
 
+def test_an_adapter_larger_than_its_layer_counts_no_more_directions_than_it_has(tmp_path):
+    base = save(tmp_path / "base", {"layer.weight": weights((64, 48))})
+    made = torch.Generator().manual_seed(1)
+    up, down = torch.randn(64, 8, generator=made), 0.02 * torch.randn(8, 48, generator=made)
+    names = ("base_model.model.layer.lora_A.weight", "base_model.model.layer.lora_B.weight")
+    adapter = save(tmp_path / "lora", dict(zip(names, (down, up), strict=True)), lora_alpha=8, r=8, peft_type="LORA")
+    (row,) = rank(base, adapter)["matrices"]
+    assert row["above_edge"] == 8 and row["certificate"] == spectrum.EXACT
+
+
 def test_the_verb_and_the_page(tmp_path, capsys):
     shape = (96, 64)
     base = {f"layers.{i}.<w>.weight": weights(shape, i) for i in range(3)}

@@ -133,6 +133,7 @@ def test_a_lora_adapter_is_compared_merged(tmp_path):
     assert found["norm"] == pytest.approx(wanted["norm"], rel=1e-5) and found["norm"] > 0.1
     near = {row["name"]: row["norm"] for row in wanted["per_tensor"]}
     assert all(row["norm"] == pytest.approx(near[row["name"]], rel=1e-5) for row in found["per_tensor"])
+    assert not compare(base, tmp_path / "adapter", form="BF16").as_dict()["masters"]
     with pytest.raises(ModelError, match="base is an adapter"):
         load_pair(tmp_path / "adapter", base)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
