@@ -145,7 +145,7 @@ def test_missing_and_several_problems_are_counted():
         (b"steps: \xff\n", "not UTF-8 text (FILE, line 1): byte 0xff at offset 7"),
         (b"- steps\n", "found a list"),
         (b"just words\n", "found 'just words' (text)"),
-        (b"", "'model' is missing (FILE)"),
+        (b"", "A config is empty (FILE)"),
         (b"a: &x {b: *x}\n", "contains itself (FILE:1)"),
         (b"a: 1\n---\nb: 2\n", "not YAML (FILE:2)"),
         (b"[1, 2]: 3\n", "key must be text (FILE:1)"),
