@@ -32,6 +32,7 @@ from align import guards
 from align.checks import require_valid
 from align.config import anchored, load_config
 from align.diffusion.digits_data import cache_directory
+from align.diffusion.families import require_encoding
 from align.diffusion.latents import Latents
 from align.diffusion.noising import NoisedLatents, draw_level, noised, training_levels
 from align.engine import require_engine
@@ -137,6 +138,7 @@ class Offline:
                     do="Train it with rewards: trainer dance_grpo or forward" if family.takes_image
                     else "Set sampler.frames: 1, or train it with rewards: trainer dance_grpo or forward",
                 )  # fmt: skip
+            require_encoding(family)
             self.heldout.require_media("image", family.name)
             self.levels = training_levels(
                 self.policy, objective.levels, sampler.solver_steps, sampler.shift, objective.draws

@@ -80,7 +80,7 @@ def test_the_card_of_a_run_of_images(images, tmp_path, monkeypatch):
         "pipeline_tag": "text-to-image", "tags": ["align", "dance_grpo", "lora", "diffusers-lora"],
     }  # fmt: skip
     summary = json.loads((images / "run" / "summary.json").read_text())
-    digest = hashlib.sha256((images / "prompts.txt").read_bytes()).hexdigest()
+    digest = hashlib.sha256((images / f"{HOSTILE}.txt").read_bytes()).hexdigest()
     values = (images / "run" / "config.yaml").read_text().splitlines()[0].split()[-1]
     assert f"sha256 `{digest}`" in text and f"values `{values}`" in text and "seed 0" in text
     assert plain(summary["sparsity"]["sentence"]) in text and "if a dense update of that norm were rounded" in text

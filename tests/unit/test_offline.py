@@ -367,7 +367,7 @@ def test_a_family_that_this_run_cannot_use_is_found_before_it_begins(folders, da
         assert "No model family runs 'OtherPipeline'" in message and "align.families" in message
     monkeypatch.setitem(FAMILIES._entries, "StableDiffusion3Pipeline", blind)
     with pytest.raises(ModelError, match="no method to_latents"):
-        trainer(folders["flow"], data, tmp_path / "run").train()
+        trainer(folders["flow"], data, tmp_path / "run")
 
 
 def test_configs_name_the_trainer_and_refuse_what_it_does_not_know(folders, data, tmp_path):
