@@ -44,12 +44,12 @@ def normalise(
         raise ConfigError(f"Unknown advantage scope {scope!r}", do="Choose group, group_mean, global_std or global")
     kept = valid & (valid.sum(1, keepdims=True) >= 2)
     mean = masked_mean(values, kept) if scope == "global" else masked_mean(values, kept, axis=1)[:, None]
-    std = (
-        masked_std(values, kept, axis=1, ddof=ddof)[:, None]
-        if scope == "group"
-        else masked_std(values, kept, ddof=ddof)
-    )
-    scale = np.ones(1) if scope == "group_mean" else std + eps
+    if scope == "group_mean":
+        scale = np.ones(1)
+    elif scope == "group":
+        scale = masked_std(values, kept, axis=1, ddof=ddof)[:, None] + eps
+    else:
+        scale = masked_std(values, kept, ddof=ddof) + eps
     centred = np.where(kept, values - mean, 0.0)
     # Equal values can leave a rounding residue in their mean; it must not be blown up to full scale.
     flat = np.abs(centred) <= 1e-12 * np.maximum(1.0, np.abs(np.nan_to_num(values)))

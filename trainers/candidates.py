@@ -171,15 +171,13 @@ def _candidate(row: Any, where: str, base: Path) -> Candidate:
         raise DataError(
             "A candidate has no prompt", where=f"{where}, field 'prompt'", do="Candidates are grouped by it"
         )
-    if "completion" not in given:
-        null = "completion" in row
+    if "completion" not in row:
         raise DataError(
             "A candidate has no completion", where=f"{where}, field 'completion'",
-            why="it is null" if null else f"the fields are {', '.join(given)}",
-            do="Write the answer there, or leave the row out" if null
-            else "Call the column of answers 'completion', or that of image files 'image'",
+            why=f"the fields are {', '.join(given)}",
+            do="Call the column of answers 'completion', or that of image files 'image'",
         )  # fmt: skip
-    wanted = {k: given[k] for k in ("prompt", "completion", *_CARRIED) if k in given}
+    wanted = {k: row[k] for k in ("prompt", "completion", *_CARRIED) if k in row}
     read = parse_row(wanted, where)[0]
     rest = {k: v for k, v in given.items() if k not in ("prompt", "completion")}
     said, asked = (v if isinstance(v, str) else [dict(turn) for turn in v] for v in (read.completion, read.prompt))

@@ -126,11 +126,12 @@ class DanceGRPO(OnlineRun):
         nats = math.prod(self.policy.latent_shape) if config.objective.logprob_reduction == "sum" else 1
         clipped = sum(stats.sums.get(f"clip_share_{side}", 0.0) for side in ("low", "high"))
         found = self.world.gather((stats.first_ratio_scaled, stats.first_ratio_error, clipped, stats.count))
-        scaled, worst = (functools.reduce(max_or_nan, column) for column in list(zip(*found, strict=True))[:2])
+        scaled, worst, clips, counts = zip(*found, strict=True)
         guards.require_first_ratio(
-            scaled, worst, guards.FIRST_RATIO_TOLERANCE[config.model.dtype] * nats, f"step {step}"
-        )
-        share = sum(row[2] for row in found) / max(1, sum(row[3] for row in found))
+            functools.reduce(max_or_nan, scaled), functools.reduce(max_or_nan, worst),
+            guards.FIRST_RATIO_TOLERANCE[config.model.dtype] * nats, f"step {step}",
+        )  # fmt: skip
+        share = sum(clips) / max(1, sum(counts))
         if share > 0.01 and not run.counters.get("rounding_clipped"):
             run.counters["rounding_clipped"] = 1.0
             run.log.warn(
@@ -165,7 +166,7 @@ class DanceGRPO(OnlineRun):
         return found
 
     def ledger(self, table: StepTable | None = None) -> dict[str, float]:
-        """Return what one sample costs in denoiser forwards, and the clip range, in nats too where it has them."""
+        """Return what one sample costs in denoiser forwards, and the clip range where the loss has it in nats."""
         found = super().ledger(table)
         nats = clip_nats(self.config, int(found["latent_dim"]))
         return found if nats is None else {**found, "clip_range": self.config.objective.clip_range, "clip_nats": nats}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,23 +103,20 @@ def require_rewards(rewards: Iterable[str | RewardConfig], made: str | None = No
     from align.config import RewardConfig
 
     for reward in rewards:
-        named = RewardConfig(name=reward) if isinstance(reward, str) else reward
-        if made is not None:
-            _require_media(named, made)
-        checks = _checks(named)
-        for check in (checks["args"], checks["transform"]):
+        for check in _checks(RewardConfig(name=reward) if isinstance(reward, str) else reward, made).values():
             check()
 
 
-def _checks(reward: RewardConfig) -> dict[str, Callable[[], object]]:
+def _checks(reward: RewardConfig, made: str | None) -> dict[str, Callable[[], object]]:
     """What can be wrong with a reward that is named, by key: each raises a ConfigError. Nothing is built or fetched."""
     from rewards.base import require_arguments
     from rewards.compose import build_transforms
 
     remote = reward.args.get("placement") == "remote"
     return {
-        "transform": lambda: build_transforms(reward.transform, reward.name),
+        "name": lambda: None if made is None else _require_media(reward, made),
         "args": lambda: None if remote else require_arguments(reward.name, reward.args),
+        "transform": lambda: build_transforms(reward.transform, reward.name),
     }
 
 
@@ -157,11 +153,9 @@ def _reward_findings(config: Any) -> list[Finding]:
     found, names, made = [], _names(), _made(config)
     for part in ("rewards", "heldout_rewards"):
         for i, reward in named_rewards(getattr(config, part, ())):
-            checks = _checks(reward)
-            if reward.name in names or ":" in reward.name:
-                checks = {"name": partial(_require_media, reward, made), **checks}
-            else:  # which `check_config` says
-                del checks["args"]
+            checks = _checks(reward, made)
+            if reward.name not in names and ":" not in reward.name:  # which `check_config` says
+                checks = {"transform": checks["transform"]}
             for key, check in checks.items():
                 try:
                     check()
@@ -176,8 +170,10 @@ def _made(config: Any) -> str:
     """What a config's model makes: "text", "image" or "video"; empty where nothing tells."""
     from align.published import makes
 
-    if config.language or config.trainer in ("fit", "peering"):
-        return "text" if config.language else ""
+    if config.language:
+        return "text"
+    if config.trainer not in VISUAL:
+        return ""
     return "image" if config.trainer == "offline" else makes(config.model) or ""
 
 
